@@ -1,0 +1,1 @@
+"""What every training loop here calls alike and no one paper is about."""

@@ -1,0 +1,113 @@
+"""Bytes to pixels: decoding, resizing and cropping on uint8 tensors.
+
+Images are uint8 tensors (3, H, W) in RGB whose memory is channels-last, as the JPEG decoder leaves them: torch's
+antialiased resize is several times faster on that layout than on planes, and agrees with PIL's to about 50 dB or better.
+EXIF orientation is not applied (the papers' numbers were measured without it) and of animations the first frame counts.
+"""
+
+import io
+import warnings
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torchvision.io import ImageReadMode, decode_jpeg
+
+MAX_PIXELS = 178_956_970  # Pillow's limit for a decompression bomb; JPEGs decoded without Pillow are held to it too
+
+
+def decode(data: bytes) -> torch.Tensor:
+    """Encoded image (any format Pillow reads) -> uint8 (3, H, W), RGB.
+
+    Raises OSError or ValueError, with a reason, for anything that is not a whole image of 8 bits per channel or 16-bit grey.
+    """
+    if data[:2] == b"\xff\xd8":
+        height, width, channels, bits = _jpeg_header(data)
+        if height * width > MAX_PIXELS:
+            raise ValueError(f"image of {width} x {height} pixels is larger than the limit of {MAX_PIXELS}")
+        # CMYK and 12-bit JPEGs go to Pillow, whose conversion to RGB is the reference.
+        if channels in (1, 3) and bits == 8 and data.rstrip(b"\0").endswith(b"\xff\xd9"):
+            try:
+                return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+            except RuntimeError:
+                pass  # Pillow decides, and its message is the clearer one
+    return _decode_with_pillow(data)
+
+
+def _jpeg_header(data: bytes) -> tuple[int, int, int, int]:
+    """(height, width, channels, bits per channel) from the first start-of-frame marker; zeros if there is none."""
+    at = 2
+    while at + 10 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker == 0xFF:  # padding before a marker
+            at += 1
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            height, width = int.from_bytes(data[at + 5 : at + 7], "big"), int.from_bytes(data[at + 7 : at + 9], "big")
+            return height, width, data[at + 9], data[at + 4]
+        else:
+            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return 0, 0, 0, 0
+
+
+def _decode_with_pillow(data: bytes) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # corrupt EXIF, unusual palettes: the pixels are what counts
+        try:
+            image = Image.open(io.BytesIO(data))
+            if image.mode.startswith("I;16"):
+                # convert("RGB") would clip 16-bit values to white instead of scaling them.
+                grey = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
+                return from_numpy(np.repeat(grey[:, :, None], 3, axis=2))
+            if image.mode in ("I", "F"):
+                raise ValueError(f"image of mode {image.mode} (32 bits per channel) has no defined conversion to 8 bits")
+            return from_pil(image)
+        except Image.DecompressionBombError as error:
+            raise ValueError(str(error)) from None
+        except (SyntaxError, EOFError, IndexError, TypeError) as error:  # what Pillow's parsers raise on damaged headers
+            raise OSError(f"cannot read image: {error}") from None
+
+
+def from_numpy(array: np.ndarray) -> torch.Tensor:
+    """uint8 (H, W, 3) -> the (3, H, W) view of the same memory."""
+    return torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1)
+
+
+def from_pil(image: Image.Image) -> torch.Tensor:
+    """PIL image of any 8-bit mode -> uint8 (3, H, W)."""
+    return from_numpy(np.array(image.convert("RGB")))
+
+
+def to_pil(image: torch.Tensor) -> Image.Image:
+    """uint8 (3, H, W) -> PIL RGB image."""
+    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+
+
+def resize(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """uint8 (3, H, W) -> uint8 (3, *size), bicubic with antialiasing (PIL's kernel)."""
+    if image.shape[1:] == tuple(size):
+        return image
+    batch = image[None].contiguous(memory_format=torch.channels_last)
+    return F.interpolate(batch, size=size, mode="bicubic", antialias=True, align_corners=False)[0]
+
+
+def resize_to_cover(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Smallest resize that keeps the aspect ratio and covers `size`; for a square, torchvision's Resize(int).
+
+    The longer side is truncated, as torchvision does.
+    """
+    height, width = image.shape[1:]
+    if height * size[1] <= width * size[0]:
+        return resize(image, (size[0], max(size[1], int(size[0] * width / height))))
+    return resize(image, (max(size[0], int(size[1] * height / width)), size[1]))
+
+
+def center_crop(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Central window of an image at least as large as `size` (offsets rounded half to even, as torchvision)."""
+    top, left = (int(round((have - want) / 2.0)) for have, want in zip(image.shape[1:], size))
+    return image[:, top : top + size[0], left : left + size[1]]
+
+
+def eval_transform(image: torch.Tensor, size: tuple[int, int], crop_ratio: float) -> torch.Tensor:
+    """uint8 (3, H, W) -> uint8 (3, *size): resize to cover size / crop_ratio (truncated), then the central crop."""
+    return center_crop(resize_to_cover(image, (int(size[0] / crop_ratio), int(size[1] / crop_ratio))), size)

@@ -1,0 +1,101 @@
+"""One path for fp32, bf16 and fp16: autocast, accumulation, loss scaling, clipping, and the guard against broken numbers.
+
+Nothing here makes the host wait for the device: whether a step is applied is decided by a flag on the device, which the
+host reads a few steps later (common.run).
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from common.errors import UserError
+from common.optim import global_norm
+
+AMP = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SCALE_GROWTH_STEPS = 2000  # steps without overflow after which fp16's loss scale doubles (torch.amp.GradScaler's default)
+
+
+def check_amp(amp: str, device: torch.device) -> None:
+    """UserError if `device` cannot compute in `amp`."""
+    if device.type == "cuda" and amp == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(f"--amp bf16: {torch.cuda.get_device_name(device)} has no bf16 units; use --amp fp16 or fp32")
+    if device.type == "cpu" and amp == "fp16":
+        raise UserError("--amp fp16: not for the CPU; use --amp fp32")
+
+
+class Precision:
+    """Runs one optimizer step of `accumulation` micro-batches in a given precision.
+
+    The gradient is the mean over the global batch. A step whose loss or gradient is not finite on any rank changes no
+    parameter and no optimizer state on any rank; in fp32 and bf16 all later steps are withheld too, because the run is
+    about to be stopped; in fp16 only that step is skipped and the loss scale halved.
+    """
+
+    def __init__(self, amp: str, device: torch.device, *, accumulation: int = 1, clip_grad: float | None = None):
+        self.amp, self.device, self.accumulation, self.clip_grad = amp, device, accumulation, clip_grad
+        self.scale = torch.tensor(2.0**16 if amp == "fp16" else 1.0, device=device)
+        self.good_steps = torch.zeros((), device=device)
+        self.broken = torch.zeros((), device=device)
+        self.loss = torch.zeros((), device=device)
+        self.micro_batch = 0
+
+    def autocast(self):
+        return torch.autocast(self.device.type, dtype=AMP[self.amp], enabled=self.amp != "fp32")
+
+    def backward(self, model: nn.Module, loss_of_forward) -> None:
+        """Adds one micro-batch's gradient; loss_of_forward() runs forward and loss under autocast.
+
+        Gradients are exchanged between ranks only with the step's last micro-batch.
+        """
+        self.micro_batch += 1
+        last = self.micro_batch == self.accumulation
+        wait = isinstance(model, DistributedDataParallel) and not last
+        with model.no_sync() if wait else contextlib.nullcontext():
+            with self.autocast():
+                loss = loss_of_forward()
+            (loss.float() * (self.scale / self.accumulation)).backward()
+        self.loss += loss.detach().float() / self.accumulation
+
+    def step(self, optimizer: torch.optim.Optimizer, lr: float, stop: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Clip, apply, clear. Returns (stats, skipped), tensors on the device.
+
+        stats (3,): mean loss over all ranks, number of ranks whose loss or gradient is not finite, number that asked to
+        stop. skipped: 1.0 if the step changed nothing, else 0.0.
+        """
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = global_norm(gradients) / self.scale
+        bad = ~(torch.isfinite(norm) & torch.isfinite(self.loss))
+        stats = torch.stack([self.loss, bad.float(), torch.full((), float(stop), device=self.device)])
+        if dist.is_initialized():
+            dist.all_reduce(stats)
+            stats[0] /= dist.get_world_size()
+        skipped = (stats[1] > 0).float()
+        if self.amp != "fp16":
+            self.broken = torch.maximum(self.broken, skipped)
+            skipped = self.broken
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        # Division by this one number inside the fused kernel is both the unscaling and the clipping. LAMB's definition of
+        # the latter (Apex): divide by max(1, norm / clip), with no epsilon.
+        clip = 1.0 if self.clip_grad is None else (norm / self.clip_grad).clamp(min=1.0)
+        optimizer.grad_scale, optimizer.found_inf = self.scale * clip, skipped
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if self.amp == "fp16":
+            self.good_steps = (self.good_steps + 1) * (1 - skipped)
+            grown = self.good_steps == SCALE_GROWTH_STEPS
+            self.scale = torch.where(skipped > 0, self.scale / 2, torch.where(grown, self.scale * 2, self.scale))
+            self.good_steps = torch.where(grown, 0.0, self.good_steps)
+        self.loss, self.micro_batch = torch.zeros_like(self.loss), 0
+        return stats, skipped
+
+    def state_dict(self) -> dict:
+        return {"scale": self.scale, "good_steps": self.good_steps}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.scale, self.good_steps = state["scale"].to(self.device), state["good_steps"].to(self.device)

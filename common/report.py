@@ -1,0 +1,106 @@
+"""What a run shows about itself: size, cost, speed, pictures."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.utils import make_grid
+
+
+def count(build: Callable[[], torch.nn.Module], img_size: tuple[int, int]) -> tuple[int, float]:
+    """(parameters, GMACs of one image's forward pass); matrix products and convolutions count, nothing is computed."""
+    with torch.device("meta"):
+        model = build().eval()
+        counter = FlopCounterMode(display=False)
+        with counter, torch.no_grad():
+            model(torch.empty(1, 3, *img_size))
+    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() / 2e9
+
+
+def speed(step: Callable[[], None], images: int, device: torch.device, *, seconds: float = 5.0) -> tuple[float, float]:
+    """(images per second, peak memory in MiB) of step(), which handles `images` images; memory is NaN on the CPU."""
+    step()
+    step()
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    start, done = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds or done < 2:
+        step()
+        done += 1
+        if cuda and done % 4 == 0:
+            torch.cuda.synchronize(device)
+    if cuda:
+        torch.cuda.synchronize(device)
+    rate = done * images / (time.perf_counter() - start)
+    return rate, torch.cuda.max_memory_allocated(device) / 2**20 if cuda else float("nan")
+
+
+def save_batch(path: str | Path, rows: list[tuple[str, torch.Tensor]], columns: int = 8) -> None:
+    """PNG with one titled grid per row entry; images (B, 3, H, W) with values 0..255."""
+    strips = []
+    for title, batch in rows:
+        grid = make_grid(batch[: 2 * columns].clamp(0, 255).round().to(torch.uint8).cpu(), nrow=columns, padding=2, pad_value=255)
+        picture = Image.fromarray(grid.permute(1, 2, 0).numpy())
+        strip = Image.new("RGB", (picture.width, picture.height + 14), "white")
+        strip.paste(picture, (0, 14))
+        ImageDraw.Draw(strip).text((3, 1), title, fill="black")
+        strips.append(strip)
+    sheet = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), "white")
+    top = 0
+    for strip in strips:
+        sheet.paste(strip, (0, top))
+        top += strip.height
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+def read_log(path: str | Path) -> list[dict]:
+    """Records of a log.jsonl; a last line cut short by a crash is left out."""
+    records = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+def save_curves(path: str | Path, log: str | Path, panels: list[list[str]]) -> None:
+    """PNG with one panel per list of keys, each key's value over the epochs of a log.jsonl."""
+    records = [r for r in read_log(log) if "epoch" in r and "status" not in r]
+    width, height, left, colours = 420, 260, 52, ("#1f5fa8", "#c8551b", "#3c8a3c", "#7a4ea3")
+    sheet = Image.new("RGB", (width * len(panels), height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for panel, keys in enumerate(panels):
+        curves = {k: [(r["epoch"], r[k]) for r in records if isinstance(r.get(k), (int, float))] for k in keys}
+        values = [v for curve in curves.values() for _, v in curve]
+        if not values:
+            continue
+        low, high = min(values), max(max(values), min(values) + 1e-9)
+        last = max(1, max(r["epoch"] for r in records))
+        x0, y0, x1, y1 = panel * width + left, 24, panel * width + width - 14, height - 28
+
+        def place(epoch, value):
+            return x0 + (x1 - x0) * epoch / last, y1 - (y1 - y0) * (value - low) / (high - low)
+
+        draw.rectangle((x0, y0, x1, y1), outline="#999999")
+        for share in (0, 0.5, 1):
+            draw.text((panel * width + 4, y1 - (y1 - y0) * share - 6), f"{low + share * (high - low):.4g}", fill="black")
+            draw.text((x0 + (x1 - x0) * share - 6, y1 + 4), f"{share * last:.3g}", fill="black")
+        draw.text((x1 - 36, y1 + 14), "epoch", fill="black")
+        for i, (key, curve) in enumerate(curves.items()):
+            draw.text((x0 + 8 + 110 * i, 6), key, fill=colours[i])
+            points = [place(*p) for p in curve]
+            if len(points) > 1:
+                draw.line(points, fill=colours[i], width=2)
+            for x, y in points:
+                draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=colours[i])
+    sheet.save(path)
