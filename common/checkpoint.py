@@ -48,7 +48,9 @@ def save(checkpoint: dict, path: Path, *, keep: Path | None = None) -> None:
         need = sum(t.numel() * t.element_size() for t in _tensors(checkpoint))
         free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
         reason = " ".join(str(error).split())
-        raise RunError(f"cannot write {path}: {reason} (needs about {need} bytes, {free} are free); the previous checkpoint is intact") from None
+        raise RunError(
+            f"cannot write {path}: {reason} (needs about {need} bytes, {free} are free); the previous checkpoint is intact"
+        ) from None
 
 
 def save_copy(path: Path, copy: Path) -> None:

@@ -34,22 +34,40 @@ class Parser(argparse.ArgumentParser):
 def add_run_flags(parser: Parser) -> None:
     """What every script's run needs, whatever the method."""
     data = parser.add_argument_group("data")
-    data.add_argument("--data", default="shapes", metavar="DATA", help="shapes, FOLDER, FILE.tar or NAME:FOLDER (see common/data.py); default: shapes")
-    data.add_argument("--val-data", metavar="PATH", help="validation images, if not in --data: folder or tar of class folders; none: train without")
+    data.add_argument(
+        "--data", default="shapes", metavar="DATA", help="shapes, FOLDER, FILE.tar or NAME:FOLDER (see common/data.py); default: shapes"
+    )
+    data.add_argument(
+        "--val-data", metavar="PATH", help="validation images, if not in --data: folder or tar of class folders; none: train without"
+    )
     data.add_argument("--coarse-labels", metavar="FILE", help="JSON, class name to coarse class; then --data DATA@coarse trains on those")
-    data.add_argument("--workers", type=int, metavar="N", help="loader processes per rank; default: the cores shared among the ranks, at most 16")
+    data.add_argument(
+        "--workers", type=int, metavar="N", help="loader processes per rank; default: the cores shared among the ranks, at most 16"
+    )
     run = parser.add_argument_group("run")
     run.add_argument("--out", metavar="FOLDER", help="checkpoints and log go here; default: runs/METHOD_MODEL")
-    run.add_argument("--resume", nargs="?", const="auto", metavar="FILE", help="go on from a checkpoint; auto (or no value): the newest good one in --out, if any")
+    run.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="FILE",
+        help="go on from a checkpoint; auto (or no value): the newest good one in --out, if any",
+    )
     run.add_argument("--allow-changes", action="store_true", help="let --resume go on although recipe or data differ from the checkpoint's")
     run.add_argument("--weights", metavar="FILE", help="start from these weights (ours or the official ones), with a fresh optimizer")
     run.add_argument("--save-steps", type=int, default=0, metavar="N", help="write last.pt every N steps too, besides at every epoch's end")
     run.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, order, augmentation and mixing; default: 0")
     run.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
-    run.add_argument("--amp", choices=("bf16", "fp16", "fp32"), help="precision of forward and backward; default: bf16 on CUDA, fp32 on the CPU")
-    run.add_argument("--micro-batch", type=int, metavar="N", help="images per rank and forward pass; default: as many as --batch-size gives, at most 256")
+    run.add_argument(
+        "--amp", choices=("bf16", "fp16", "fp32"), help="precision of forward and backward; default: bf16 on CUDA, fp32 on the CPU"
+    )
+    run.add_argument(
+        "--micro-batch", type=int, metavar="N", help="images per rank and forward pass; default: as many as --batch-size gives, at most 256"
+    )
     run.add_argument("--compile", action="store_true", help="torch.compile the model")
-    run.add_argument("--timeout", type=int, default=600, metavar="SECONDS", help="how long ranks wait for each other before the run stops; default: 600")
+    run.add_argument(
+        "--timeout", type=int, default=600, metavar="SECONDS", help="how long ranks wait for each other before the run stops; default: 600"
+    )
     run.add_argument("--tensorboard", action="store_true", help="also write TensorBoard events to --out")
     run.add_argument("--debug", action="store_true", help="show tracebacks of expected errors")
     evaluation = parser.add_argument_group("evaluation")
@@ -132,7 +150,9 @@ def check_recipe(recipe) -> None:
         raise UserError(f"--warmup-epochs {recipe.warmup_epochs}: must be less than --epochs {recipe.epochs}")
     if recipe.min_lr > recipe.lr or recipe.warmup_lr > recipe.lr:
         low = "min-lr" if recipe.min_lr > recipe.lr else "warmup-lr"
-        raise UserError(f"--lr {recipe.lr}: is below --{low} {getattr(recipe, low.replace('-', '_'))}, the rate would rise; lower --{low} too")
+        raise UserError(
+            f"--lr {recipe.lr}: is below --{low} {getattr(recipe, low.replace('-', '_'))}, the rate would rise; lower --{low} too"
+        )
 
 
 def check_choice(flag: str, value: str, choices) -> None:

@@ -241,7 +241,7 @@ def _open_path(spec: str, val_data: str | None, classes: list[str] | None, split
             if not (path / split).is_dir():
                 extra = " (or give --val-data PATH, or train without validation by --val-data none)" if split == "val" else ""
                 raise UserError(f"--data {spec}: no folder {split}/ in it; {TREE}{extra}")
-            if order is None and (path / "train").is_dir():  # ids always come from train's folder names
+            if split != "train" and order is None and (path / "train").is_dir():  # ids always come from train's folder names
                 order = sorted(e.name for e in os.scandir(path / "train") if e.is_dir() and not _is_junk(e.name))
             found[split] = open_images(str(path / split), f"--data {spec}", order, say)
         else:
@@ -399,7 +399,11 @@ def _scan_tar(path: str) -> list[np.ndarray]:
                         raise ValueError
                     size = int.from_bytes(header[125:136], "big") if header[124] & 0x80 else int(header[124:136].strip(b"\0 ") or b"0", 8)
                 except ValueError:
-                    what = "is not a tar archive (compressed ones are not read: unpack it to a plain .tar)" if at == 0 else f"is damaged at byte {at}"
+                    what = (
+                        "is not a tar archive (compressed ones are not read: unpack it to a plain .tar)"
+                        if at == 0
+                        else f"is damaged at byte {at}"
+                    )
                     raise UserError(f"{path} {what}") from None
                 kind, name = header[156:157], header[:100].rstrip(b"\0")
                 if header[257:262] == b"ustar" and header[345] and header[263:265] == b"00":
@@ -428,7 +432,9 @@ def _scan_tar(path: str) -> list[np.ndarray]:
                 if kind == b"5":
                     continue
                 if kind not in (b"0", b"\0", b"7"):
-                    raise UserError(f"{path}: member {shown} is a link or device; repack it with regular files only (tar --hard-dereference -h)")
+                    raise UserError(
+                        f"{path}: member {shown} is a link or device; repack it with regular files only (tar --hard-dereference -h)"
+                    )
                 if data + size > stop:
                     raise UserError(f"{path} is truncated: member {shown} ends at byte {data + size}, the archive at {stop}")
                 if name.endswith(b".tar"):

@@ -33,7 +33,9 @@ def normalize(images: torch.Tensor) -> torch.Tensor:
     return (images.float() - mean) * scale
 
 
-def eval_loader(source: Source, size: tuple[int, int], crop_ratio: float, *, batch_size: int, workers: int, device, world: int = 1, rank: int = 0):
+def eval_loader(
+    source: Source, size: tuple[int, int], crop_ratio: float, *, batch_size: int, workers: int, device, world: int = 1, rank: int = 0
+):
     """This rank's share of `source`, resized and centre-cropped, as uint8 batches."""
 
     def transform(image, _rng):

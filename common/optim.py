@@ -23,7 +23,9 @@ class Lamb(torch.optim.Optimizer):
     (gradients are divided by it) and `found_inf` (1: the step changes nothing). Neither makes the host wait.
     """
 
-    def __init__(self, params, lr: float, betas=(0.9, 0.999), eps: float = 1e-6, weight_decay: float = 0.0, max_grad_norm: float | None = 1.0):
+    def __init__(
+        self, params, lr: float, betas=(0.9, 0.999), eps: float = 1e-6, weight_decay: float = 0.0, max_grad_norm: float | None = 1.0
+    ):
         if not lr >= 0 or not eps >= 0 or not weight_decay >= 0 or not all(0 <= b < 1 for b in betas):
             raise ValueError(f"Lamb: lr {lr}, eps {eps}, weight_decay {weight_decay} must not be negative, betas {betas} lie in [0, 1)")
         super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, max_grad_norm=max_grad_norm))
@@ -130,18 +132,22 @@ def cosine_lr(step: float, total: float, warmup: float, base_lr: float, min_lr: 
     return min_lr + 0.5 * (base_lr - min_lr) * (1 + math.cos(math.pi * step / total))
 
 
-def make_optimizer(name: str, model: nn.Module, lr: float, weight_decay: float, clip_grad: float | None = None) -> torch.optim.Optimizer:
-    """"lamb", "adamw" or "sgd" (momentum 0.9) on the two groups of param_groups.
+def make_optimizer(name: str, model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """ "lamb", "adamw" or "sgd" (momentum 0.9) on the two groups of param_groups.
 
-    All three accept `grad_scale` and `found_inf`. LAMB clips by itself; for the others common.precision clips.
-    eps is 1e-8, what the official commands pass to both LAMB and AdamW.
+    All three accept `grad_scale` and `found_inf`; common.precision clips, for all alike. eps is 1e-8, what the official
+    commands pass to both LAMB and AdamW.
     """
     groups = [group for group in param_groups(model, weight_decay) if group["params"]]
     if name == "lamb":
-        return Lamb(groups, lr=lr, eps=1e-8, max_grad_norm=clip_grad)
+        return Lamb(groups, lr=lr, eps=1e-8, max_grad_norm=None)
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, eps=1e-8, fused=True)
-    return torch.optim.SGD(groups, lr=lr, momentum=0.9, fused=True)
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, fused=True)
+    for group in groups:  # torch leaves the buffer uninitialised if found_inf skips the very first step
+        for p in group["params"]:
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return optimizer
 
 
 class EMA:
@@ -168,7 +174,7 @@ class EMA:
         if skip is None:
             torch._foreach_lerp_(average, value, 1 - self.decay)
         else:
-            weight = ((1 - self.decay) * (1 - skip)).to(average[0].dtype)
+            weight = (1 - skip).to(average[0].dtype) * (1 - self.decay)
             torch._foreach_lerp_(average, value, [weight] * len(average))
         for average, value in self._integers:
             average.copy_(average * self.decay + (1 - self.decay) * value)

@@ -7,6 +7,7 @@ host reads a few steps later (common.run).
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -43,22 +44,25 @@ class Precision:
         self.broken = torch.zeros((), device=device)
         self.loss = torch.zeros((), device=device)
         self.micro_batch = 0
+        self.unsynchronised = contextlib.ExitStack()
 
     def autocast(self):
         return torch.autocast(self.device.type, dtype=AMP[self.amp], enabled=self.amp != "fp32")
 
-    def backward(self, model: nn.Module, loss_of_forward) -> None:
-        """Adds one micro-batch's gradient; loss_of_forward() runs forward and loss under autocast.
-
-        Gradients are exchanged between ranks only with the step's last micro-batch.
-        """
+    @contextlib.contextmanager
+    def forward(self, model: nn.Module) -> Iterator[None]:
+        """For forward and loss of one micro-batch, to be followed by backward(): autocast, and gradients exchanged between
+        ranks only with the step's last micro-batch."""
         self.micro_batch += 1
-        last = self.micro_batch == self.accumulation
-        wait = isinstance(model, DistributedDataParallel) and not last
-        with model.no_sync() if wait else contextlib.nullcontext():
-            with self.autocast():
-                loss = loss_of_forward()
-            (loss.float() * (self.scale / self.accumulation)).backward()
+        if isinstance(model, DistributedDataParallel) and self.micro_batch < self.accumulation:
+            self.unsynchronised.enter_context(model.no_sync())
+        with self.autocast():
+            yield
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds the micro-batch's share of the gradient of the global batch's mean loss."""
+        (loss.float() * (self.scale / self.accumulation)).backward()
+        self.unsynchronised.close()
         self.loss += loss.detach().float() / self.accumulation
 
     def step(self, optimizer: torch.optim.Optimizer, lr: float, stop: bool = False) -> tuple[torch.Tensor, torch.Tensor]:

@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 import torchvision
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -70,7 +71,9 @@ def launch(main: Callable[[], None]) -> None:
         if not _lost_contact(error):
             raise
         time.sleep(3)  # the rank that failed speaks first
-        _report(f"error (rank {rank}): lost contact with another rank{_WHERE['text']}: it died or hangs (see its own message); --resume auto goes on from the last checkpoint")
+        _report(
+            f"error (rank {rank}): lost contact with another rank{_WHERE['text']}: it died or hangs (see its own message); --resume auto goes on from the last checkpoint"
+        )
     finally:
         _end_of_run(status)
     sys.stdout.flush()
@@ -79,6 +82,7 @@ def launch(main: Callable[[], None]) -> None:
 
 _WHERE = {"text": ""}  # " at epoch E, step S" for the message above
 _CURRENT: list[Run] = []
+_STORE: list = []  # where the ranks meet
 
 
 def _end_of_run(status: int) -> None:
@@ -93,11 +97,10 @@ def _report(line: str) -> None:
 
 def _first_to_report(rank: int) -> bool:
     """True on one rank only, where ranks can be asked; before they are connected, on rank 0."""
-    if not dist.is_initialized():
+    if not _STORE:
         return rank == 0
     try:
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return dist.distributed_c10d._get_default_store().add(f"reported_error_{attempt}", 1) == 1
+        return _STORE[-1].add("reported_error", 1) == 1
     except RuntimeError:
         return True
 
@@ -113,22 +116,33 @@ def connect(device: str | None, timeout: int) -> tuple[torch.device, int, int]:
     given = [n for n in names if n in os.environ]
     if given and len(given) < len(names):
         missing = ", ".join(n for n in names if n not in given)
-        raise UserError(f"the environment sets {', '.join(given)} but not {missing}; start several ranks with torchrun, one with plain python")
+        raise UserError(
+            f"the environment sets {', '.join(given)} but not {missing}; start several ranks with torchrun, one with plain python"
+        )
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here; leave the flag out to run on the CPU")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     rank, world, local = (int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if device == "cuda":
         if local >= torch.cuda.device_count():
-            raise UserError(f"torchrun starts more ranks per node than there are GPUs ({torch.cuda.device_count()}); lower --nproc_per_node")
+            raise UserError(
+                f"torchrun starts more ranks per node than there are GPUs ({torch.cuda.device_count()}); lower --nproc_per_node"
+            )
         torch.cuda.set_device(local)
         device = f"cuda:{local}"
     if given and not dist.is_initialized():
+        wait = datetime.timedelta(seconds=timeout)
         try:
-            dist.init_process_group("nccl" if "cuda" in device else "gloo", timeout=datetime.timedelta(seconds=timeout))
+            store, _, _ = next(rendezvous("env://", timeout=wait))
+            # Ranks that torchrun starts again find the store of those that died: addresses in it would lead nowhere.
+            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            dist.init_process_group("nccl" if "cuda" in device else "gloo", store=store, rank=rank, world_size=world, timeout=wait)
+            _STORE.append(store)
         except (RuntimeError, ValueError) as error:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            raise UserError(f"ranks cannot meet at {where}: {' '.join(str(error).split())[:200]}; use torchrun --standalone or another --master-port") from None
+            raise UserError(
+                f"ranks cannot meet at {where}: {' '.join(str(error).split())[:200]}; use torchrun --standalone or another --master-port"
+            ) from None
     return torch.device(device), rank, world
 
 
@@ -273,7 +287,9 @@ class Run:
         if self.args.compile:
             model.compile()
         if self.world > 1:
-            model = DistributedDataParallel(model, device_ids=[self.device.index] if self.device.type == "cuda" else None, gradient_as_bucket_view=True)
+            model = DistributedDataParallel(
+                model, device_ids=[self.device.index] if self.device.type == "cuda" else None, gradient_as_bucket_view=True
+            )
         return model
 
     def start(self, *, model: nn.Module, optimizer, precision, ema=None, data: dict, extra: dict[str, object] | None = None) -> None:
@@ -296,7 +312,18 @@ class Run:
             if self.rank == 0:
                 (self.out / "log.jsonl").write_bytes(b"")
             self.log_bytes = 0
-        self.log({"status": "started", "epoch": self.epoch, "step": self.step, "seed": self.args.seed, "world_size": self.world, "recipe": dataclasses.asdict(self.recipe), "differs_from_paper": differences(self.recipe, self.paper), "allowed_changes": self.args.allow_changes})
+        self.log(
+            {
+                "status": "started",
+                "epoch": self.epoch,
+                "step": self.step,
+                "seed": self.args.seed,
+                "world_size": self.world,
+                "recipe": dataclasses.asdict(self.recipe),
+                "differs_from_paper": differences(self.recipe, self.paper),
+                "allowed_changes": self.args.allow_changes,
+            }
+        )
 
     def _resume(self) -> None:
         saved, changes = None, []
@@ -317,33 +344,52 @@ class Run:
             saved, name = checkpoint.load(self.args.resume, "--resume"), self.args.resume
         if "optimizer" not in saved or "epoch" not in saved:
             raise UserError(f"--resume {self.args.resume}: holds weights only; to start from them use --weights {self.args.resume}")
+        lacking = [key for key in (*self.parts, *self._counters(), *self._identity()) if key not in saved]
+        if lacking:
+            raise UserError(f"--resume {self.args.resume}: lacks {', '.join(lacking)}; it was not written by this version's training")
         asked = (self.method, self.args.model)
         if (saved["method"], saved["model_name"]) != asked:
-            raise UserError(f"--resume {self.args.resume}: holds {saved['method']} {saved['model_name']}, you asked for {asked[0]} {asked[1]}")
-        now = {**plain_recipe(self.recipe), "seed": self.args.seed, "data": self.data_info["digest"], "classes": len(self.data_info["classes"])}
+            raise UserError(
+                f"--resume {self.args.resume}: holds {saved['method']} {saved['model_name']}, you asked for {asked[0]} {asked[1]}"
+            )
+        now = {
+            **plain_recipe(self.recipe),
+            "seed": self.args.seed,
+            "data": self.data_info["digest"],
+            "classes": len(self.data_info["classes"]),
+        }
         then = {**saved["recipe"], "seed": saved["seed"], "data": saved["data"]["digest"], "classes": len(saved["data"]["classes"])}
         changes = [f"{k} was {then.get(k)}, now {now.get(k)}" for k in {**then, **now} if then.get(k) != now.get(k)]
         if changes and not self.args.allow_changes:
-            raise UserError(f"--resume {self.args.resume}: the run was started differently: {'; '.join(changes)}; repeat its flags, or add --allow-changes")
+            raise UserError(
+                f"--resume {self.args.resume}: the run was started differently: {'; '.join(changes)}; repeat its flags, or add --allow-changes"
+            )
         checkpoint.load_weights(self.parts["model"], saved["model"], f"--resume {self.args.resume}")
         for key, part in self.parts.items():
             if key == "model" or (part is None and saved.get(key) is None):
                 continue
             if part is None or saved.get(key) is None:
-                raise UserError(f"--resume {self.args.resume}: the checkpoint {'has' if part is None else 'lacks'} {key}, this run {'lacks' if part is None else 'has'} it")
+                raise UserError(
+                    f"--resume {self.args.resume}: the checkpoint {'has' if part is None else 'lacks'} {key}, this run {'lacks' if part is None else 'has'} it"
+                )
             try:
                 part.load_state_dict(saved[key])
             except (ValueError, KeyError, RuntimeError) as error:
-                raise UserError(f"--resume {self.args.resume}: its {key} state does not fit ({' '.join(str(error).split())[:120]}); to start from the weights use --weights") from None
-        self.epoch, self.step, self.best = saved["epoch"], saved["step"], saved["best"]
-        self.loss_sum, self.loss_count, self.skipped_steps = saved["loss_sum"], saved["loss_count"], saved["skipped_steps"]
+                raise UserError(
+                    f"--resume {self.args.resume}: its {key} state does not fit ({' '.join(str(error).split())[:120]}); to start from the weights use --weights"
+                ) from None
+        for key in self._counters():
+            if key not in ("rng", "log_bytes"):
+                setattr(self, key, saved[key])
         torch.set_rng_state(saved["rng"]["torch"])
         random.setstate(saved["rng"]["python"])
         if self.rank == 0 and (self.out / "log.jsonl").exists():  # forget what was logged after the checkpoint
             with open(self.out / "log.jsonl", "r+b") as f:
                 self.log_bytes = min(saved["log_bytes"], f.seek(0, 2))
                 f.truncate(self.log_bytes)
-        self.say(f"resumed from {name} at epoch {self.epoch}, step {self.step}" + (f" with changes: {'; '.join(changes)}" if changes else ""))
+        self.say(
+            f"resumed from {name} at epoch {self.epoch}, step {self.step}" + (f" with changes: {'; '.join(changes)}" if changes else "")
+        )
 
     def _check_same_weights(self) -> None:
         """RunError if ranks hold different weights: they would diverge without a word."""
@@ -364,7 +410,19 @@ class Run:
     def steps(self, total: int, images_per_step: int) -> Iterator[int]:
         """The optimizer steps of this epoch that are still to do, with a progress bar on rank 0."""
         show = self.rank == 0 and sys.stderr.isatty()
-        self.bar = tqdm(total=total * images_per_step, initial=self.step * images_per_step, desc=f"epoch {self.epoch}", unit="img", unit_scale=True, dynamic_ncols=True, leave=False) if show else None
+        self.bar = (
+            tqdm(
+                total=total * images_per_step,
+                initial=self.step * images_per_step,
+                desc=f"epoch {self.epoch}",
+                unit="img",
+                unit_scale=True,
+                dynamic_ncols=True,
+                leave=False,
+            )
+            if show
+            else None
+        )
         self.epoch_start, self.first_step, self.waited, self.last_line = time.time(), self.step, 0.0, time.time()
         self.images_per_step, self.total_steps = images_per_step, total
         while self.step < total:
@@ -414,8 +472,19 @@ class Run:
                 self.skipped_in_a_row += 1
                 if self.amp != "fp16" or self.skipped_in_a_row > MAX_SKIPPED:
                     names = files()
-                    self.log({"status": "failed", "reason": "loss or gradient not finite", "epoch": epoch, "step": step, "lr": lr, "files": names})
-                    raise RunError(f"loss or gradient not finite at epoch {epoch}, step {step}, lr {lr:g}; nothing of that step was applied. The rank's batch: {', '.join(names[:4])}, ... (all in {self.out / 'log.jsonl'})")
+                    self.log(
+                        {
+                            "status": "failed",
+                            "reason": "loss or gradient not finite",
+                            "epoch": epoch,
+                            "step": step,
+                            "lr": lr,
+                            "files": names,
+                        }
+                    )
+                    raise RunError(
+                        f"loss or gradient not finite at epoch {epoch}, step {step}, lr {lr:g}; nothing of that step was applied. The rank's batch: {', '.join(names[:4])}, ... (all in {self.out / 'log.jsonl'})"
+                    )
             else:
                 self.skipped_in_a_row = 0
                 self.loss_sum += loss
@@ -431,7 +500,9 @@ class Run:
             self.last_line = time.time()
             done, rate = self.step - self.first_step, (self.step - self.first_step) / (time.time() - self.epoch_start)
             left = (self.total_steps - self.step + (self.recipe.epochs - self.epoch - 1) * self.total_steps) / max(rate, 1e-9)
-            self.say(f"epoch {self.epoch} step {self.step}/{self.total_steps}  loss {loss:.4f}  lr {lr:.2e}  {done * self.images_per_step / (time.time() - self.epoch_start):.0f} img/s  ETA {datetime.timedelta(seconds=int(left))}")
+            self.say(
+                f"epoch {self.epoch} step {self.step}/{self.total_steps}  loss {loss:.4f}  lr {lr:.2e}  {done * self.images_per_step / (time.time() - self.epoch_start):.0f} img/s  ETA {datetime.timedelta(seconds=int(left))}"
+            )
 
     def end_of_training_epoch(self) -> dict:
         """Figures of the epoch's training part; saves `last.pt`, from which a resumed run goes straight to evaluation."""
@@ -483,6 +554,24 @@ class Run:
 
     # -- saving and stopping
 
+    def _counters(self) -> dict:
+        """Where the run is."""
+        rng = {"torch": torch.get_rng_state(), "python": random.getstate()}
+        names = ("epoch", "step", "best", "loss_sum", "loss_count", "skipped_steps", "log_bytes")
+        return {**{name: getattr(self, name) for name in names}, "rng": rng}
+
+    def _identity(self) -> dict:
+        """What the run is."""
+        return {
+            "method": self.method,
+            "model_name": self.args.model,
+            "seed": self.args.seed,
+            "recipe": plain_recipe(self.recipe),
+            "data": self.data_info,
+            "world_size": self.world,
+            "versions": {"torch": str(torch.__version__), "torchvision": str(torchvision.__version__), "python": sys.version.split()[0]},
+        }
+
     def save(self) -> None:
         """Writes last.pt (the one before becomes previous.pt); only rank 0 writes."""
         self._read_flags(0)  # raises if what would be saved comes after a broken step
@@ -490,24 +579,7 @@ class Run:
 
         def write() -> None:
             checkpoint.save(
-                {
-                    **state,
-                    "method": self.method,
-                    "model_name": self.args.model,
-                    "epoch": self.epoch,
-                    "step": self.step,
-                    "best": self.best,
-                    "loss_sum": self.loss_sum,
-                    "loss_count": self.loss_count,
-                    "skipped_steps": self.skipped_steps,
-                    "seed": self.args.seed,
-                    "recipe": plain_recipe(self.recipe),
-                    "data": self.data_info,
-                    "rng": {"torch": torch.get_rng_state(), "python": random.getstate()},
-                    "log_bytes": self.log_bytes,
-                    "world_size": self.world,
-                    "versions": {"torch": str(torch.__version__), "torchvision": str(torchvision.__version__), "python": sys.version.split()[0]},
-                },
+                {**state, **self._counters(), **self._identity()},
                 self.out / "last.pt",
                 keep=self.out / "previous.pt",
             )
@@ -528,7 +600,9 @@ class Run:
         number = self.stop_signal or signal.SIGTERM
         self.log({"status": "preempted", "signal": int(number), "epoch": self.epoch, "step": self.step})
         if hasattr(self, "parts") and (self.out / "last.pt").exists():
-            self.say(f"stopped by signal {int(number)} at epoch {self.epoch}, step {self.step}; the same command with --resume auto --out {self.out} goes on")
+            self.say(
+                f"stopped by signal {int(number)} at epoch {self.epoch}, step {self.step}; the same command with --resume auto --out {self.out} goes on"
+            )
         raise Stopped(int(number))
 
     def _unlock(self) -> None:

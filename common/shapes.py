@@ -12,11 +12,12 @@ import random
 import numpy as np
 import torch
 
-SHAPES = ("disc", "triangle", "cross")
+SHAPES = ("disc", "ring", "cross")
 TEXTURES = ("plain", "horizontal", "vertical", "dotted")
 CLASSES = [f"{shape}_{texture}" for shape in SHAPES for texture in TEXTURES]
 SIZE = 64  # pixels, both sides
 TRAIN_IMAGES, VAL_IMAGES = 12_000, 1_200
+ROWS, COLUMNS = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32)
 
 
 def draw(split: str, index: int) -> tuple[np.ndarray, np.ndarray, int]:
@@ -24,7 +25,7 @@ def draw(split: str, index: int) -> tuple[np.ndarray, np.ndarray, int]:
     label = index % len(CLASSES)
     shape, texture = divmod(label, len(TEXTURES))
     rng = random.Random(f"shapes-{split}-{index}")
-    y, x = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32)
+    y, x = ROWS, COLUMNS
     colours = [np.array([rng.uniform(0, 255) for _ in range(3)], dtype=np.float32) for _ in range(4)]
 
     # Background: a smooth ramp between two colours, with clutter bars in front of it.
@@ -37,17 +38,17 @@ def draw(split: str, index: int) -> tuple[np.ndarray, np.ndarray, int]:
         image[bar] = [rng.uniform(0, 255) for _ in range(3)]
 
     # The object, in its own rotated frame (u, v) with unit = its radius.
-    radius = rng.uniform(18, 26)
-    cy, cx = (rng.uniform(26, SIZE - 26) for _ in range(2))
-    turn = rng.uniform(-0.3, 0.3)
+    radius = rng.uniform(20, 26)
+    cy, cx = (rng.uniform(29, SIZE - 29) for _ in range(2))
+    turn = rng.uniform(-0.25, 0.25)
     u = (math.cos(turn) * (x - cx) + math.sin(turn) * (y - cy)) / radius
     v = (-math.sin(turn) * (x - cx) + math.cos(turn) * (y - cy)) / radius
     if SHAPES[shape] == "disc":
         mask = u * u + v * v < 0.9
-    elif SHAPES[shape] == "triangle":
-        mask = (v < 0.75) & (v > -0.95 + 1.75 * np.abs(u))
+    elif SHAPES[shape] == "ring":
+        mask = (u * u + v * v < 1.0) & (u * u + v * v > 0.3)
     else:
-        mask = (np.minimum(np.abs(u), np.abs(v)) < 0.32) & (np.maximum(np.abs(u), np.abs(v)) < 1.0)
+        mask = (np.minimum(np.abs(u), np.abs(v)) < 0.36) & (np.maximum(np.abs(u), np.abs(v)) < 1.0)
 
     # Two object colours far enough apart in brightness that the texture can be seen.
     light, dark = 180 + colours[2] * 0.3, colours[3] * 0.3
@@ -62,8 +63,8 @@ def draw(split: str, index: int) -> tuple[np.ndarray, np.ndarray, int]:
         ink = ((x + phase) % period - period / 2) ** 2 + ((y + phase) % period - period / 2) ** 2 < (0.33 * period) ** 2
     image[mask] = np.where(ink[mask][:, None], dark, light)
 
-    noise = np.random.Generator(np.random.PCG64(rng.getrandbits(64))).standard_normal(image.shape, dtype=np.float32)
-    return np.clip(image + 8 * noise, 0, 255).astype(np.uint8), mask, label
+    noise = np.frombuffer(rng.randbytes(image.size), dtype=np.uint8).reshape(image.shape) * np.float32(0.1) - np.float32(12.8)
+    return np.clip(image + noise, 0, 255).astype(np.uint8), mask, label
 
 
 def object_mask(split: str, index: int) -> torch.Tensor:

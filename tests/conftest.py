@@ -1,0 +1,248 @@
+"""Helpers of the tests: reference numbers, tiny data sets, and runs of a script in this or in other processes."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import zlib
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # another thread count changes the last bits
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+def reference(name: str):
+    return json.loads((ROOT / "tests" / "reference" / f"{name}.json").read_text())
+
+
+def noise(name: str, count: int) -> np.ndarray:
+    """The reference data's hash noise in [-1, 1): a splitmix64 of (crc32(name), index)."""
+    x = (np.uint64(zlib.crc32(name.encode())) << np.uint64(32)) + np.arange(count, dtype=np.uint64)
+    x = x * np.uint64(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+    x = x ^ (x >> np.uint64(31))
+    return (x >> np.uint64(11)).astype(np.float64) * 2.0**-52 - 1
+
+
+@torch.no_grad()
+def fill(model: torch.nn.Module) -> None:
+    """Weights as the reference numbers were computed with: by name, no random generator."""
+    for key, tensor in model.state_dict().items():
+        if not tensor.is_floating_point():
+            continue
+        leaf, offset, scale = key.rsplit(".", 1)[-1], 0.0, 0.1
+        if leaf.endswith(("token", "embed")):
+            scale = 0.02
+        elif tensor.ndim >= 2:
+            scale = math.sqrt(6 / math.prod(tensor.shape[1:]))
+        elif leaf.startswith("gamma"):
+            offset = 0.3
+        elif leaf == "running_var":
+            offset, scale = 1.0, 0.5
+        elif leaf in ("weight", "alpha"):
+            offset = 1.0
+        tensor.copy_(torch.from_numpy((noise(key, tensor.numel()) * scale + offset).reshape(tensor.shape)))
+
+
+def filled_images(batch: int, size: int) -> torch.Tensor:
+    grid = np.arange(size) * 7 // size
+    pictures = []
+    for b in range(batch):
+        coarse = noise(f"image.{b}.{size}.coarse", 147).reshape(3, 7, 7)[:, grid[:, None], grid[None]]
+        pictures.append(1.5 * coarse + noise(f"image.{b}.{size}.fine", 3 * size * size).reshape(3, size, size))
+    return torch.from_numpy(np.stack(pictures).astype(np.float32))
+
+
+def sine(spec: dict, dtype=torch.float64) -> torch.Tensor:
+    """Tensor of kind "sin" in the reference data."""
+    index = torch.arange(math.prod(spec["shape"]), dtype=torch.float64)
+    return (spec["offset"] + spec["scale"] * torch.sin(spec["a"] * index + spec["b"])).reshape(spec["shape"]).to(dtype)
+
+
+def triangle_image(spec: dict) -> np.ndarray:
+    """uint8 (H, W, 3) of kind "tri" in the reference data."""
+    y, x, c = np.mgrid[0 : spec["height"], 0 : spec["width"], 0:3]
+    wave = spec["cy"] * y + spec["cx"] * x + spec["cc"] * c + spec["cxy"] * x * y + spec["c0"]
+    return np.abs(wave % 510 - 255).astype(np.uint8)
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Peak signal-to-noise ratio of two 8-bit images, dB."""
+    error = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
+    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+
+
+# ---- Data sets ---------------------------------------------------------------------------------------------------------
+
+
+def picture(label: int, index: int, size: int = 36) -> Image.Image:
+    """A picture whose class can be seen: a bright band at a height given by the label."""
+    rng = np.random.default_rng(1000 * label + index)
+    pixels = rng.integers(0, 120, (size, size, 3), dtype=np.uint8)
+    pixels[label * 8 : label * 8 + 8] += 110
+    return Image.fromarray(pixels)
+
+
+def encoded(image: Image.Image, kind: str = "JPEG") -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind)
+    return out.getvalue()
+
+
+def write_folder(root: Path, *, train: int = 16, val: int = 5, classes=("ant", "bee", "cat", "dog")) -> Path:
+    for split, count in (("train", train), ("val", val)):
+        for label, name in enumerate(classes):
+            (root / split / name).mkdir(parents=True, exist_ok=True)
+            for i in range(count):
+                (root / split / name / f"{name}_{i:03d}.jpg").write_bytes(encoded(picture(label, i + 500 * (split == "val"))))
+    return root
+
+
+def write_tar(path: Path, members: dict[str, bytes], **options) -> Path:
+    with tarfile.open(path, "w", **options) as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """64 training and 20 validation images of 4 classes; not to be changed."""
+    return write_folder(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+# ---- Runs --------------------------------------------------------------------------------------------------------------
+
+# The smallest run that uses every part: LAMB, accumulation, mixing, 3-Augment.
+TINY = "--model vit_nano --recipe shapes --img-size 32 --batch-size 16 --mix-group 4 --epochs 2 --warmup-epochs 1 --mixup 0.8 --cutmix 1.0 --workers 0 --device cpu".split()  # fmt: skip
+
+
+class Result:
+    def __init__(self, status: int, out: str, err: str):
+        self.status, self.out, self.err = status, out, err
+
+    def __repr__(self) -> str:
+        return f"exit {self.status}\n--- stdout\n{self.out}\n--- stderr\n{self.err}"
+
+
+@pytest.fixture
+def deit3_here(capfd, monkeypatch):
+    """Runs `deit3.py ARGUMENTS` in this process; returns exit status and what it printed."""
+    import deit3
+    from common.run import launch
+
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def run(*arguments) -> Result:
+        monkeypatch.setattr(sys, "argv", ["deit3.py", *map(str, arguments)])
+        capfd.readouterr()
+        status = 0
+        try:
+            launch(deit3.main)
+        except SystemExit as end:
+            status = end.code
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return Result(status, *capfd.readouterr())
+
+    return run
+
+
+def environment(**extra) -> dict:
+    kept = {
+        k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "SLURM")) and k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **{k: str(v) for k, v in extra.items()}}
+
+
+def start(*command, cwd: Path = ROOT, **env) -> subprocess.Popen:
+    """Starts a command in a session of its own."""
+    return subprocess.Popen(
+        list(map(str, command)),
+        cwd=cwd,
+        env=environment(**env),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen, timeout: float = 120) -> Result:
+    """Waits for the end; a run that outlasts the timeout is killed with everything it started, and fails the test."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        pytest.fail(f"still running after {timeout} s\n{out}\n{err}")
+    return Result(process.returncode, out, err)
+
+
+def python(*arguments, timeout: float = 120, cwd: Path = ROOT, **env) -> Result:
+    return finish(start(sys.executable, *arguments, cwd=cwd, **env), timeout)
+
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+
+
+def torchrun(ranks: int, *arguments, timeout: float = 120, **env) -> Result:
+    return finish(start(*TORCHRUN, "--nproc_per_node", ranks, *arguments, **env), timeout)
+
+
+def wait_until(condition, timeout: float = 60, every: float = 0.02) -> None:
+    end = time.time() + timeout
+    while not condition():
+        assert time.time() < end, "waited too long"
+        time.sleep(every)
+
+
+def load(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def log_of(out: Path) -> list[dict]:
+    return [
+        json.loads(line, parse_constant=lambda c: pytest.fail(f"{c} in the log")) for line in (out / "log.jsonl").read_text().splitlines()
+    ]
+
+
+def same(a, b) -> bool:
+    """Bit-identical nested values."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def same_training(a: Path, b: Path) -> bool:
+    """The two runs' last checkpoints hold the same weights, optimizer and counters, bit for bit."""
+    one, two = load(a / "last.pt"), load(b / "last.pt")
+    return all(same(one[k], two[k]) for k in ("model", "ema", "optimizer", "scaler", "epoch", "step", "best", "loss_sum"))

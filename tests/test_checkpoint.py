@@ -1,0 +1,274 @@
+"""Writing and reading checkpoints: rows C and D of the fault list."""
+
+import argparse
+import os
+import pickle
+import random
+import resource
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY, load, python, same_training, start, wait_until
+from test_cli import refused
+
+import deit3
+from common import checkpoint
+from common.errors import RunError, UserError
+
+CONTENT = {"model": {"w": torch.arange(50_000.0)}, "epoch": 3}
+
+SAVE_FOR_EVER = """
+import sys, torch
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from common import checkpoint
+for n in range(10**9):
+    checkpoint.save({{"model": {{"w": torch.full((100_000,), float(n))}}, "n": n}}, Path({out!r}) / "last.pt", keep=Path({out!r}) / "previous.pt")
+    Path({out!r}, "done").write_text(str(n))
+"""
+
+
+def test_C1_C5_a_kill_at_any_moment_of_a_write_loses_nothing(tmp_path):
+    """50 kills in 5 processes would start torch 50 times; instead the writer is forked, at 40 random moments."""
+    for attempt in range(40):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                exec(SAVE_FOR_EVER.format(root=str(ROOT), out=str(tmp_path)), {})
+            finally:
+                os._exit(1)
+        wait_until(lambda: (tmp_path / "done").exists())
+        random.seed(attempt)
+        import time
+
+        time.sleep(random.uniform(0, 0.02))
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        text = (tmp_path / "done").read_text()
+        newest = checkpoint.load(tmp_path / "last.pt", "--resume")
+        assert (newest["model"]["w"] == newest["n"]).all()
+        if text:
+            assert newest["n"] - int(text) in (0, 1)
+        (tmp_path / "done").unlink()
+
+
+def test_C2_a_full_disk_leaves_the_old_checkpoint(tmp_path):
+    path = tmp_path / "last.pt"
+    checkpoint.save(CONTENT, path)
+    before, limit = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limit[1]))
+    try:
+        with pytest.raises(RunError, match=r"cannot write .*last.pt.*needs about \d+ bytes, \d+ are free.*intact"):
+            checkpoint.save(CONTENT, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_C3_an_output_folder_that_cannot_be_written(deit3_here, tmp_path, folder):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file" / "sub", tmp_path / "file", Path("/proc/nothing")):
+        refused(deit3_here(*TINY, "--data", folder, "--out", out), f"--out {out}", "cannot be written")
+
+
+def test_C7_the_file_loads_without_our_code(deit3_here, tmp_path, folder):
+    assert deit3_here(*TINY, "--data", folder, "--ema", 0.9, "--out", tmp_path / "o").status == 0
+    code = f"import torch, sys; c = torch.load({str(tmp_path / 'o/last.pt')!r}, weights_only=True); print(sorted(c)); print('common' in sys.modules)"
+    result = python("-c", code, cwd=tmp_path, PYTHONPATH="")
+    assert result.status == 0 and result.out.strip().endswith("False"), result
+    for key in (
+        "model",
+        "ema",
+        "optimizer",
+        "scaler",
+        "epoch",
+        "step",
+        "best",
+        "rng",
+        "recipe",
+        "data",
+        "versions",
+        "format",
+        "seed",
+        "method",
+        "model_name",
+        "world_size",
+        "loss_sum",
+    ):
+        assert f"'{key}'" in result.out, key
+
+
+def test_C8_nothing_may_be_missing(deit3_here, tmp_path, folder):
+    command = [*TINY, "--data", folder, "--ema", 0.9, "--out", tmp_path / "o"]
+    assert deit3_here(*command).status == 0
+    whole = load(tmp_path / "o/last.pt")
+    for key in (
+        "model",
+        "ema",
+        "optimizer",
+        "scaler",
+        "epoch",
+        "step",
+        "best",
+        "rng",
+        "recipe",
+        "data",
+        "seed",
+        "loss_sum",
+        "loss_count",
+        "log_bytes",
+    ):
+        torch.save({k: v for k, v in whole.items() if k != key}, tmp_path / "cut.pt")
+        result = deit3_here(*command[:-1], tmp_path / f"r_{key}", "--resume", tmp_path / "cut.pt")
+        assert result.status == 2 and "Traceback" not in result.err, (key, result)
+
+
+def test_C9_a_slice_is_stored_without_its_parent(tmp_path):
+    checkpoint.save({"model": {"row": torch.zeros(1000, 1000)[:1]}}, tmp_path / "x.pt")
+    assert (tmp_path / "x.pt").stat().st_size < 20_000
+
+
+@pytest.mark.parametrize("value", [argparse.Namespace(a=1), Path("x"), torch.nn.Linear(1, 1), object()], ids=lambda v: type(v).__name__)
+def test_C7_other_types_are_refused_when_written(tmp_path, value):
+    with pytest.raises(TypeError, match="may not hold"):
+        checkpoint.save({"model": {}, "x": value}, tmp_path / "x.pt")
+
+
+def test_G4_weights_that_are_not_finite_replace_nothing(tmp_path):
+    path = tmp_path / "last.pt"
+    checkpoint.save(CONTENT, path)
+    with pytest.raises(RunError, match="not finite, e.g. w"):
+        checkpoint.save({"model": {"w": torch.tensor([1.0, float("nan")])}}, path)
+    assert load(path)["epoch"] == 3
+
+
+# ---- Reading ---------------------------------------------------------------------------------------------------------------
+
+
+def cut(n):
+    return lambda data: data[: n if n >= 0 else len(data) + n]
+
+
+def flip(data):
+    at = data.index(b"\x00\x00\x80\x3f") + 40_000  # inside the tensor
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [cut(0), cut(10), cut(100_000), cut(-10), lambda d: b"<html>not found</html>", flip],
+    ids=["0", "10", "half", "-10", "html", "one bit"],
+)
+def test_D1_D2_damaged_files_are_recognised(tmp_path, damage):
+    checkpoint.save(CONTENT, tmp_path / "x.pt")
+    (tmp_path / "x.pt").write_bytes(damage((tmp_path / "x.pt").read_bytes()))
+    with pytest.raises(UserError, match=f"damaged checkpoint {tmp_path / 'x.pt'}"):
+        checkpoint.load(tmp_path / "x.pt", "--resume")
+
+
+def test_D1_automatic_resume_falls_back_to_the_previous_file(deit3_here, tmp_path, folder):
+    command = [*TINY, "--data", folder, "--epochs", 3]
+    assert deit3_here(*command, "--out", tmp_path / "a").status == 0
+    assert deit3_here(*command, "--out", tmp_path / "b").status == 0
+    data = (tmp_path / "b/last.pt").read_bytes()
+    (tmp_path / "b/last.pt").unlink()  # best.pt may be a link to it
+    (tmp_path / "b/last.pt").write_bytes(data[: len(data) // 2])
+    result = deit3_here(*command, "--out", tmp_path / "b", "--resume")
+    assert result.status == 0 and "damaged checkpoint" in result.out and "resumed from previous.pt at epoch 1" in result.out, result
+    assert same_training(tmp_path / "a", tmp_path / "b")
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_D3_a_malicious_file_runs_nothing(tmp_path, zipped):
+    torch.save({"model": Evil(tmp_path / "pwned")}, tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match="refused|damaged"):
+        checkpoint.load(tmp_path / "x.pt", "--weights")
+    (tmp_path / "y.pt").write_bytes(pickle.dumps(Evil(tmp_path / "pwned")))
+    with pytest.raises(UserError, match="refused|damaged"):
+        checkpoint.load(tmp_path / "y.pt", "--weights")
+    assert not (tmp_path / "pwned").exists()
+    assert not subprocess.run(
+        ["grep", "-rn", "weights_only=False", "--include=*.py", str(ROOT / "common"), str(ROOT / "deit3.py")], capture_output=True
+    ).stdout
+
+
+def test_D4_another_architecture(deit3_here, tmp_path, folder):
+    assert deit3_here(*TINY, "--data", folder, "--out", tmp_path / "o").status == 0
+    other = [*TINY, "--model", "vit_ti", "--data", folder]
+    refused(
+        deit3_here(*other, "--resume", tmp_path / "o/last.pt", "--out", tmp_path / "p"), "holds deit3 vit_nano, you asked for deit3 vit_ti"
+    )
+    refused(deit3_here(*other, "--weights", tmp_path / "o/last.pt", "--out", tmp_path / "q"), "vit_nano")
+
+
+@pytest.mark.parametrize("wrap", [dict, lambda s: {"model": s}, lambda s: {"state_dict": s}, lambda s: {f"module.{k}": v for k, v in s.items()}, lambda s: {"model": {f"_orig_mod.module.{k}": v for k, v in s.items()}}, lambda s: {f"model.{k}": v for k, v in s.items()}])  # fmt: skip
+def test_D5_wrappers_are_taken_off(wrap):
+    state = deit3.build_model("vit_nano", 4, 32).state_dict()
+    assert checkpoint.weights(wrap(state)).keys() == state.keys()
+
+
+def test_D5_keys_that_do_not_fit_are_counted():
+    model = torch.nn.Sequential(*[torch.nn.Linear(2, 2) for _ in range(4)])
+    with pytest.raises(UserError, match="8 keys missing, e.g. 0.bias, 0.weight, 1.bias, 1.weight, 2.bias; 1 keys not known, e.g. other"):
+        checkpoint.load_weights(model, {"other": torch.zeros(1)}, "--weights x")
+    with pytest.raises(UserError, match=r"1 shapes differ, e.g. 0.weight \(3, 3\) for \(2, 2\)"):
+        checkpoint.load_weights(model, {**model.state_dict(), "0.weight": torch.zeros(3, 3)}, "--weights x")
+
+
+def test_D6_D7_D12_an_official_file_in_half_precision_is_loaded_and_resized(deit3_here, tmp_path, folder):
+    state = deit3.build_model("vit_nano", 1000, 64, layer_scale=1.0).half().state_dict()
+    torch.save({"model": state, "args": argparse.Namespace(lr=1), "epoch": 1}, tmp_path / "official.pth")
+    result = deit3_here(*TINY, "--data", folder, "--weights", tmp_path / "official.pth", "--out", tmp_path / "o")
+    assert result.status == 0, result
+    assert "position embedding resized to 4 x 4 patches" in result.out and "new head: the checkpoint has 1000 classes" in result.out
+    assert load(tmp_path / "o/last.pt")["model"]["pos_embed"].dtype == torch.float32
+
+
+def test_D8_weights_are_no_run_to_resume(deit3_here, tmp_path, folder):
+    torch.save({"model": deit3.build_model("vit_nano", 4, 32).state_dict()}, tmp_path / "w.pt")
+    refused(deit3_here(*TINY, "--data", folder, "--resume", tmp_path / "w.pt", "--out", tmp_path / "o"), "holds weights only", "--weights")
+
+
+def test_D10_a_newer_format_is_refused(tmp_path):
+    torch.save({"model": {}, "format": 99}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="format 99"):
+        checkpoint.load(tmp_path / "x.pt", "--resume")
+
+
+def test_D11_paths_that_are_no_files(tmp_path):
+    for path, message in ((tmp_path, "is a folder"), (tmp_path / "none.pt", "no such file")):
+        with pytest.raises(UserError, match=message):
+            checkpoint.load(path, "--weights")
+
+
+def test_best_is_not_overwritten_by_a_worse_epoch_after_resume(deit3_here, tmp_path, folder, monkeypatch):
+    import common.evaluate
+
+    scores = iter([50.0, 20.0, 20.0, 30.0])  # epoch 1 is evaluated again by the resumed run
+    monkeypatch.setattr(common.evaluate, "evaluate", lambda *a, **k: {"top1": next(scores), "top5": 0.0, "loss": 1.0})
+    command = [*TINY, "--data", folder, "--out", tmp_path]
+    assert deit3_here(*command).status == 0
+    best = load(tmp_path / "best.pt")["model"]["head.weight"]
+    assert deit3_here(*command, "--epochs", 3, "--resume", "--allow-changes").status == 0
+    assert torch.equal(best, load(tmp_path / "best.pt")["model"]["head.weight"])
+
+
+def test_an_archive_is_what_zip_tools_can_verify(tmp_path):
+    checkpoint.save(CONTENT, tmp_path / "x.pt")
+    assert zipfile.ZipFile(tmp_path / "x.pt").testzip() is None
+    assert start and sys.executable

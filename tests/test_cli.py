@@ -1,0 +1,277 @@
+"""Command lines: the rows A of the fault list, evaluation, pictures and other things a user asks for."""
+
+import json
+import os
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from conftest import ROOT, TINY, encoded, load, log_of, picture, python, torchrun, write_folder
+from PIL import Image
+
+import deit3
+from common.errors import UserError
+from common.run import split_batch
+
+
+def refused(result, *parts):
+    """Exit status 2 with one line on standard error that holds all parts."""
+    assert result.status == 2, result
+    lines = result.err.strip().splitlines()
+    assert len(lines) == 1 and "Traceback" not in result.err, result
+    for part in parts:
+        assert part in lines[0], result
+
+
+def test_A1_a_wrong_model_name(deit3_here):
+    refused(deit3_here("--model", "vit_bb"), "--model vit_bb", "did you mean vit_b", "vit_h26x2")
+    refused(deit3_here("--model", "torchvision/resnet51"), "resnet50")
+    refused(deit3_here("--recipe", "in1"), "in1k")
+
+
+@pytest.mark.parametrize(
+    "flag, near", [("--batch", "--batch-size"), ("--lrr", "--lr"), ("--batch_size", "--batch-size"), ("--local-rank=0", "torchrun")]
+)
+def test_A2_F5_a_misspelt_or_abbreviated_flag(deit3_here, flag, near):
+    refused(deit3_here(flag, *([] if "=" in flag else ["256"])), flag.split("=")[0], near)
+
+
+@pytest.mark.parametrize(
+    "batch, world, micro, group, near", [(100, 8, None, 8, "64 and 128"), (2048, 8, 48, 16, "1920 and 2304"), (4, 8, None, 4, "32")]
+)
+def test_A3_a_batch_that_does_not_fit(batch, world, micro, group, near):
+    with pytest.raises(UserError, match=near):
+        split_batch(batch, world, micro, group)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 8, 16, 32])
+def test_the_global_batch_is_split_without_remainder(world):
+    micro, accumulation = split_batch(2048, world, None, 64)
+    assert micro * accumulation * world == 2048 and micro % 64 == 0 and micro <= 256
+
+
+OUT_OF_RANGE = [("batch-size", 0), ("lr", 0), ("lr", -1), ("lr", "nan"), ("epochs", 0), ("drop-path", 1.0), ("smoothing", 1.5), ("mixup", -1), ("warmup-epochs", 6), ("img-size", 0), ("eval-crop-ratio", 0), ("mix-group", 0), ("repeats", 0)]  # fmt: skip
+
+
+@pytest.mark.parametrize("flag, value", OUT_OF_RANGE)
+def test_A4_values_out_of_range(deit3_here, flag, value):
+    refused(deit3_here("--recipe", "shapes", f"--{flag}", value), f"--{flag}", "must be")
+
+
+def test_A5_a_final_learning_rate_above_the_peak(deit3_here):
+    refused(deit3_here("--lr", "5e-6"), "--lr 5e-06", "--min-lr 1e-05")
+
+
+def test_smoothing_does_not_go_with_binary_cross_entropy(deit3_here):
+    refused(deit3_here("--smoothing", "0.1"), "--loss ce")
+
+
+def test_A6_an_odd_batch_with_mixup_works(deit3_here, tmp_path):
+    result = deit3_here(
+        *TINY, "--batch-size", 5, "--mix-group", 5, "--data", write_folder(tmp_path / "d", train=3, val=1), "--out", tmp_path / "o"
+    )
+    assert result.status == 0, result
+
+
+@pytest.mark.parametrize("size, near", [("225", "224x224 or 232x232"), ("224x161", "224x160 or 232x168")])
+def test_A7_a_size_that_is_no_multiple_of_the_patch(deit3_here, tmp_path, size, near):
+    refused(deit3_here(*TINY, "--img-size", size, "--out", tmp_path / "o"), "--img-size", near)
+    assert not (tmp_path / "o").exists()
+
+
+def test_A7_non_square_images_train_evaluate_and_change_size(deit3_here, tmp_path, folder):
+    common = [*TINY, "--data", folder, "--epochs", 1, "--warmup-epochs", 0]
+    assert deit3_here(*common, "--img-size", "32x48", "--out", tmp_path / "a").status == 0
+    result = deit3_here(*common, "--img-size", "48x32", "--weights", tmp_path / "a" / "last.pt", "--out", tmp_path / "b")
+    assert result.status == 0 and "position embedding" not in result.err, result
+    result = deit3_here(*common, "--eval", "--img-size", "64x48", "--weights", tmp_path / "a" / "last.pt")
+    assert result.status == 0 and "position embedding resized to 8 x 6 patches" in result.out, result
+
+
+def test_A9_deviations_are_printed_and_logged(deit3_here, tmp_path, folder):
+    result = deit3_here(*TINY, "--data", folder, "--optimizer", "adamw", "--out", tmp_path)
+    assert result.status == 0 and "differs from the paper:" in result.out and "optimizer adamw (paper: lamb)" in result.out
+    assert "known to diverge" in result.out
+    assert "optimizer adamw (paper: lamb)" in log_of(tmp_path)[0]["differs_from_paper"]
+
+
+def test_A10_an_output_folder_in_use(deit3_here, tmp_path, folder):
+    command = [*TINY, "--data", folder, "--out", tmp_path]
+    assert deit3_here(*command).status == 0 and not (tmp_path / "lock").exists()
+    before = (tmp_path / "last.pt").read_bytes()
+    refused(deit3_here(*command), "holds a run already", "--resume auto")
+    holder = os.getppid()  # a live process that is not this one
+    import socket
+
+    from common.run import _process_start
+
+    (tmp_path / "lock").write_text(f"{socket.gethostname()} {holder} {_process_start(holder)}")
+    refused(deit3_here(*command, "--resume"), f"in use by process {holder}")
+    (tmp_path / "lock").write_text(f"{socket.gethostname()} {holder} 1")  # that number was another, dead process's
+    assert deit3_here(*command, "--resume").status == 0
+    assert (tmp_path / "last.pt").read_bytes() == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_A11_no_gpu(deit3_here, tmp_path, folder):
+    refused(deit3_here("--device", "cuda", "--data", folder), "--device cuda", "no GPU")
+    arguments = [a for a in TINY if a not in ("--device", "cpu")]
+    assert "running on the CPU" in deit3_here(*arguments, "--data", folder, "--out", tmp_path).out
+
+
+def test_A12_help_and_list_need_nothing(tmp_path):
+    shutil.copy(ROOT / "deit3.py", tmp_path)
+    shutil.copytree(ROOT / "common", tmp_path / "common", ignore=shutil.ignore_patterns("__pycache__"))
+    before = sorted(tmp_path.rglob("*"))
+    for flag, part in (("--help", "--batch-size"), ("--list-models", "vit_h26x2")):
+        result = python("deit3.py", flag, cwd=tmp_path, HOME="/proc/nothing", PYTHONPATH="", PYTHONDONTWRITEBYTECODE=1)
+        assert result.status == 0 and part in result.out, result
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_A13_precision_that_the_device_lacks(deit3_here, folder):
+    refused(deit3_here(*TINY, "--amp", "fp16", "--data", folder), "--amp fp16", "--amp fp32")
+
+
+def test_A14_resuming_with_other_flags(deit3_here, tmp_path, folder):
+    command = [*TINY, "--data", folder, "--out", tmp_path]
+    assert deit3_here(*command).status == 0
+    for change, part in (
+        (["--lr", "0.005"], "lr was 0.01, now 0.005"),
+        (["--epochs", "3"], "epochs was 2, now 3"),
+        (["--seed", "1"], "seed was 0, now 1"),
+    ):
+        refused(deit3_here(*command, *change, "--resume"), part, "--allow-changes")
+    result = deit3_here(*command, "--epochs", "3", "--resume", "--allow-changes")
+    assert result.status == 0 and "epochs was 2, now 3" in result.out, result
+    assert [r["epoch"] for r in log_of(tmp_path) if "train_loss" in r] == [0, 1, 2]
+    assert log_of(tmp_path)[-1]["status"] == "completed"
+
+
+# ---- Data rows that a command answers ------------------------------------------------------------------------------------
+
+
+def test_B8_another_number_of_classes(deit3_here, tmp_path, folder):
+    assert deit3_here(*TINY, "--data", folder, "--out", tmp_path / "a").status == 0
+    three = write_folder(tmp_path / "three", classes=("ant", "bee", "cat"))
+    result = deit3_here(*TINY, "--data", three, "--weights", tmp_path / "a/last.pt", "--out", tmp_path / "b")
+    assert result.status == 0 and "new head: the checkpoint has 4 classes, the data 3" in result.out, result
+    refused(deit3_here(*TINY, "--data", three, "--eval", "--weights", tmp_path / "a/last.pt"), "classes")
+    refused(deit3_here(*TINY, "--data", three, "--resume", tmp_path / "a/last.pt", "--out", tmp_path / "c"), "classes was 4, now 3")
+
+
+def test_B9_a_data_set_smaller_than_the_batch(deit3_here, tmp_path):
+    few = write_folder(tmp_path / "d", train=10, val=1)
+    refused(deit3_here(*TINY, "--data", few, "--batch-size", 64, "--out", tmp_path / "o"), "--batch-size 64", "40 images")
+    refused(deit3_here(*TINY, "--data", few, "--batch-size", 64, "--repeats", 3, "--out", tmp_path / "o"), "40 images")
+
+
+def test_B26_data_changed_between_run_and_resume(deit3_here, tmp_path):
+    images = write_folder(tmp_path / "d")
+    command = [*TINY, "--data", images, "--out", tmp_path / "o"]
+    assert deit3_here(*command).status == 0
+    time.sleep(0.02)
+    (images / "train" / "ant" / "new.jpg").write_bytes(encoded(picture(0, 77)))
+    refused(deit3_here(*command, "--resume"), "data was")
+
+
+def test_a_damaged_image_ends_the_run_with_its_path(deit3_here, tmp_path):
+    images = write_folder(tmp_path / "d", train=4, val=1)
+    (images / "train" / "cat" / "cat_002.jpg").write_bytes(b"")
+    result = deit3_here(*TINY, "--data", images, "--out", tmp_path / "o")
+    assert result.status == 1 and "train/cat/cat_002.jpg" in result.err and len(result.err.strip().splitlines()) == 1, result
+    assert log_of(tmp_path / "o")[-1]["status"] == "failed"
+
+
+# ---- Other uses ------------------------------------------------------------------------------------------------------------
+
+
+def accuracy(result) -> dict:
+    words = result.out.strip().splitlines()[-1].split()
+    return dict(zip(words[::2], map(float, words[1::2])))
+
+
+def test_D9_B10_evaluation_repeats_the_logged_numbers_for_any_batch_and_ranks(deit3_here, tmp_path):
+    images = write_folder(tmp_path / "d", val=25)
+    (images / "val" / "ant" / "one_more.jpg").write_bytes(encoded(picture(0, 1234)))  # 101 images
+    assert deit3_here(*TINY, "--data", images, "--ema", 0.9, "--out", tmp_path / "o").status == 0
+    logged = [r for r in log_of(tmp_path / "o") if "val_top1" in r][-1]
+    command = [*TINY, "--data", images, "--eval", "--weights", tmp_path / "o/last.pt"]
+    for extra in ([], ["--micro-batch", "7"]):
+        found = accuracy(deit3_here(*command, *extra))
+        assert found["top1"] == pytest.approx(logged["val_top1"], abs=1e-3) and found["loss"] == pytest.approx(logged["val_loss"], abs=1e-4)
+    averaged = accuracy(deit3_here(*command, "--use-ema"))
+    assert averaged["loss"] == pytest.approx(logged["val_ema_loss"], abs=1e-4) and averaged["loss"] != pytest.approx(
+        logged["val_loss"], abs=1e-4
+    )
+    two = torchrun(2, "deit3.py", *command)
+    assert two.status == 0 and accuracy(two)["top1"] == pytest.approx(logged["val_top1"], abs=1e-3), two
+
+
+def test_evaluation_on_other_sets_and_on_real_labels(deit3_here, tmp_path):
+    names = ("n01", "n02", "n03", "n04")
+    images = write_folder(tmp_path / "d", classes=names)
+    for n, file in enumerate(sorted((images / "val").rglob("*.jpg"))):
+        file.rename(file.with_name(f"ILSVRC2012_val_{n + 1:08d}.JPEG"))
+    assert deit3_here(*TINY, "--data", images, "--out", tmp_path / "o").status == 0
+    v2 = write_folder(tmp_path / "v2", classes=("0", "1", "2", "3"))
+    (tmp_path / "real.json").write_text(json.dumps([[n // 5] for n in range(19)] + [[]]))
+    command = [*TINY, "--data", images, "--eval", "--weights", tmp_path / "o/best.pt"]
+    found = accuracy(deit3_here(*command, "--real-labels", tmp_path / "real.json"))
+    assert abs(found["real"] - found["top1"]) < 6  # the same labels, one image left out
+    result = deit3_here(*command, "--eval-data", v2 / "val")
+    assert result.status == 0 and "taken as labels 0..3" in result.out, result
+    refused(deit3_here(*command, "--real-labels", tmp_path / "none.json"), "--real-labels")
+
+
+def test_show_batch_writes_what_the_network_is_fed(deit3_here, tmp_path):
+    result = deit3_here(*TINY, "--show-batch", tmp_path / "batch.png")
+    assert result.status == 0, result
+    assert Image.open(tmp_path / "batch.png").size == (8 * 34 + 2, 2 * (2 * 34 + 2 + 14))
+    assert not (tmp_path / "o").exists()
+
+
+def test_benchmark_prints_speed(deit3_here, monkeypatch):
+    monkeypatch.setattr("common.report.speed.__kwdefaults__", {"seconds": 0.1})
+    result = deit3_here(*TINY, "--benchmark")
+    assert result.status == 0 and "training" in result.out and "inference" in result.out and "images/s" in result.out
+
+
+def test_a_run_writes_log_checkpoints_and_curves(deit3_here, tmp_path, folder):
+    result = deit3_here(*TINY, "--data", folder, "--out", tmp_path, "--tensorboard")
+    assert result.status == 0, result
+    for part in ("16 = 1 ranks x 16 x 1 accumulation", "GMACs", "2 epochs x 4"):
+        assert part in result.out
+    assert {"last.pt", "best.pt", "log.jsonl", "curves.png"} <= {p.name for p in tmp_path.iterdir()}
+    assert any(p.name.startswith("events") for p in tmp_path.iterdir())
+    epochs = [r for r in log_of(tmp_path) if "train_loss" in r]
+    assert [e["epoch"] for e in epochs] == [0, 1] and all(e["val_top5"] == 100 for e in epochs)
+    assert log_of(tmp_path)[0]["status"] == "started" and log_of(tmp_path)[-1]["status"] == "completed"
+
+
+@pytest.mark.parametrize("extra", [["--trainable", "attention"], ["--model", "torchvision/resnet18", "--img-size", "64"], ["--grad-checkpoint"], ["--layer-scale", "none", "--loss", "bce", "--smoothing", "0"], ["--drop-path", "0.5", "--crop", "rrc", "--augment", "rand"], ["--val-data", "none"]], ids=" ".join)  # fmt: skip
+def test_variants_train(deit3_here, tmp_path, folder, extra):
+    result = deit3_here(*TINY, "--data", folder, "--epochs", 1, "--warmup-epochs", 0, *extra, "--out", tmp_path)
+    assert result.status == 0, result
+    if extra[0] == "--trainable":
+        a = deit3.build_model("vit_nano", 4, 32, layer_scale=1.0)
+        torch.manual_seed(0)
+        fresh = deit3.build_model("vit_nano", 4, 32, layer_scale=1.0).state_dict()
+        changed = {k for k, v in load(tmp_path / "last.pt")["model"].items() if not torch.equal(v, fresh[k])}
+        assert changed == {n for n, _ in a.named_parameters() if ".attn" in n or n.startswith("head.") or n == "pos_embed"}
+
+
+def test_F12_batch_norm_with_one_image(deit3_here, tmp_path, folder):
+    command = [*TINY, "--model", "torchvision/resnet18", "--mix-group", 1, "--micro-batch", 1, "--data", folder, "--out", tmp_path]
+    refused(deit3_here(*command), "BatchNorm")
+
+
+def test_H5_tensorboard_missing(deit3_here, tmp_path, folder, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    refused(deit3_here(*TINY, "--data", folder, "--out", tmp_path, "--tensorboard"), "pip install tensorboard")
+
+
+def test_signal_handlers_are_put_back():
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

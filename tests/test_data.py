@@ -1,0 +1,492 @@
+"""Data sets, order and loading; the rows of the fault list that concern data (B) are named after it."""
+
+import hashlib
+import json
+import os
+import pickle
+import random
+import shutil
+import tarfile
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import encoded, picture, reference, write_folder, write_tar
+from PIL import Image
+from torch import nn
+
+import deit3
+from common import data, shapes
+from common.data import (
+    GlobalBatches,
+    RepeatedAugSampler,
+    Samples,
+    epoch_order,
+    eval_batches,
+    make_loader,
+    open_data,
+    open_images,
+    to_device,
+)
+from common.errors import RunError, UserError
+
+CPU = torch.device("cpu")
+
+
+# ---- Order ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", reference("sampler"), ids=lambda c: f"{c['length']}-{c['world_size']}-{c['epoch']}")
+def test_repeated_augmentation_order_is_the_official_one(case):
+    for rank in range(case["world_size"]):
+        sampler = RepeatedAugSampler(case["length"], case["world_size"], rank, repeats=case["repeats"])
+        sampler.set_epoch(case["epoch"])
+        indices = list(sampler)
+        assert len(indices) == len(sampler) and indices[:6] == case["first"][rank]
+        assert hashlib.sha256(",".join(map(str, indices)).encode()).hexdigest() == case["sha256"][rank]
+
+
+def test_B9_a_small_data_set_yields_its_images():
+    assert len(list(RepeatedAugSampler(200, 2, 0))) == len(RepeatedAugSampler(200, 2, 0)) == 100
+
+
+def test_G6_order_depends_on_seed_and_epoch():
+    first = epoch_order(100, 0, 0, 1)
+    assert np.array_equal(first, epoch_order(100, 0, 0, 1)) and sorted(first) == list(range(100))
+    assert not np.array_equal(first, epoch_order(100, 1, 0, 1)) and not np.array_equal(first, epoch_order(100, 0, 1, 1))
+
+
+def all_micro_batches(world, accumulation, repeats=3, batch=32, group=4):
+    """{(step, group): keys} over all ranks."""
+    found = {}
+    for rank in range(world):
+        micro = batch // world // accumulation
+        batches = GlobalBatches(
+            1000, batch_size=batch, micro_batch=micro, group=group, world_size=world, rank=rank, repeats=repeats, seed=0
+        )
+        batches.set_epoch(2)
+        for i, keys in enumerate(batches):
+            step, which = divmod(i, accumulation)
+            for number, start in zip(batches.groups(which), range(0, micro, group)):
+                found[step, number] = keys[start : start + group]
+        assert i + 1 == len(batches) == batches.steps * accumulation
+    return found
+
+
+@pytest.mark.parametrize("world, accumulation", [(1, 2), (2, 1), (2, 4), (4, 2), (8, 1)])
+def test_F7_groups_of_the_global_batch_do_not_depend_on_ranks_or_accumulation(world, accumulation):
+    assert all_micro_batches(world, accumulation) == all_micro_batches(1, 1)
+
+
+def test_groups_are_the_official_ranks():
+    """Group g of 8 holds what rank g of 8 gets from the official sampler."""
+    sampler = RepeatedAugSampler(1000, 8, 5)
+    sampler.set_epoch(2)
+    groups = all_micro_batches(1, 1)
+    mine = [index for step in range(24) for _, index, _ in groups[step, 5]]
+    assert mine == list(sampler)[: len(mine)]
+
+
+def test_an_epoch_can_be_entered_in_the_middle():
+    batches = GlobalBatches(100, batch_size=8, micro_batch=4, group=4, world_size=1, rank=0, repeats=1, seed=0)
+    whole = list(batches)
+    batches.set_epoch(0, first_step=5)
+    assert list(batches) == whole[10:]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_B10_evaluation_sees_every_image_once(world):
+    seen = [k[1] for rank in range(world) for batch in eval_batches(101, 8, world, rank) for k in batch]
+    assert sorted(seen) == list(range(101))
+
+
+# ---- The built-in data set -------------------------------------------------------------------------------------------------
+
+
+def test_shapes_are_a_function_of_their_index():
+    image, mask, label = shapes.draw("train", 17)
+    again, _, _ = shapes.draw("train", 17)
+    assert np.array_equal(image, again) and not np.array_equal(image, shapes.draw("val", 17)[0])
+    assert image.shape == (64, 64, 3) and 0.05 < mask.mean() < 0.5 and label == 5
+    assert hashlib.sha256(image.tobytes()).hexdigest()[:16] == "b29653a06648e3c4"  # the same on every machine
+    assert torch.equal(shapes.object_mask("train", 17), torch.from_numpy(mask))
+
+
+def test_shapes_have_nested_labels_and_balanced_classes():
+    fine, coarse = open_data("shapes"), open_data("shapes@coarse")
+    assert len(fine["train"].classes) == 12 and coarse["val"].classes == ["disc", "ring", "cross"]
+    for f, c in zip(fine["train"].labels, coarse["train"].labels):
+        assert fine["train"].classes[f].startswith(coarse["train"].classes[c])
+    assert set(np.bincount(fine["val"].labels)) == {100}
+
+
+def test_a_linear_classifier_on_the_pixels_of_shapes_stays_under_40_percent():
+    def load(split, count):
+        pixels = torch.stack([torch.from_numpy(shapes.draw(split, i)[0]) for i in range(count)])
+        return pixels.float().flatten(1) / 127.5 - 1, torch.arange(count) % 12
+
+    (x, y), (test_x, test_y) = load("train", 3600), load("val", 600)
+    torch.manual_seed(0)
+    layer = nn.Linear(x.shape[1], 12)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-3, weight_decay=0.1)
+    for _ in range(4):
+        for batch in torch.randperm(len(x)).split(128):
+            nn.functional.cross_entropy(layer(x[batch]), y[batch]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert (layer(test_x).argmax(1) == test_y).float().mean() < 0.4
+
+
+# ---- Folders ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_read_as_torchvision_reads_it(folder):
+    from torchvision.datasets import ImageFolder
+
+    source, expected = open_data(str(folder))["train"], ImageFolder(str(folder / "train"))
+    assert source.classes == expected.classes and source.labels.tolist() == expected.targets
+    assert [source.name(i) for i in range(len(source))] == [path for path, _ in expected.samples]
+    assert np.abs(source.read(3).permute(1, 2, 0).numpy().astype(int) - np.array(expected[3][0])).max() <= 1
+
+
+def test_the_index_is_built_once_and_again_when_files_change(tmp_path, monkeypatch):
+    write_folder(tmp_path, train=2, val=1)
+    open_images(str(tmp_path / "train"), "--data")
+    with monkeypatch.context() as m:
+        m.setattr(data, "_scan_folder", lambda path: pytest.fail("scanned again"))
+        assert len(open_images(str(tmp_path / "train"), "--data")) == 8
+    time.sleep(0.02)
+    (tmp_path / "train" / "ant" / "new.jpg").write_bytes(encoded(picture(0, 99)))
+    assert len(open_images(str(tmp_path / "train"), "--data")) == 9
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda p: None, "no such file or folder.*train/CLASS"),
+    (lambda p: p.mkdir(), "no folder train/"),
+    (lambda p: (p / "train" / "a").mkdir(parents=True), "no folder val/|holds no images"),
+    (lambda p: p.write_text("x" * 600), "is not a tar archive"),
+])  # fmt: skip
+def test_B1_a_wrong_path_shows_the_expected_tree(tmp_path, make, message):
+    make(tmp_path / "d")
+    with pytest.raises(UserError, match=message):
+        open_data(str(tmp_path / "d"))
+
+
+def test_B2_an_empty_class_folder_is_named(tmp_path):
+    write_folder(tmp_path, train=1, val=1)
+    (tmp_path / "train" / "empty").mkdir()
+    (tmp_path / "val" / "empty").mkdir()
+    with pytest.raises(UserError, match="train/empty holds no images"):
+        open_data(str(tmp_path))
+
+
+def test_B3_B13_junk_is_no_class_and_odd_extensions_are_counted(tmp_path):
+    write_folder(tmp_path, train=1, val=1)
+    for junk in (".ipynb_checkpoints", "__MACOSX"):
+        (tmp_path / "train" / junk).mkdir()
+        (tmp_path / "train" / junk / "x.jpg").write_bytes(b"")
+    for name in ("Thumbs.db", ".DS_Store", "notes.txt", "a.webm"):
+        (tmp_path / "train" / "ant" / name).write_text("")
+    (tmp_path / "train" / "ant" / "B.JPEG").write_bytes(encoded(picture(0, 1), "PNG"))
+    (tmp_path / "train" / "ant" / "c.gif").write_bytes(encoded(picture(0, 1), "GIF"))
+    said = []
+    source = open_data(str(tmp_path), say=said.append)["train"]
+    assert source.classes == ["ant", "bee", "cat", "dog"] and len(source) == 6
+    assert len(said) == 1 and "2 files ignored" in said[0]
+    assert all(source.read(i).shape[0] == 3 for i in range(6))
+
+
+def test_B4_validation_classes_that_differ_are_listed(tmp_path):
+    write_folder(tmp_path, train=1, val=1)
+    (tmp_path / "val" / "bee").rename(tmp_path / "val" / "wasp")
+    with pytest.raises(UserError, match=r"only in train: bee \(1\); only here: wasp \(1\)"):
+        open_data(str(tmp_path))
+
+
+def test_B5_a_flat_validation_folder_is_explained(tmp_path):
+    write_folder(tmp_path, train=1, val=1)
+    shutil.rmtree(tmp_path / "val")
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val" / "ILSVRC2012_val_00000001.JPEG").write_bytes(encoded(picture(0, 0)))
+    with pytest.raises(UserError, match="1 images but no class folders; move each"):
+        open_data(str(tmp_path))
+
+
+def test_B6_numeric_class_names_warn_about_their_order(tmp_path):
+    write_folder(tmp_path, train=1, val=1, classes=tuple(map(str, range(3))) + ("10",))
+    said = []
+    assert open_data(str(tmp_path), say=said.append)["train"].classes == ["0", "1", "10", "2"]
+    assert "0, 1, 10, 2" in said[0]
+
+
+def test_imagenet_v2_folders_are_label_numbers(tmp_path):
+    write_folder(tmp_path, train=1, val=1, classes=("0", "1", "2", "3"))
+    source = open_images(str(tmp_path / "val"), "--eval-data", [f"n{i:08d}" for i in range(12)], lambda _: None)
+    assert source.labels.tolist() == [0, 1, 2, 3] and len(source.classes) == 12
+
+
+@pytest.mark.parametrize("label", [5, -100])
+def test_B7_a_label_out_of_range_is_an_error_with_the_file(label):
+    with pytest.raises(UserError, match=f"a.jpg: label {label} is outside 0..2"):
+        data.Files("/d", np.array([b"a.jpg"]), ["x", "y", "z"], np.array([label]))
+
+
+@pytest.mark.parametrize("content", [encoded(picture(0, 0))[:300], b"", b"<html>", None], ids=["truncated", "empty", "html", "vanished"])
+def test_B11_B12_B20_an_unreadable_image_stops_with_its_path(tmp_path, content):
+    write_folder(tmp_path, train=2, val=1)
+    source = open_data(str(tmp_path))["train"]
+    victim = tmp_path / "train" / "bee" / "bee_001.jpg"
+    victim.unlink() if content is None else victim.write_bytes(content)
+    samples = Samples(source, deit3.TrainTransform(deit3.Recipe(img_size=(32, 32))), 0)
+    for workers in (0, 1):
+        with pytest.raises(RunError, match="train/bee/bee_001.jpg: "):
+            list(to_device(make_loader(samples, [[(0, i, 0) for i in range(8)]], workers, CPU), CPU))
+
+
+def test_B20_links_to_nothing_are_named_and_loops_end(tmp_path):
+    write_folder(tmp_path, train=1, val=1)
+    (tmp_path / "train" / "ant" / "loop").symlink_to(tmp_path / "train" / "ant")
+    assert len(open_data(str(tmp_path))["train"]) == 4
+    (tmp_path / "train" / "bee" / "gone.jpg").symlink_to(tmp_path / "nothing")
+    with pytest.raises(UserError, match="gone.jpg is a link to nothing"):
+        open_data(str(tmp_path))
+
+
+def test_B21_odd_names_work(tmp_path):
+    write_folder(tmp_path, train=1, val=1)
+    for name in ("with space.jpg", "naïve.jpg", "new\nline.jpg", "-dash.jpg", os.fsdecode(b"\xff\xfe.jpg")):
+        (tmp_path / "train" / "ant" / name).write_bytes(encoded(picture(0, 0)))
+    source = open_data(str(tmp_path))["train"]
+    assert len(source) == 9 and all(source.read(i).shape[0] == 3 for i in range(9))
+    json.dumps([source.name(i) for i in range(9)])
+
+
+def test_B26_the_digest_follows_files_and_labels(tmp_path):
+    write_folder(tmp_path, train=2, val=1)
+    digest = open_data(str(tmp_path))["train"].digest()
+    assert digest == open_data(str(tmp_path))["train"].digest()
+    time.sleep(0.02)
+    (tmp_path / "train" / "ant" / "ant_001.jpg").rename(tmp_path / "train" / "bee" / "ant_001.jpg")
+    assert digest != open_data(str(tmp_path))["train"].digest()
+
+
+def test_coarse_labels_of_a_folder(tmp_path, folder):
+    mapping = tmp_path / "coarse.json"
+    mapping.write_text(json.dumps({"ant": "insect", "bee": "insect", "cat": "mammal", "dog": "mammal"}))
+    source = open_data(f"{folder}@coarse", coarse_labels=str(mapping))["val"]
+    assert source.classes == ["insect", "mammal"] and np.bincount(source.labels).tolist() == [10, 10]
+    mapping.write_text(json.dumps({"ant": "insect"}))
+    with pytest.raises(UserError, match="no coarse class for 3 classes, e.g. bee"):
+        open_data(f"{folder}@coarse", coarse_labels=str(mapping))
+    with pytest.raises(UserError, match="--coarse-labels"):
+        open_data(f"{folder}@coarse")
+
+
+# ---- Tar archives ------------------------------------------------------------------------------------------------------------
+
+
+def members(**options) -> dict[str, bytes]:
+    return {
+        f"{s}/{c}/{c}_{i}.jpg": encoded(picture(label, i))
+        for s in ("train", "val")
+        for label, c in enumerate(("ant", "bee"))
+        for i in range(3)
+    }
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_tar_is_read_in_place_in_every_format(tmp_path, form):
+    content = {
+        "./train/ant/" + "long" * 40 + "é.jpg" if form != tarfile.USTAR_FORMAT else "train/ant/z.jpg": encoded(picture(0, 7)),
+        **members(),
+    }
+    found = open_data(str(write_tar(tmp_path / "d.tar", content, format=form)))
+    assert len(found["train"]) == 7 and len(found["val"]) == 6 and found["val"].classes == ["ant", "bee"]
+    for source in found.values():
+        for i in range(len(source)):
+            name = source.name(i).split(": ")[1]
+            data_of = next(v for k, v in content.items() if k.removeprefix("./") == name)
+            assert torch.equal(source.read(i), data.images.decode(data_of))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["d.tar"]  # nothing was unpacked
+
+
+def test_imagenets_tar_of_class_tars(tmp_path):
+    inner = {}
+    for label, name in enumerate(("n01", "n02")):
+        write_tar(tmp_path / "x.tar", {f"{name}_{i}.JPEG": encoded(picture(label, i)) for i in range(4)})
+        inner[f"{name}.tar"] = (tmp_path / "x.tar").read_bytes()
+    outer = write_tar(tmp_path / "train.tar", inner)
+    write_folder(tmp_path / "v", train=1, val=2, classes=("n01", "n02"))
+    found = open_data(str(outer), val_data=str(tmp_path / "v" / "val"))
+    assert found["train"].classes == ["n01", "n02"] and found["train"].labels.tolist() == [0] * 4 + [1] * 4
+    assert torch.equal(found["train"].read(5), data.images.decode(encoded(picture(1, 1)))) and len(found["val"]) == 4
+    with pytest.raises(UserError, match="--val-data"):
+        open_data(str(outer))
+
+
+@pytest.mark.parametrize("name, kind, message", [
+    ("../x.jpg", tarfile.REGTYPE, "points outside"),
+    ("/etc/x.jpg", tarfile.REGTYPE, "points outside"),
+    ("train/a/l.jpg", tarfile.SYMTYPE, "link or device"),
+    ("train/a/h.jpg", tarfile.LNKTYPE, "link or device"),
+    ("train/a/d.jpg", tarfile.CHRTYPE, "link or device"),
+])  # fmt: skip
+def test_B22_a_tar_that_reaches_out_is_refused_by_member(tmp_path, name, kind, message):
+    with tarfile.open(tmp_path / "d.tar", "w") as tar:
+        info = tarfile.TarInfo(name)
+        info.type, info.linkname = kind, "/etc/passwd"
+        tar.addfile(info)
+    with pytest.raises(UserError, match=f"member {name} .*{message}|{message}"):
+        open_data(str(tmp_path / "d.tar"))
+
+
+def test_B23_broken_tars_are_named_by_member(tmp_path):
+    path = write_tar(tmp_path / "d.tar", members())
+    whole = path.read_bytes()
+    path.write_bytes(whole[: whole.index(b"val/bee/bee_2.jpg") + 700])
+    with pytest.raises(UserError, match="truncated: member val/bee/bee_2.jpg"):
+        open_data(str(path))
+    path.write_bytes(whole[:2000] + b"x" * 300 + whole[2300:])
+    with pytest.raises((UserError, OSError, ValueError)):
+        source = open_data(str(path))["train"]
+        [source.read(i) for i in range(len(source))]
+    huge = tarfile.TarInfo("train/a/huge.jpg")
+    huge.size = 10 << 30
+    with open(tmp_path / "h.tar", "wb") as f:  # sparse: 10 GB of nothing
+        f.write(huge.tobuf(tarfile.GNU_FORMAT))
+        f.truncate((10 << 30) + 2048)
+    with pytest.raises(UserError, match="huge.jpg has 10737418240 bytes"):
+        open_data(str(tmp_path / "h.tar"))
+    write_tar(tmp_path / "flat.tar", {"a.jpg": b"x"})
+    with pytest.raises(UserError, match="without a class folder"):
+        open_images(str(tmp_path / "flat.tar"), "--val-data")
+
+
+# ---- Data sets of torchvision and iNaturalist --------------------------------------------------------------------------------
+
+
+def test_cifar_100_with_coarse_labels(tmp_path, monkeypatch):
+    from torchvision import datasets
+
+    base = tmp_path / "cifar-100-python"
+    base.mkdir()
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 20), ("test", 10)):
+        content = {
+            "data": rng.integers(0, 256, (count, 3072), dtype=np.uint8),
+            "fine_labels": [i % 100 for i in range(count)],
+            "coarse_labels": [i % 20 for i in range(count)],
+        }
+        (base / split).write_bytes(pickle.dumps(content))
+    (base / "meta").write_bytes(
+        pickle.dumps({"fine_label_names": [f"f{i}" for i in range(100)], "coarse_label_names": [f"c{i}" for i in range(20)]})
+    )
+    monkeypatch.setattr(datasets.CIFAR100, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(datasets.CIFAR100, "meta", {"filename": "meta", "key": "fine_label_names", "md5": None})
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *a: True)
+    fine, coarse = open_data(f"cifar100:{tmp_path}"), open_data(f"cifar100@coarse:{tmp_path}")
+    assert len(fine["train"]) == 20 and len(fine["val"]) == 10 and len(fine["train"].classes) == 100
+    assert coarse["train"].classes[3] == "c3" and coarse["train"].labels.tolist() == list(range(20))
+    assert fine["train"].read(0).shape == (3, 32, 32)
+
+
+def test_a_named_set_that_is_not_there_is_explained(tmp_path):
+    for name in ("cifar10", "flowers102", "food101", "inat2018", "dtd", "pets", "aircraft", "cars"):
+        with pytest.raises(UserError, match=f"{name}:{tmp_path}"):
+            open_data(f"{name}:{tmp_path}")
+
+
+def test_flowers_trains_on_train_and_val(tmp_path, monkeypatch):
+    monkeypatch.setattr("torchvision.datasets.Flowers102._check_integrity", lambda self: True)
+    scipy_io = pytest.importorskip("scipy.io", reason="torchvision reads Flowers-102's labels with scipy")
+    base = tmp_path / "flowers-102"
+    (base / "jpg").mkdir(parents=True)
+    for i in range(1, 10):
+        (base / "jpg" / f"image_{i:05d}.jpg").write_bytes(encoded(picture(0, i)))
+    scipy_io.savemat(base / "imagelabels.mat", {"labels": np.arange(1, 10)})
+    scipy_io.savemat(base / "setid.mat", {"trnid": np.array([1, 2]), "valid": np.array([3, 4]), "tstid": np.arange(5, 10)})
+    found = open_data(f"flowers102:{tmp_path}")
+    assert len(found["train"]) == 4 and len(found["val"]) == 5
+
+
+def test_food_101(tmp_path):
+    base = tmp_path / "food-101"
+    (base / "meta").mkdir(parents=True)
+    for name in ("apple_pie", "waffles"):
+        (base / "images" / name).mkdir(parents=True)
+        for i in range(3):
+            (base / "images" / name / f"{i}.jpg").write_bytes(encoded(picture(0, i)))
+    for split, ids in (("train", (0, 1)), ("test", (2,))):
+        (base / "meta" / f"{split}.json").write_text(json.dumps({n: [f"{n}/{i}" for i in ids] for n in ("apple_pie", "waffles")}))
+    found = open_data(f"food101:{tmp_path}")
+    assert found["train"].labels.tolist() == [0, 0, 1, 1] and found["val"].read(1).shape == (3, 36, 36)
+
+
+def test_inaturalist_at_a_chosen_level(tmp_path):
+    categories = [{"id": i, "name": f"species {i}", "kingdom": "Animalia", "genus": f"g{i // 2}"} for i in range(4)]
+    (tmp_path / "categories.json").write_text(json.dumps(categories))
+    for split, count in (("train", 8), ("val", 4)):
+        pictures = [{"id": i, "file_name": f"train_val2018/{split}_{i}.jpg"} for i in range(count)]
+        labels = [{"image_id": i, "category_id": i % 4} for i in range(count)]
+        (tmp_path / f"{split}2018.json").write_text(json.dumps({"images": pictures, "annotations": labels}))
+        for p in pictures:
+            (tmp_path / "train_val2018").mkdir(exist_ok=True)
+            (tmp_path / p["file_name"]).write_bytes(encoded(picture(0, p["id"])))
+    assert open_data(f"inat2018:{tmp_path}")["train"].labels.tolist() == [0, 1, 2, 3] * 2
+    genus = open_data(f"inat2018@genus:{tmp_path}")["val"]
+    assert genus.classes == ["g0", "g1"] and genus.labels.tolist() == [0, 0, 1, 1] and genus.read(0).shape[0] == 3
+    with pytest.raises(UserError, match="there is: fine, kingdom, genus, species"):
+        open_data(f"inat2018@order:{tmp_path}")
+
+
+# ---- Loading -----------------------------------------------------------------------------------------------------------------
+
+
+def test_B27_pixels_do_not_depend_on_workers_and_differ_between_epochs_and_repeats(folder):
+    samples = Samples(open_data(str(folder))["train"], deit3.TrainTransform(deit3.Recipe(img_size=(32, 32), augment="auto")), 0)
+    batches = [[(e, i, r) for i in range(4)] for e in (0, 1) for r in (0, 1)]
+    results = [list(to_device(make_loader(samples, batches, workers, CPU), CPU)) for workers in (0, 1, 3)]
+    for other in results[1:]:
+        for a, b in zip(results[0], other):
+            assert all(torch.equal(x, y) for x, y in zip(a, b))
+    pictures = [b[0] for b in results[0]]
+    assert all(not torch.equal(pictures[i], pictures[j]) for i in range(4) for j in range(i))
+    assert results[0][0][0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_B24_a_killed_worker_stops_the_run_with_the_likely_cause(folder):
+    class Slow(Samples):
+        def __getitems__(self, keys):
+            time.sleep(0.3)
+            return super().__getitems__(keys)
+
+    loader = make_loader(
+        Slow(open_data(str(folder))["train"], deit3.TrainTransform(deit3.Recipe(img_size=(32, 32))), 0),
+        [[(0, i, 0)] for i in range(40)],
+        1,
+        CPU,
+    )
+    stream = to_device(loader, CPU)
+    next(stream)
+    os.kill(loader._iterator._workers[0].pid, 9)
+    with pytest.raises(RunError, match="worker died.*--workers"):
+        list(stream)
+
+
+def test_repeats_of_an_image_share_one_decode(folder, monkeypatch):
+    source, reads = open_data(str(folder))["train"], []
+    monkeypatch.setattr(source, "read", lambda i, read=source.read: reads.append(i) or read(i))
+    images, _, labels, indices = Samples(source, deit3.TrainTransform(deit3.Recipe(img_size=(32, 32))), 0).__getitems__(
+        [(0, 5, r) for r in range(3)]
+    )
+    assert reads == [5] and indices.tolist() == [5] * 3 and labels.tolist() == [source.labels[5]] * 3
+    assert not torch.equal(images[0], images[1])
+
+
+def test_the_image_stays_as_it_is_when_the_decode_is_shared():
+    pixels = data.images.from_pil(Image.new("RGB", (40, 40), (9, 9, 9)))
+    before = pixels.clone()
+    for policy in ("auto", "rand", "3-augment"):
+        deit3.TrainTransform(deit3.Recipe(img_size=(40, 40), crop="src", augment=policy))(pixels, random.Random(1))
+    assert torch.equal(before, pixels)

@@ -1,0 +1,432 @@
+"""deit3.py against the official models' and components' numbers, and against other libraries."""
+
+import hashlib
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import fill, filled_images, psnr, reference, sine, triangle_image
+from PIL import Image, ImageFilter
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms
+
+import deit3
+from common.images import from_numpy, from_pil, resize, to_pil
+from common.optim import param_groups
+
+MODELS = reference("deit3")
+AUGMENT = reference("augment")
+slow = pytest.mark.slow
+
+
+# ---- Architecture ------------------------------------------------------------------------------------------------------
+
+
+def on_meta(case: dict) -> torch.nn.Module:
+    with torch.device("meta"):
+        return deit3.build_model(case["model"], img_size=case["img_size"])
+
+
+@pytest.mark.parametrize("variant", MODELS)
+def test_state_dict_parameters_and_gmacs_are_the_official_ones(variant):
+    case = MODELS[variant]
+    model = on_meta(case)
+    keys = {k: list(v.shape) for k, v in model.state_dict().items()}
+    assert hashlib.sha256(json.dumps(keys, separators=(",", ":")).encode()).hexdigest() == case["state_dict_sha256"]
+    assert sum(p.numel() for p in model.parameters()) == case["n_params"]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(torch.empty(1, 3, case["img_size"], case["img_size"], device="meta"))
+    assert counter.get_total_flops() / 2e9 == pytest.approx(case["gmacs"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "variant", ["tiny", "small", "base", "small_384"] + [pytest.param(v, marks=slow) for v in ("large_384", "huge", "huge_26x2")]
+)
+def test_logits_equal_the_official_ones(variant):
+    case = MODELS[variant]
+    model = deit3.build_model(case["model"], img_size=case["img_size"]).eval()
+    fill(model)
+    with torch.no_grad():
+        logits = model(filled_images(2, case["img_size"]))
+    rms = logits.pow(2).mean().sqrt()
+    assert (logits[:, :10] - torch.tensor(case["logits"])).abs().max() <= 3e-5 * rms
+    assert logits.norm().item() == pytest.approx(case["logits_norm"], rel=3e-5)
+
+
+@pytest.mark.parametrize("variant", ["tiny", "small"])
+def test_a_fresh_model_has_the_official_distribution(variant):
+    case = MODELS[variant]
+    torch.manual_seed(0)
+    state = deit3.build_model(case["model"]).state_dict()
+    for key, (mean, std) in case["init_stats"].items():
+        tensor = state[key].double()
+        error = 6 * max(std, 1e-12) / math.sqrt(tensor.numel())  # six standard errors of a mean
+        assert tensor.mean().item() == pytest.approx(mean, abs=2 * error + 1e-9), key
+        assert tensor.std(correction=0).item() == pytest.approx(std, abs=error + 1e-9, rel=0.01), key
+
+
+@pytest.mark.parametrize("variant", ["small", "huge_26x2"])
+def test_weight_decay_groups_are_the_official_ones(variant):
+    model = on_meta(MODELS[variant])
+    plain, decayed = param_groups(model, 0.05)
+    names = {id(p): n for n, p in model.named_parameters()}
+    listed = "\n".join(sorted(names[id(p)] for p in plain["params"]))
+    assert hashlib.sha256(listed.encode()).hexdigest() == MODELS[variant]["no_decay_sha256"]
+    assert (plain["weight_decay"], decayed["weight_decay"]) == (0.0, 0.05)
+    assert len(plain["params"]) + len(decayed["params"]) == len(names)
+
+
+@pytest.mark.parametrize("name", deit3.MODELS)
+def test_every_model_builds_with_the_papers_drop_rate(name):
+    with torch.device("meta"):
+        model = deit3.build_model(name, 7)
+    assert {b.drop_path for b in model.blocks} == {deit3.DROP_PATH[name][0]}
+    assert model.head.out_features == 7
+
+
+def test_parallel_branches_are_two_residual_sums():
+    torch.manual_seed(0)
+    block = deit3.Block(48, 3, branches=2, layer_scale=0.5, drop_path=0.0).eval()
+    x = torch.randn(2, 5, 48)
+    y = x + block.gamma_1 * block.attn(block.norm1(x)) + block.gamma_1_1 * block.attn1(block.norm11(x))
+    y = y + block.gamma_2 * block.mlp(block.norm2(y)) + block.gamma_2_1 * block.mlp1(block.norm21(y))
+    assert torch.allclose(block(x), y, atol=1e-6)
+
+
+def test_patch_embedding_is_the_convolution():
+    embed = deit3.PatchEmbed(24, 8)
+    images = torch.randn(2, 3, 24, 40)
+    assert torch.allclose(embed(images), embed.proj(images).flatten(2).transpose(1, 2), atol=1e-5)
+
+
+def test_attention_is_softmax_of_scaled_products():
+    attention = deit3.Attention(24, 3)
+    x = torch.randn(2, 5, 24)
+    q, k, v = attention.qkv(x).reshape(2, 5, 3, 3, 8).permute(2, 0, 3, 1, 4)
+    y = ((q @ k.transpose(-1, -2)) / math.sqrt(8)).softmax(-1) @ v
+    assert torch.allclose(attention(x), attention.proj(y.transpose(1, 2).reshape(2, 5, 24)), atol=1e-6)
+
+
+def test_the_keys_bias_gets_no_gradient_because_it_has_no_effect():
+    attention = deit3.Attention(24, 3)
+    x = torch.randn(2, 5, 24)
+    y = attention(x)
+    y.square().sum().backward()
+    assert not attention.qkv.bias.grad[24:48].any() and attention.qkv.bias.grad[:24].all() and attention.qkv.bias.grad[48:].all()
+    with torch.no_grad():
+        attention.qkv.bias[24:48] += 3
+        assert torch.allclose(attention(x), y, atol=1e-5)
+
+
+def test_kept_only_stochastic_depth_equals_masking():
+    torch.manual_seed(0)
+    block = deit3.Block(48, 3, branches=1, layer_scale=0.3, drop_path=0.4)
+    x = torch.randn(16, 5, 48, requires_grad=True)
+    torch.manual_seed(1)
+    kept_only = block(x)
+    torch.manual_seed(1)
+    masks = [(torch.rand(16) >= 0.4).float()[:, None, None] / 0.6 for _ in range(2)]
+    y = x + masks[0] * block.gamma_1 * block.attn(block.norm1(x))
+    y = y + masks[1] * block.gamma_2 * block.mlp(block.norm2(y))
+    assert torch.allclose(kept_only, y, atol=1e-6)
+    parameters = [x, *block.parameters()]
+    for a, b in zip(torch.autograd.grad(kept_only.square().sum(), parameters), torch.autograd.grad(y.square().sum(), parameters)):
+        assert torch.allclose(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_F11_a_block_that_drops_every_sample_still_has_gradients():
+    block = deit3.Block(48, 3, branches=1, layer_scale=0.3, drop_path=1 - 1e-9)
+    x = torch.randn(4, 5, 48)
+    y = block(x)
+    assert torch.equal(y, x)
+    y.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in block.parameters())
+
+
+def test_gradient_checkpointing_changes_nothing():
+    torch.manual_seed(0)
+    model = deit3.build_model("vit_nano", 5, 32, drop_path=0.3)
+    images, grads = torch.randn(8, 3, 32, 32), []
+    for on in (False, True):
+        model.grad_checkpoint = on
+        torch.manual_seed(3)
+        model.zero_grad()
+        model(images).square().sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+def test_non_square_images_and_sizes_that_do_not_fit():
+    assert deit3.build_model("vit_nano", 5, (32, 64))(torch.randn(1, 3, 32, 64)).shape == (1, 5)
+    with pytest.raises(ValueError, match="224x224 or 240x240"):
+        deit3.build_model("vit_s", img_size=225)
+
+
+def test_torchvision_models_train_under_the_same_recipe():
+    assert deit3.build_model("torchvision/resnet18", 5).fc.out_features == 5
+
+
+@pytest.mark.parametrize("case", reference("pos_embed"), ids=lambda c: f"{c['source_grid']}to{c['target_grid']}")
+def test_position_embedding_resizes_as_the_official_code(case):
+    pos_embed = sine(case["pos_embed"])
+    grid = (case["source_grid"],) * 2
+    resized = deit3.resize_pos_embed(pos_embed, (case["target_grid"],) * 2, old_grid=grid)
+    expected = case["expected"]
+    assert list(resized.shape) == expected["shape"]
+    for token, dim, value in expected["samples_token_dim_value"]:
+        assert resized[0, token, dim].item() == pytest.approx(value, abs=1e-10)
+    assert torch.equal(resized[:, : case["prefix_tokens"]], pos_embed[:, : case["prefix_tokens"]])
+    assert torch.equal(deit3.resize_pos_embed(pos_embed, grid, old_grid=grid), pos_embed)
+
+
+# ---- Recipe ------------------------------------------------------------------------------------------------------------
+
+
+def test_recipe_of_table_6_1():
+    r = deit3.paper_recipe("in1k", "vit_b")
+    assert (r.epochs, r.batch_size, r.optimizer, r.lr, r.weight_decay, r.warmup_epochs) == (400, 2048, "lamb", 3e-3, 0.02, 5)
+    assert (r.clip_grad, r.repeats, r.crop, r.augment, r.color_jitter) == (1.0, 3, "rrc", "3-augment", 0.3)
+    assert (r.mixup, r.cutmix, r.loss, r.smoothing, r.layer_scale, r.eval_crop_ratio) == (0.8, 1.0, "bce", 0.0, 1e-4, 1.0)
+    r = deit3.paper_recipe("in21k", "vit_l")
+    assert (r.epochs, r.lr, r.repeats, r.crop, r.mixup, r.cutmix, r.loss, r.smoothing, r.drop_path) == (
+        90,
+        3e-3,
+        1,
+        "src",
+        0,
+        1.0,
+        "ce",
+        0.1,
+        0.3,
+    )
+    r = deit3.paper_recipe("in21k_to_in1k", "vit_l")
+    assert (r.epochs, r.batch_size, r.lr, r.loss, r.crop) == (50, 2048, 3e-4, "ce", "src")
+    r = deit3.paper_recipe("finetune", "vit_b")
+    assert (r.epochs, r.batch_size, r.lr, r.weight_decay, r.optimizer, r.repeats) == (20, 512, 1e-5, 0.1, "adamw", 1)
+
+
+@pytest.mark.parametrize(
+    "model, in1k, in21k", [("vit_ti", 0, 0), ("vit_s", 0, 0), ("vit_b", 0.1, 0.1), ("vit_l", 0.4, 0.3), ("vit_h", 0.5, 0.5)]
+)
+def test_drop_rates_of_table_6_14(model, in1k, in21k):
+    assert deit3.paper_recipe("in1k", model).drop_path == in1k
+    assert deit3.paper_recipe("in21k", model).drop_path == in21k
+
+
+def test_longer_schedules_regularise_more():
+    r = deit3.paper_recipe("in1k", "vit_b", epochs=800)
+    assert (r.weight_decay, r.drop_path) == (0.05, pytest.approx(0.2))
+    assert deit3.paper_recipe("in1k", "vit_b", epochs=300).weight_decay == 0.02
+    assert deit3.paper_recipe("in21k", "vit_b", epochs=240).drop_path == pytest.approx(0.15)
+
+
+def test_transfer_adapts_to_the_data_set():
+    assert deit3.paper_recipe("transfer", "vit_b", data="cifar100:/data").lr == 3e-5
+    assert deit3.paper_recipe("transfer", "vit_b", data="inat2018@genus:/data").epochs == 360
+
+
+# ---- Augmentation ------------------------------------------------------------------------------------------------------
+
+STEPS = {"Brightness": 0, "Contrast": 1, "Saturation": 2}
+
+
+def replay(case: dict) -> np.ndarray:
+    """A reference pipeline's steps by our functions."""
+    x = from_numpy(triangle_image(AUGMENT["images"][case["image"]]))
+    flip = choice = radius = 0.0
+    factors, order = [1.0, 1.0, 1.0], []
+    for step, arg in case["steps"]:
+        if step == "ResizedCrop":
+            top, left, height, width, *size = arg
+            x = resize(x[:, top : top + height, left : left + width], tuple(size))
+        elif step == "ResizeShorter":
+            x = resize(x, tuple(arg))
+        elif step == "ReflectPadCrop":
+            x = deit3.simple_random_crop(x, tuple(arg[2:]), FixedDraws(arg[0], arg[1]))
+        elif step == "HFlip":
+            flip = 1.0
+        elif step in STEPS:
+            factors[STEPS[step]] = arg
+            order.append(STEPS[step])
+        else:
+            choice, radius = {"Grayscale3": 1, "Solarize128": 2, "GaussianBlur": 3}[step], arg or 0.0
+    order += [i for i in range(3) if i not in order]  # a factor of 1 changes nothing
+    index = deit3.ORDERS.index(tuple(order))
+    return deit3.augment(x[None], torch.tensor([[flip, choice, radius, *factors, index]]))[0].permute(1, 2, 0).numpy()
+
+
+class FixedDraws:
+    """A generator whose randint returns the given values."""
+
+    def __init__(self, *values):
+        self.values = list(values)
+
+    def randint(self, low, high):
+        assert low <= self.values[0] <= high
+        return self.values.pop(0)
+
+
+@pytest.mark.parametrize("case", AUGMENT["pipeline_cases"], ids=lambda c: c["kind"])
+def test_three_augment_equals_the_official_pipeline_pixel_by_pixel(case):
+    assert np.array_equal(replay(case), np.array(case["final_uint8"]))
+
+
+SINGLE = ("Grayscale3", "HFlip", "GaussianBlur", "Brightness", "Contrast", "Saturation")
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in AUGMENT["op_cases"] if c["op"] in SINGLE and c["m"] is None], ids=lambda c: f"{c['op']}-{c['arg']}"
+)
+def test_device_operations_equal_pils(case):
+    assert np.array_equal(replay({"image": case["image"], "steps": [[case["op"], case["arg"]]]}), np.array(case["output"]))
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in AUGMENT["op_cases"] if c["op"] in ("ResizedCrop", "ReflectPadCrop")], ids=lambda c: f"{c['op']}-{c['arg']}"
+)
+def test_crops_equal_pils(case):
+    x = from_numpy(triangle_image(AUGMENT["images"][case["image"]]))
+    top, left, height, width, *size = case["arg"]
+    if case["op"] == "ReflectPadCrop":
+        out = deit3.simple_random_crop(x, (height, width), FixedDraws(top, left)) if x.shape[1:] == (height, width) else None
+        if out is None:  # a crop of another size than the image: index as the function does
+            rows, columns = (
+                deit3._reflect(torch.arange(a - 4, a - 4 + n), m) for a, n, m in ((top, height, x.shape[1]), (left, width, x.shape[2]))
+            )
+            out = x[:, rows][:, :, columns]
+        assert np.array_equal(out.permute(1, 2, 0).numpy(), np.array(case["output"]))
+    else:
+        out = resize(x[:, top : top + height, left : left + width], tuple(size)).permute(1, 2, 0).numpy()
+        assert psnr(out, np.array(case["output"])) > 50
+
+
+@pytest.mark.parametrize("radius", [0.1, 0.5, 0.77, 1.0, 1.3, 1.9])
+def test_blur_equals_pils(radius):
+    pixels = np.random.default_rng(0).integers(0, 256, (21, 33, 3), dtype=np.uint8)
+    expected = np.array(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(radius)))
+    assert np.array_equal(deit3.gaussian_blur(from_numpy(pixels)[None].float(), torch.tensor([radius]))[0].permute(1, 2, 0), expected)
+
+
+def test_color_jitter_equals_torchvisions_on_pil_images():
+    pixels = np.random.default_rng(1).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+    adjust = (transforms.functional.adjust_brightness, transforms.functional.adjust_contrast, transforms.functional.adjust_saturation)
+    for index, order in enumerate(deit3.ORDERS):
+        factors = [0.7 + 0.1 * index, 1.3 - 0.07 * index, 0.75 + 0.09 * index]
+        expected = Image.fromarray(pixels)
+        for which in order:
+            expected = adjust[which](expected, factors[which])
+        out = deit3.augment(from_numpy(pixels)[None], torch.tensor([[0, 0, 0, *factors, index]]))[0].permute(1, 2, 0)
+        assert np.abs(out.numpy() - np.array(expected)).max() <= 1  # one level where PIL's float32 product falls on a tie
+
+
+NAMES = {"PosterizeIncreasing": "Posterize", "SolarizeIncreasing": "Solarize", "TranslateXRel": "TranslateX", "TranslateYRel": "TranslateY"}
+
+
+@pytest.mark.parametrize("case", [c for c in AUGMENT["op_cases"] if NAMES.get(c["op"], c["op"].replace("Increasing", "")) in deit3.OPERATIONS and (c["m"] is not None or c["arg"] is None)], ids=lambda c: f"{c['op']}-{c['image']}-{c['m']}-{c['arg']}")  # fmt: skip
+def test_rand_augment_operations_equal_the_official_ones(case):
+    operation = NAMES.get(case["op"], case["op"].replace("Increasing", ""))
+    centre = 1 if operation in ("Color", "Contrast", "Brightness", "Sharpness") else 0
+    sign = -1 if case["arg"] is not None and case["arg"] < centre else 1
+    image = Image.fromarray(triangle_image(AUGMENT["images"][case["image"]]))
+    out = deit3.apply_operation(image, operation, (9 if case["m"] is None else case["m"]) / 10, sign)
+    assert np.array_equal(np.array(out), np.array(case["output"]))
+
+
+def test_rand_augment_applies_one_operation_on_average():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    untouched = sum(deit3.rand_augment(image, random.Random(i)) is image for i in range(2000)) / 2000
+    assert untouched == pytest.approx(0.25, abs=0.04)  # two skips of probability 1/2
+
+
+@pytest.mark.parametrize("case", AUGMENT["random_resized_crop_cases"], ids=str)
+def test_random_resized_crop_geometry(case):
+    class Draws(FixedDraws):
+        def uniform(self, low, high):
+            return case["area_fraction"] if low == 0.08 else math.log(case["aspect"])
+
+        def randint(self, low, high):
+            self.values.append(high)
+            return high
+
+    draws, expected = Draws(), case["expected"]
+    top, left, height, width = deit3.random_resized_crop(case["img_h"], case["img_w"], draws)
+    assert (height, width) == (expected["crop_h"], expected["crop_w"])
+    assert [top, left] == (draws.values if expected["accepted"] else expected["fallback_top_left"])
+    if expected["accepted"]:
+        assert draws.values == [expected["top_max"], expected["left_max"]]
+
+
+@pytest.mark.parametrize("policy", ["3-augment", "gray+blur", "rand", "auto", "trivial", "none"])
+@pytest.mark.parametrize("crop", ["rrc", "src"])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 700), (700, 2), (37, 53)])
+def test_B19_transform_gives_the_right_shape_for_any_image_and_the_same_pixels_again(policy, crop, shape):
+    recipe = deit3.Recipe(augment=policy, crop=crop, img_size=(32, 48))
+    transform = deit3.TrainTransform(recipe)
+    image = from_numpy(np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8))
+    before = torch.get_rng_state()
+    (one, a), (two, b) = (transform(image, random.Random(5)) for _ in range(2))
+    assert one.shape == (3, 32, 48) and one.dtype == torch.uint8 and len(a) == 7
+    assert torch.equal(one, two) and a == b
+    assert torch.equal(before, torch.get_rng_state())
+    chosen = {transform(image, random.Random(i))[1][1] for i in range(40)}
+    assert chosen == {"3-augment": {1, 2, 3}, "gray+blur": {1, 3}}.get(policy, {0})
+
+
+def test_pil_round_trip():
+    image = from_pil(Image.fromarray(triangle_image(AUGMENT["images"]["B"])))
+    assert torch.equal(from_pil(to_pil(image)), image)
+
+
+# ---- Mixing and loss ---------------------------------------------------------------------------------------------------
+
+MIXUP = reference("mixup")
+
+
+@pytest.mark.parametrize("case", MIXUP["cases"], ids=lambda c: c["name"])
+def test_mixing_targets_and_losses_equal_the_official_ones(case):
+    mix = deit3.Mix(case["lam"]) if case["kind"] == "mixup" else deit3.cutmix_box(case["lam"], 6, 6, case["cy"], case["cx"])
+    expected = {k: torch.tensor(v, dtype=torch.float64) for k, v in case["expected"].items() if isinstance(v, list)}
+    assert torch.allclose(deit3.mix_images(sine(case["x"]), [mix]), expected["mixed_x"], atol=1e-6)
+    targets = deit3.mix_targets(torch.tensor(case["labels"]), [mix], case["num_classes"], case["smoothing"])
+    assert torch.allclose(targets.double(), expected["target"], atol=1e-6)
+    logits = sine(case["logits"]).requires_grad_()
+    losses = [(deit3.soft_ce_loss, "soft_target_ce")] + [(deit3.bce_loss, "bce")] * (case["smoothing"] == 0)
+    for loss, name in losses:
+        value = loss(logits, targets.double())
+        assert value.item() == pytest.approx(case["expected"][name if name != "bce" else "bce_loss"], rel=1e-6)
+        assert torch.allclose(torch.autograd.grad(value, logits)[0], expected[f"{name}_grad"], atol=1e-7)
+
+
+@pytest.mark.parametrize("case", MIXUP["bbox_cases"], ids=str)
+def test_cutmix_boxes_are_the_official_ones(case):
+    mix = deit3.cutmix_box(case["lam"], case["height"], case["width"], case["cy"], case["cx"])
+    assert list(mix.box) == case["expected_bbox_yl_yh_xl_xh"]
+    assert mix.lam == pytest.approx(case["expected_corrected_lam"], abs=1e-12)
+
+
+def test_mixing_stays_inside_groups_and_odd_groups_work():
+    images, labels = torch.arange(10.0).view(10, 1, 1, 1).expand(10, 3, 8, 8), torch.arange(10)
+    mixed = deit3.mix_images(images, [deit3.Mix(0.75), deit3.Mix(1.0)])[:, 0, 0, 0]
+    assert torch.allclose(mixed, torch.tensor([1.0, 1.5, 2.0, 2.5, 3.0, 5.0, 6.0, 7.0, 8.0, 9.0]))
+    targets = deit3.mix_targets(labels, [deit3.Mix(0.75), deit3.Mix(1.0)], 10, 0.0)
+    assert torch.allclose(targets @ torch.arange(10.0), mixed)
+
+
+def test_draws_follow_the_recipe():
+    draws = [deit3.draw_mix(deit3.Recipe(), random.Random(i)) for i in range(4000)]
+    assert sum(d.box is None for d in draws) / 4000 == pytest.approx(0.5, abs=0.03)
+    lam = torch.tensor([d.lam for d in draws if d.box is None])
+    assert lam.mean().item() == pytest.approx(0.5, abs=0.02)
+    assert lam.var().item() == pytest.approx(0.25 / (2 * 0.8 + 1), abs=0.01)  # variance of Beta(0.8, 0.8)
+    assert all(deit3.draw_mix(deit3.Recipe(mixup=0), random.Random(i)).box for i in range(20))
+    assert all(deit3.draw_mix(deit3.Recipe(cutmix=0), random.Random(i)).box is None for i in range(20))
+    assert deit3.draw_mix(deit3.Recipe(mixup=0, cutmix=0), random.Random(0)) == deit3.Mix(1.0)
+
+
+def test_soft_cross_entropy_is_torchs():
+    logits, targets = torch.randn(5, 7), torch.randn(5, 7).softmax(1)
+    assert torch.allclose(deit3.soft_ce_loss(logits, targets), F.cross_entropy(logits, targets))

@@ -1,0 +1,155 @@
+"""LAMB, EMA, schedule, groups and the precision path against the official components' numbers and against torch."""
+
+import copy
+import math
+
+import pytest
+import torch
+from conftest import reference, sine
+from torch import nn
+
+from common.optim import EMA, Lamb, cosine_lr, make_optimizer, param_groups
+from common.precision import Precision
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 2e-5)])
+@pytest.mark.parametrize("case", reference("lamb"), ids=lambda c: c["name"])
+def test_lamb_equals_apex(case, dtype, tolerance):
+    params = {k: nn.Parameter(sine(p["init"], dtype)) for k, p in case["params"].items()}
+    groups = [{"params": [params[k]], "weight_decay": p["weight_decay"]} for k, p in case["params"].items()]
+    optimizer = Lamb(groups, lr=1.0, betas=case["betas"], eps=case["eps"], max_grad_norm=case["max_grad_norm"])
+    for t, lr in enumerate(case["lr"]):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        for k, p in case["params"].items():
+            params[k].grad = sine(p["grads"][t], dtype)
+        optimizer.step()
+        for k, expected in case["expected"][t]["params"].items():
+            expected = torch.tensor(expected, dtype=torch.float64)
+            assert ((params[k].double() - expected).abs() / expected.abs().clamp(min=1)).max() <= tolerance
+
+
+def test_lamb_state_survives_a_round_trip():
+    def step(optimizer, p, seed):
+        p.grad = torch.randn(5, 4, generator=torch.Generator().manual_seed(seed))
+        optimizer.step()
+
+    p = nn.Parameter(torch.ones(5, 4))
+    optimizer = Lamb([p], lr=0.1, weight_decay=0.1)
+    step(optimizer, p, 0)
+    q = nn.Parameter(p.detach().clone())
+    resumed = Lamb([q], lr=0.1, weight_decay=0.1)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    step(optimizer, p, 1)
+    step(resumed, q, 1)
+    assert torch.equal(p, q)
+
+
+def test_lamb_refuses_nonsense():
+    with pytest.raises(ValueError):
+        Lamb([nn.Parameter(torch.ones(1))], lr=-1)
+
+
+@pytest.mark.parametrize("case", reference("ema"), ids=lambda c: c["name"])
+def test_ema_equals_the_official_one(case):
+    def set_state(model, values):
+        state = {k: sine(v) for k, v in values["specs"].items()}
+        state["bn.num_batches_tracked"] = torch.tensor(values["bn.num_batches_tracked"])
+        model.load_state_dict(state)
+
+    model = nn.ModuleDict({"fc": nn.Linear(3, 4), "bn": nn.BatchNorm1d(4)}).double()
+    set_state(model, case["initial"])
+    ema = EMA(model, case["decay"])
+    for step in case["steps"]:
+        set_state(model, step["model"])
+        ema.update(model, skip=torch.zeros(()))
+        for key, expected in step["expected_ema"].items():
+            assert torch.allclose(ema.model.state_dict()[key].double(), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12), (
+                key
+            )
+    before = copy.deepcopy(ema.model.state_dict())
+    ema.update(model, skip=torch.ones(()))
+    assert all(torch.equal(before[k], v) for k, v in ema.model.state_dict().items() if v.is_floating_point())
+
+
+@pytest.mark.parametrize("case", reference("schedule"), ids=lambda c: c["name"])
+def test_G5_schedule_equals_the_official_formula(case):
+    for t, expected in enumerate(case["formula_value_at_t"]):
+        lr = cosine_lr(t, case["epochs"], case["warmup_epochs"], case["base_lr"], case["min_lr"], case["warmup_lr"])
+        assert lr == pytest.approx(expected, rel=1e-12)
+
+
+def test_frozen_parameters_are_in_no_group():
+    model = nn.Linear(3, 3)
+    model.bias.requires_grad = False
+    assert [len(g["params"]) for g in param_groups(model, 0.1)] == [0, 1]
+
+
+# ---- Precision ---------------------------------------------------------------------------------------------------------
+
+
+def run_steps(name, losses, *, amp="fp32", accumulation=1, clip=None, steps=3):
+    """Parameters of a small model after `steps` steps on fixed data; losses: factor on the loss per step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 3))
+    optimizer = make_optimizer(name, model, 1e-2, 0.1)
+    precision = Precision(amp, CPU, accumulation=accumulation, clip_grad=clip)
+    data = torch.randn(12, 6, generator=torch.Generator().manual_seed(1))
+    skipped = []
+    for factor in losses[:steps]:
+        for x in data.chunk(accumulation):
+            with precision.forward(model):
+                loss = model(x).float().square().mean() * factor
+            precision.backward(loss)
+        skipped.append(precision.step(optimizer, 1e-2)[1].item())
+    return model, optimizer, precision, skipped
+
+
+@pytest.mark.parametrize("name", ["lamb", "adamw", "sgd"])
+def test_F8_accumulation_does_not_change_the_result(name):
+    one, four = (run_steps(name, [1, 1, 1], accumulation=a, clip=0.05)[0] for a in (1, 4))
+    for a, b in zip(one.parameters(), four.parameters()):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_clipping_is_torchs_clip_grad_norm():
+    torch.manual_seed(0)
+    model = nn.Linear(6, 3)
+    other = copy.deepcopy(model)
+    x = torch.randn(5, 6)
+    precision = Precision("fp32", CPU, clip_grad=0.1)
+    with precision.forward(model):
+        loss = model(x).square().sum()
+    precision.backward(loss)
+    precision.step(make_optimizer("sgd", model, 1.0, 0.0), 1.0)
+    other(x).square().sum().backward()
+    torch.nn.utils.clip_grad_norm_(other.parameters(), 0.1)
+    torch.optim.SGD(other.parameters(), lr=1.0).step()
+    assert torch.allclose(model.weight, other.weight, atol=1e-6)
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["lamb", "adamw", "sgd"])
+def test_G1_a_loss_that_is_not_finite_touches_nothing_and_withholds_what_follows(name, broken):
+    good, good_optimizer, _, _ = run_steps(name, [1], steps=1)
+    model, optimizer, _, skipped = run_steps(name, [1, broken, 1])
+    assert skipped == [0, 1, 1]
+    assert all(torch.equal(a, b) for a, b in zip(good.parameters(), model.parameters()))
+    for a, b in zip(good_optimizer.state.values(), optimizer.state.values()):
+        assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("name", ["lamb", "adamw", "sgd"])
+def test_G3_overflow_in_fp16_skips_the_step_and_halves_the_scale(name):
+    model, optimizer, precision, skipped = run_steps(name, [math.inf, 1e-2], amp="fp16", steps=2)
+    assert skipped == [1, 0] and precision.scale.item() == 2**15
+    plain = run_steps(name, [1e-2], steps=1)[0]
+    for a, b in zip(model.parameters(), plain.parameters()):  # forward in half precision: close, not equal
+        assert torch.isfinite(a).all() and torch.allclose(a, b, atol=2e-3)
+
+
+def test_loss_scale_grows_after_good_steps(monkeypatch):
+    monkeypatch.setattr("common.precision.SCALE_GROWTH_STEPS", 2)
+    assert run_steps("sgd", [1e-3, 1e-3], amp="fp16")[2].scale.item() == 2**17

@@ -1,0 +1,428 @@
+"""Signals, ranks, broken numbers and resuming: rows E to H of the fault list. Each run is a process of its own."""
+
+import json
+import os
+import random
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY, TORCHRUN, environment, finish, load, log_of, python, same_training, start, torchrun, wait_until
+from test_cli import refused
+
+from common.run import launch
+
+# A run in a forked child: the child inherits the imported torch, hence starts in milliseconds. Threads are off (conftest).
+LONG = [*TINY, "--data", "FOLDER", "--epochs", "3"]  # 3 x 4 steps
+
+
+def child(arguments, *, env=None, patch=None, log: Path | None = None) -> int:
+    """Forks a process that runs deit3.py; `patch` is called in it first. Returns its pid."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 99
+    try:
+        os.setsid()
+        os.environ.update(env or {})
+        with open(log or os.devnull, "w") as f:
+            os.dup2(f.fileno(), 1)
+            os.dup2(f.fileno(), 2)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # not pytest's captured ones
+        sys.argv = ["deit3.py", *map(str, arguments)]
+        import deit3
+
+        if patch:
+            patch()
+        try:
+            launch(deit3.main)
+        except SystemExit as end:
+            status = end.code
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def status_of(pid: int, timeout: float = 60) -> int:
+    """Exit status of a child (negative: killed by that signal); one that outlasts the timeout is killed and fails the test."""
+    end = time.time() + timeout
+    while time.time() < end:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.killpg(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    pytest.fail(f"still running after {timeout} s")
+
+
+def ranks(world: int, arguments, tmp_path: Path, *, patch=None, timeout: float = 60) -> list[int]:
+    """Runs `world` gloo ranks as forked children; returns their exit statuses. Their output goes to tmp_path/rank*.log."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    pids = start_ranks(world, arguments, tmp_path, port, patch)
+    return [status_of(pid, timeout) for pid in pids]
+
+
+def start_ranks(world, arguments, tmp_path, port, patch=None) -> list[int]:
+    base = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
+        child(arguments, env={**base, "RANK": str(r), "LOCAL_RANK": str(r)}, patch=patch, log=tmp_path / f"rank{r}.log")
+        for r in range(world)
+    ]
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture
+def command(folder, tmp_path):
+    def make(out, *extra):
+        return [folder if a == "FOLDER" else a for a in LONG] + ["--out", tmp_path / out, *extra]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def undisturbed(folder, tmp_path_factory):
+    """The folder of the run that nothing disturbs."""
+    out = tmp_path_factory.mktemp("undisturbed") / "o"
+    assert status_of(child([folder if a == "FOLDER" else a for a in LONG] + ["--out", out, "--ema", "0.9", "--drop-path", "0.2"])) == 0
+    return out
+
+
+SAME = ["--ema", "0.9", "--drop-path", "0.2"]
+
+
+def epochs(out: Path) -> list[tuple]:
+    return [(r["epoch"], r["train_loss"], r["val_loss"], r["val_top1"]) for r in log_of(out) if "train_loss" in r]
+
+
+def at_steps(action, steps):
+    """Patch: calls action() before the given global steps (counted in optimizer steps of this process)."""
+
+    def patch():
+        from common.precision import Precision
+
+        original, count = Precision.step, [0]
+
+        def step(self, *args, **kwargs):
+            if count[0] in steps:
+                action()
+            count[0] += 1
+            return original(self, *args, **kwargs)
+
+        Precision.step = step
+
+    return patch
+
+
+# ---- E: signals --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number, expected", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_E1_E5_a_signal_at_any_step_saves_and_the_resumed_run_is_bit_identical(command, tmp_path, undisturbed, number, expected):
+    random.seed(int(number))
+    for attempt, step in enumerate(random.sample(range(12), 5) + [3]):
+        out = f"o{attempt}"
+        start_time = time.time()
+        assert status_of(child(command(out, *SAME), patch=at_steps(lambda: os.kill(os.getpid(), number), [step]))) == expected
+        assert time.time() - start_time < 30
+        assert log_of(tmp_path / out)[-1]["status"] == "preempted"
+        saved = load(tmp_path / out / "last.pt")
+        assert saved["epoch"] * 4 + saved["step"] - step in (1, 2)  # the signal came while step `step` was being applied
+        assert status_of(child(command(out, *SAME, "--resume"))) == 0
+        assert same_training(undisturbed, tmp_path / out) and epochs(tmp_path / out) == epochs(undisturbed)
+
+
+def test_E4_the_whole_group_is_signalled_with_workers(command, tmp_path, undisturbed):
+    pid = child(command("o", *SAME, "--workers", 2), patch=at_steps(lambda: os.killpg(os.getpgrp(), signal.SIGTERM), [5]))
+    assert status_of(pid) == 143
+    assert status_of(child(command("o", *SAME, "--workers", 1, "--resume"))) == 0
+    assert same_training(undisturbed, tmp_path / "o")
+
+
+def test_E5_the_second_ctrl_c_ends_at_once(command, tmp_path):
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    pid = child(command("o", "--workers", 2, "--save-steps", 1), patch=at_steps(twice, [6]))
+    assert status_of(pid) == 130
+    assert load(tmp_path / "o/last.pt")["step"] == 2 and not (tmp_path / "o/lock").exists()
+    with pytest.raises(ProcessLookupError):  # no worker is left
+        wait_until(lambda: os.killpg(pid, 0), timeout=5)
+
+
+def test_E6_a_signal_before_the_first_step_and_in_evaluation(command, tmp_path, undisturbed):
+    def in_scan():
+        import common.data
+
+        original = common.data._scan_folder
+        common.data._scan_folder = lambda path: os.kill(os.getpid(), signal.SIGTERM) or original(path)
+        os.environ["XDG_CACHE_HOME"] = str(tmp_path / "cache")
+
+    assert status_of(child(command("a"), patch=in_scan)) == 143
+    assert not list((tmp_path / "a").glob("*.pt"))
+
+    def in_evaluation():
+        import common.evaluate
+
+        original = common.evaluate.evaluate
+
+        def evaluate(*args, **kwargs):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return original(*args, **kwargs)
+
+        common.evaluate.evaluate = evaluate
+
+    assert status_of(child(command("b", *SAME), patch=in_evaluation)) == 143
+    assert status_of(child(command("b", *SAME, "--resume"))) == 0
+    assert same_training(undisturbed, tmp_path / "b") and epochs(tmp_path / "b") == epochs(undisturbed)
+
+    def in_save():
+        import common.checkpoint
+
+        original = common.checkpoint._sync_folder
+        common.checkpoint._sync_folder = lambda folder: os.kill(os.getpid(), signal.SIGTERM) or original(folder)
+
+    assert status_of(child(command("c", *SAME), patch=in_save)) == 143
+    assert status_of(child(command("c", *SAME, "--resume"))) == 0
+    assert same_training(undisturbed, tmp_path / "c")
+
+
+def test_E7_H1_twenty_kills_and_automatic_resume_give_the_undisturbed_run(command, tmp_path, undisturbed):
+    out, random_, kills = tmp_path / "o", random.Random(0), 0
+    while True:
+        pid = child(command("o", *SAME, "--save-steps", 1, "--resume", "auto"))
+        if kills == 20:
+            assert status_of(pid) == 0
+            break
+        time.sleep(random_.uniform(0.05, 0.6))
+        os.kill(pid, signal.SIGKILL)
+        finished = status_of(pid) == 0
+        kills += 1
+        if (out / "log.jsonl").exists() and kills % 3 == 0:
+            with open(out / "log.jsonl", "ab") as f:  # as a kill in the middle of a write leaves it
+                f.write(b'{"epoch": 1, "train_lo')
+        if finished:
+            break
+    assert kills > 3
+    assert same_training(undisturbed, out) and epochs(out) == epochs(undisturbed)
+    assert not list(out.glob("*.tmp"))
+
+
+def test_E9_a_closed_standard_output_does_not_stop_training(command, tmp_path):
+    process = start(sys.executable, "deit3.py", *command("o"))
+    process.stdout.close()
+    assert process.wait(60) == 0
+    assert log_of(tmp_path / "o")[-1]["status"] == "completed"
+
+
+# ---- F: ranks ----------------------------------------------------------------------------------------------------------------
+
+
+def close(a: Path, b: Path, tolerance: float) -> bool:
+    one, two = load(a / "last.pt")["model"], load(b / "last.pt")["model"]
+    return all(torch.allclose(one[k], two[k], atol=tolerance, rtol=0) for k in one)
+
+
+def test_F6_F7_F8_ranks_and_accumulation_do_not_change_the_result(command, tmp_path):
+    """12 steps with 3-Augment, repeated augmentation, mixup and cutmix."""
+    recipe = ["--repeats", 2, "--lr", 2e-3]
+    assert status_of(child(command("one", *recipe))) == 0
+    assert status_of(child(command("micro", *recipe, "--micro-batch", 4))) == 0
+    assert ranks(2, command("two", *recipe), tmp_path) == [0, 0]
+    assert ranks(4, command("four", *recipe), tmp_path) == [0] * 4
+    for other in ("micro", "two", "four"):
+        assert close(tmp_path / "one", tmp_path / other, 1e-5), other
+        for a, b in zip(epochs(tmp_path / "one"), epochs(tmp_path / other)):
+            assert a[1] == pytest.approx(b[1], abs=1e-5) and a[3] == b[3]
+    assert sorted(p.name for p in (tmp_path / "two").glob("*.pt")) == ["best.pt", "last.pt", "previous.pt"]  # C6
+
+
+def test_F9_a_run_resumes_on_another_number_of_ranks(command, tmp_path):
+    stop = at_steps(lambda: os.kill(os.getpid(), signal.SIGTERM), [5])
+    assert status_of(child(command("one"))) == 0
+    assert ranks(2, command("o"), tmp_path, patch=stop) == [143, 143]
+    assert status_of(child(command("o", "--resume"))) == 0
+    assert close(tmp_path / "one", tmp_path / "o", 1e-5)
+
+
+@pytest.mark.parametrize("signalled", ["0", "1"])
+def test_E3_a_signal_to_one_rank_stops_both_at_the_same_step(command, tmp_path, signalled):
+    def if_mine():
+        if os.environ["RANK"] == signalled:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert ranks(2, command("o"), tmp_path, patch=at_steps(if_mine, [6])) == [143, 143]
+    assert load(tmp_path / "o/last.pt")["step"] in (3, 4)  # the step being applied, or the next
+
+
+def test_E2_torchrun_passes_the_signal_on(command, tmp_path):
+    process = start(*TORCHRUN, "--nproc_per_node", 2, "deit3.py", *command("o", "--epochs", 200))
+    wait_until(lambda: (tmp_path / "o/log.jsonl").exists() and len(epochs(tmp_path / "o")) > 0)
+    process.send_signal(signal.SIGTERM)
+    begin = time.time()
+    finish(process, 60)
+    assert time.time() - begin < 30
+    assert log_of(tmp_path / "o")[-1]["status"] == "preempted" and load(tmp_path / "o/last.pt")["epoch"] > 0
+
+
+def test_F1_an_exception_on_one_rank_is_the_first_message(command, tmp_path):
+    def fail():
+        from common.errors import RunError
+
+        if os.environ["RANK"] == "1":
+            raise RunError("image x.jpg is gone")
+
+    begin = time.time()
+    assert ranks(2, command("o", "--timeout", 20), tmp_path, patch=at_steps(fail, [5])) == [1, 1]
+    assert time.time() - begin < 60
+    assert "error (rank 1): image x.jpg is gone" in (tmp_path / "rank1.log").read_text()
+    text = (tmp_path / "rank0.log").read_text()
+    assert "lost contact with another rank at epoch 1, step 1" in text and "Traceback" not in text
+
+
+def test_F2_max_restarts_resumes_after_a_rank_was_killed(command, tmp_path):
+    """torchrun starts both ranks again when one dies; the second start resumes by itself and the run is completed."""
+    assert ranks(2, command("two"), tmp_path) == [0, 0]
+    killer = tmp_path / "killer.py"
+    killer.write_text(
+        f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+        "import deit3; from common.run import launch; from test_run import at_steps\n"
+        "first = os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and os.environ['RANK'] == '1'\n"
+        "at_steps(lambda: os.kill(os.getpid(), 9) if first else None, [6])()\n"
+        "launch(deit3.main)\n"
+    )
+    result = torchrun(2, "--max-restarts", 1, killer, *command("o", "--timeout", 20))
+    assert result.status == 0 and "resumed from last.pt at epoch 0, step 4" in result.out, result
+    assert close(tmp_path / "two", tmp_path / "o", 0)
+
+
+def test_F3_a_rank_that_hangs_ends_the_run(command, tmp_path):
+    def hang():
+        if os.environ["RANK"] == "1":
+            time.sleep(3600)
+
+    port = free_port()
+    pids = start_ranks(2, command("o", "--timeout", 3), tmp_path, port, at_steps(hang, [5]))
+    assert status_of(pids[0]) == 1
+    os.killpg(pids[1], signal.SIGKILL)
+    status_of(pids[1])
+    assert "lost contact with another rank at epoch 1, step 1" in (tmp_path / "rank0.log").read_text()
+
+
+def test_F4_F5_half_an_environment_or_a_port_in_use(command, tmp_path, monkeypatch):
+    log = tmp_path / "log"
+    assert status_of(child(command("o"), env={"RANK": "0"}, log=log)) == 2
+    assert "RANK but not WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT; start several ranks with torchrun" in log.read_text()
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        env = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}
+        assert status_of(child(command("o"), env=env, log=log)) == 2
+    assert "--standalone" in log.read_text()
+
+
+def test_F10_ranks_with_unlike_weights_are_stopped(command, tmp_path):
+    def disturb():
+        import gc
+
+        if os.environ["RANK"] == "1":
+            model = next(o for o in gc.get_objects() if type(o).__name__ == "ViT" and not next(o.parameters()).is_meta)
+            next(model.parameters()).data += 1e-3
+
+    statuses = ranks(2, command("o", "--timeout", 20), tmp_path, patch=at_steps(disturb, [2]))
+    assert statuses == [1, 1]
+    assert "the ranks hold different weights" in "".join((tmp_path / f"rank{r}.log").read_text() for r in (0, 1))
+
+
+# ---- G: numbers --------------------------------------------------------------------------------------------------------------
+
+
+def nan_at(step: int, rank: str = "0"):
+    def patch():
+        import deit3
+
+        original, count = deit3.soft_ce_loss, [0]
+
+        def loss(logits, targets):
+            count[0] += 1
+            broken = count[0] == step + 1 and os.environ.get("RANK", "0") == rank
+            return original(logits, targets) * (float("nan") if broken else 1.0)
+
+        deit3.soft_ce_loss = loss
+
+    return patch
+
+
+def test_G1_H2_a_nan_loss_stops_the_run_and_names_step_rate_and_files(command, tmp_path):
+    log = tmp_path / "log"
+    assert status_of(child(command("o", *SAME, "--save-steps", 1), patch=nan_at(6), log=log)) == 1
+    text = log.read_text()
+    assert "loss or gradient not finite at epoch 1, step 2, lr 0.0" in text and ".jpg" in text and "Traceback" not in text
+    record = [r for r in log_of(tmp_path / "o") if r.get("reason")][0]
+    assert (record["epoch"], record["step"], len(record["files"])) == (1, 2, 16)
+    saved = load(tmp_path / "o/last.pt")
+    assert (saved["epoch"], saved["step"]) == (1, 2) and all(
+        torch.isfinite(t).all() for t in (*saved["model"].values(), *saved["ema"].values())
+    )
+
+
+def test_G2_a_nan_on_one_rank_stops_all_at_the_same_step(command, tmp_path):
+    assert ranks(2, command("o", "--timeout", 20), tmp_path, patch=nan_at(6, rank="1")) == [1, 1]
+    assert [r["step"] for r in log_of(tmp_path / "o") if r.get("reason")] == [2]
+
+
+def test_G6_seeds(command, tmp_path):
+    short = ("--epochs", "1", "--warmup-epochs", "0")
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        assert status_of(child(command(name, *short, "--seed", seed))) == 0
+    assert same_training(tmp_path / "a", tmp_path / "b") and not same_training(tmp_path / "a", tmp_path / "c")
+
+
+# ---- H: logs and environment ---------------------------------------------------------------------------------------------------
+
+
+def test_H3_ascii_terminals_and_files_get_plain_text(command, tmp_path):
+    result = python("deit3.py", *command("naïve"), LC_ALL="C", PYTHONIOENCODING="ascii", NO_COLOR="1")
+    assert result.status == 0 and "\x1b" not in result.out + result.err and "\r" not in result.out, result
+    assert (tmp_path / "naïve" / "log.jsonl").read_bytes().isascii()
+
+
+def test_H4_a_full_log_disk_warns_once_and_training_goes_on(command, tmp_path):
+    (tmp_path / "o").mkdir()
+
+    def full():
+        from common.run import Run
+
+        original = Run._resume
+        Run._resume = lambda self: (
+            original(self),
+            (self.out / "log.jsonl").unlink(missing_ok=True),
+            (self.out / "log.jsonl").symlink_to("/dev/full"),
+        )
+
+    log = tmp_path / "log"
+    assert status_of(child(command("o", "--resume", "auto", "--val-data", "none"), patch=full, log=log)) == 0
+    assert log.read_text().count("cannot write") == 1
+
+
+def test_slurm_variables_do_not_matter_under_torchrun(command, tmp_path):
+    result = torchrun(1, "deit3.py", *command("o", "--epochs", 1, "--warmup-epochs", 0), SLURM_PROCID=3, SLURM_NTASKS=8)
+    assert result.status == 0, result
+    assert json.dumps(environment()) and refused
