@@ -691,7 +691,7 @@ def make_loader(samples: Samples, batches: Sampler, workers: int, device: torch.
         pin_memory=device.type == "cuda",
         worker_init_fn=_worker_init,
         persistent_workers=workers > 0,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=2 if workers else None,
         timeout=300 if workers else 0,
     )
 
@@ -703,7 +703,9 @@ def eval_batches(length: int, batch_size: int, world_size: int, rank: int) -> li
 
 
 def to_device(loader: DataLoader, device: torch.device) -> Iterator[tuple[torch.Tensor, ...]]:
-    """The loader's batches on `device`, the next one copied (on a stream of its own) while the current one is in use.
+    """The loader's batches, images and labels on `device`, parameters and indices on the host.
+
+    The next batch is copied (on a stream of its own) while the current one is in use.
 
     Raises RunError naming the image that cannot be read, or the likely reason if a worker process died.
     """
@@ -714,8 +716,9 @@ def to_device(loader: DataLoader, device: torch.device) -> Iterator[tuple[torch.
             if isinstance(batch, str):
                 raise RunError(f"cannot read {batch}")
             if stream is not None:
-                with torch.cuda.stream(stream):  # indices stay with the host: they are for messages
-                    batch = (*(t.to(device, non_blocking=True) for t in batch[:3]), batch[3])
+                images, parameters, labels, indices = batch
+                with torch.cuda.stream(stream):
+                    batch = images.to(device, non_blocking=True), parameters, labels.to(device, non_blocking=True), indices
             yield batch
 
     try:
@@ -727,7 +730,7 @@ def to_device(loader: DataLoader, device: torch.device) -> Iterator[tuple[torch.
         while ahead is not None:
             current = ahead
             torch.cuda.current_stream(device).wait_stream(stream)
-            for tensor in current[:3]:
+            for tensor in (current[0], current[2]):
                 tensor.record_stream(torch.cuda.current_stream(device))
             ahead = next(iterator, None)
             yield current

@@ -33,6 +33,12 @@ def normalize(images: torch.Tensor) -> torch.Tensor:
     return (images.float() - mean) * scale
 
 
+def denormalize(images: torch.Tensor) -> torch.Tensor:
+    """The inverse of normalize, for pictures."""
+    mean, scale = _mean_and_scale(images.device)
+    return images / scale + mean
+
+
 def eval_loader(
     source: Source, size: tuple[int, int], crop_ratio: float, *, batch_size: int, workers: int, device, world: int = 1, rank: int = 0
 ):

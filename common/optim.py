@@ -52,7 +52,9 @@ class Lamb(torch.optim.Optimizer):
                 torch._foreach_div_([p.grad for p in params], scale)
             scale = None
         for group, params in groups:
-            self._update(group, params, scale, found_inf)
+            # A GPU takes all tensors in one launch; a CPU is faster one tensor at a time, which stays in its cache.
+            for chunk in [params] if params[0].is_cuda else [[p] for p in params]:
+                self._update(group, chunk, scale, found_inf)
         return loss
 
     def _update(self, group: dict, params: list[torch.Tensor], scale, found_inf) -> None:
@@ -171,7 +173,9 @@ class EMA:
             self._floats = tuple(zip(*[p for p in pairs if p[0].is_floating_point()]))
             self._integers = [p for p in pairs if not p[0].is_floating_point()]
         average, value = map(list, self._floats)
-        if skip is None:
+        if skip is None or not skip.is_cuda:  # the CPU knows at once
+            if skip is not None and skip.item():
+                return
             torch._foreach_lerp_(average, value, 1 - self.decay)
         else:
             weight = (1 - skip).to(average[0].dtype) * (1 - self.decay)

@@ -242,6 +242,7 @@ def test_benchmark_prints_speed(deit3_here, monkeypatch):
 def test_a_run_writes_log_checkpoints_and_curves(deit3_here, tmp_path, folder):
     result = deit3_here(*TINY, "--data", folder, "--out", tmp_path, "--tensorboard")
     assert result.status == 0, result
+    assert Image.open(tmp_path / "batch.png").size == (8 * 34 + 2, 2 * (2 * 34 + 2 + 14))
     for part in ("16 = 1 ranks x 16 x 1 accumulation", "GMACs", "2 epochs x 4"):
         assert part in result.out
     assert {"last.pt", "best.pt", "log.jsonl", "curves.png"} <= {p.name for p in tmp_path.iterdir()}

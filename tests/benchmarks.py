@@ -1,0 +1,204 @@
+"""Timings of our pieces against the straightforward ones, interleaved in one run on one thread.
+
+    python tests/benchmarks.py [loader FOLDER_OF_JPEGS] [optimizers] [drop_path] [index]
+
+Every figure is a ratio (above 1: ours is faster): the median over rounds in which both are run in turn. FOLDER_OF_JPEGS holds
+photographs at any depth, about ImageNet's size. The baselines are the official pipelines, built here from torchvision, PIL and
+plain torch.
+"""
+
+import io
+import random
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+from torch import nn
+from torchvision import transforms as T
+from torchvision.datasets import ImageFolder
+
+import deit3
+from common import data, images
+from common.optim import EMA, Lamb, param_groups
+
+torch.set_num_threads(1)
+
+
+def compare(title: str, baseline, ours, *, rounds: int = 7) -> None:
+    """Prints baseline's and our time and their ratio."""
+    baseline(), ours()
+    pairs = []
+    for _ in range(rounds):
+        times = []
+        for run in (baseline, ours):
+            start = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - start)
+        pairs.append(times)
+    ratio = statistics.median(a / b for a, b in pairs)
+    one, two = (statistics.median(p[i] for p in pairs) * 1e3 for i in (0, 1))
+    print(f"{title:64s} {one:9.2f} ms {two:9.2f} ms   ratio {ratio:5.2f}", flush=True)
+
+
+def loader(folder: str) -> None:
+    """Per photograph: the official 3-Augment and validation pipelines against what our loader processes do."""
+    files = [p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.suffix.lower() in (".jpg", ".jpeg")][:100]
+    normalize = T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    bicubic = T.InterpolationMode.BICUBIC
+
+    def blur(image):
+        return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
+
+    choice = T.RandomChoice([T.Grayscale(3), T.RandomSolarize(128, p=1.0), T.Lambda(blur)])
+    three = T.Compose(
+        [
+            T.RandomResizedCrop(224, interpolation=bicubic),
+            T.RandomHorizontalFlip(),
+            choice,
+            T.ColorJitter(0.3, 0.3, 0.3),
+            T.ToTensor(),
+            normalize,
+        ]
+    )
+    src = T.Compose([T.Resize(224, interpolation=bicubic), T.RandomCrop(224, padding=4, padding_mode="reflect"), T.RandomHorizontalFlip(), choice, T.ColorJitter(0.3, 0.3, 0.3), T.ToTensor(), normalize])  # fmt: skip
+    validation = T.Compose([T.Resize(256, interpolation=bicubic), T.CenterCrop(224), T.ToTensor(), normalize])
+
+    def official(transform):
+        return lambda: torch.stack([transform(Image.open(io.BytesIO(f)).convert("RGB")) for f in files])
+
+    class Memory(data.Source):
+        def read(self, index):
+            return images.decode(files[index])
+
+    source = Memory(["x"], np.zeros(len(files)))
+
+    def ours(transform, repeats=1):
+        samples = data.Samples(source, transform, 0)
+        keys = [(0, i, r) for i in range(len(files)) for r in range(repeats)][: len(files)]
+        return lambda: samples.__getitems__(keys)
+
+    in1k = deit3.TrainTransform(deit3.Recipe())
+    compare("3-Augment, RRC: official / worker's side", official(three), ours(in1k))
+    compare("3-Augment, RRC, three repeats share a decode", official(three), ours(in1k, 3))
+    compare("3-Augment, SRC: official / worker's side", official(src), ours(deit3.TrainTransform(deit3.RECIPES["in21k"])))
+    whole = ours(in1k)
+
+    def with_device_part():
+        batch = whole()
+        return deit3.augment(batch[0], batch[1])
+
+    compare("3-Augment, RRC: official / worker's and device's part, one core", official(three), with_device_part)
+    compare(
+        "validation: official / worker's side",
+        official(validation),
+        ours(lambda image, _: (images.eval_transform(image, (224, 224), 0.875), ())),
+    )
+
+
+class PlainLamb(torch.optim.Optimizer):
+    """LAMB as it is usually written: a loop over tensors."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, dict(lr=lr, weight_decay=0.0))
+        self.t = 0
+
+    @torch.no_grad()
+    def step(self):
+        self.t += 1
+        norm = torch.stack([p.grad.norm() for g in self.param_groups for p in g["params"]]).norm().clamp(min=1.0)
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["m"], state["v"] = torch.zeros_like(p), torch.zeros_like(p)
+                grad = p.grad / norm
+                state["m"].mul_(0.9).add_(grad, alpha=0.1)
+                state["v"].mul_(0.999).addcmul_(grad, grad, value=0.001)
+                update = (state["m"] / (1 - 0.9**self.t)).div_((state["v"].sqrt() / (1 - 0.999**self.t) ** 0.5).add_(1e-6))
+                if group["weight_decay"]:
+                    update.add_(p, alpha=group["weight_decay"])
+                    w, u = p.norm(2.0), update.norm(2.0)
+                    update.mul_(torch.where((w > 0) & (u > 0), w / u, torch.ones_like(w)))
+                p.add_(update, alpha=-group["lr"])
+
+
+def optimizers() -> None:
+    """One step on ViT-B's parameters."""
+    model = deit3.build_model("vit_b")
+    for p in model.parameters():
+        p.grad = torch.randn_like(p) * 1e-3
+    plain, ours = PlainLamb(param_groups(model, 0.02), lr=1e-6), Lamb(param_groups(model, 0.02), lr=1e-6)
+    compare("LAMB, ViT-B: loop / ours", plain.step, ours.step)
+    ema, average = EMA(model, 0.9999), {k: v.clone() for k, v in model.state_dict().items()}
+
+    @torch.no_grad()
+    def plain_ema():
+        for k, v in model.state_dict().items():
+            average[k].copy_(average[k] * 0.9999 + (1 - 0.9999) * v)
+
+    compare("EMA, ViT-B: loop over the state dict / ours", plain_ema, lambda: ema.update(model, skip=torch.zeros(())))
+
+
+class MaskedBlock(deit3.Block):
+    """Stochastic depth as usually written: every branch computed, dropped ones multiplied by zero."""
+
+    def residual(self, x, norm, layer, gamma):
+        mask = (torch.rand(len(x), 1, 1) >= self.drop_path).float() / (1 - self.drop_path)
+        return mask * gamma * layer(norm(x))
+
+
+def drop_path() -> None:
+    """Forward and backward of two ViT-S blocks, batch 32, 197 tokens."""
+    x = torch.randn(32, 197, 384)
+    for rate in (0.1, 0.3, 0.5):
+        stacks = [
+            nn.Sequential(*[c(384, 6, branches=1, layer_scale=1e-4, drop_path=rate) for _ in range(2)]).train()
+            for c in (MaskedBlock, deit3.Block)
+        ]
+        compare(f"ViT-S blocks, drop rate {rate}: masked / kept only", *[lambda s=s: s(x).sum().backward() for s in stacks], rounds=9)
+
+
+def index() -> None:
+    """Listing 60,000 files: torchvision's ImageFolder against our cached index; reading members of a tar against files."""
+    import os
+    import tarfile
+
+    with tempfile.TemporaryDirectory() as root:
+        os.environ["XDG_CACHE_HOME"] = root + "/cache"
+        out = io.BytesIO()
+        Image.new("RGB", (32, 32)).save(out, "JPEG")
+        for c in range(100):
+            os.makedirs(f"{root}/d/train/c{c:03d}")
+            for i in range(600):
+                Path(f"{root}/d/train/c{c:03d}/{i}.jpg").write_bytes(out.getvalue())
+        with tarfile.open(root + "/d.tar", "w") as tar:
+            tar.add(root + "/d/train", "train")
+        compare(
+            "listing 60,000 files: ImageFolder / cached index",
+            lambda: ImageFolder(root + "/d/train"),
+            lambda: data.open_images(root + "/d/train", ""),
+        )
+        source = data.open_data(root + "/d.tar", splits=("train",))["train"]
+        files = [source.name(i).split(": ")[1] for i in range(2000)]
+        fd = os.open(root + "/d.tar", os.O_RDONLY)
+        compare(
+            "reading 2,000 files of 0.6 kB: open().read() / from the tar",
+            lambda: [open(f"{root}/d/{f}", "rb").read() for f in files],
+            lambda: [data._pread(fd, int(source.sizes[i]), int(source.offsets[i])) for i in range(2000)],
+        )
+
+
+if __name__ == "__main__":
+    wanted = sys.argv[1:]
+    if "loader" in wanted:
+        loader(wanted[wanted.index("loader") + 1])
+    for part in (optimizers, drop_path, index):
+        if not wanted or part.__name__ in wanted:
+            part()

@@ -1,0 +1,93 @@
+"""What is installed, copied out and documented: rows I of the fault list, README's commands, house rules."""
+
+import ast
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+from conftest import ROOT, TINY, python, write_folder
+
+import deit3
+
+SCRIPTS = ["deit3"]
+README = (ROOT / "README.md").read_text()
+
+
+def test_I1_the_wheel_holds_every_script_and_common_and_no_tests(tmp_path):
+    copy = tmp_path / "src"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "runs", ".venv", "build", "*.egg-info", "__pycache__"))
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path), str(copy)]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    for wanted in [f"{s}.py" for s in SCRIPTS] + [f"common/{p.name}" for p in (ROOT / "common").glob("*.py")] + ["common/py.typed"]:
+        assert wanted in names, wanted
+    assert not [n for n in names if n.startswith("tests")]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_I2_a_script_and_common_copied_out_train(tmp_path, script):
+    shutil.copy(ROOT / f"{script}.py", tmp_path)
+    shutil.copytree(ROOT / "common", tmp_path / "common", ignore=shutil.ignore_patterns("__pycache__"))
+    data = write_folder(tmp_path / "d", train=8, val=1)
+    result = python(f"{script}.py", *TINY, "--data", data, "--epochs", 1, "--warmup-epochs", 0, "--out", "o", cwd=tmp_path, PYTHONPATH="")
+    assert result.status == 0 and (tmp_path / "o/last.pt").exists(), result
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_importing_a_script_runs_nothing_and_needs_only_torch_and_torchvision(tmp_path, script):
+    """Models, augmentation and losses of a script work where common does not exist."""
+    shutil.copy(ROOT / f"{script}.py", tmp_path)
+    code = f"import {script}, torch; print({script}.build_model('vit_nano', 3, 32)(torch.zeros(1, 3, 32, 32)).shape)"
+    result = python("-c", code, cwd=tmp_path, PYTHONPATH="")
+    assert result.status == 0 and result.out.strip() == "torch.Size([1, 3])" and not result.err, result
+
+
+def test_I3_a_foreign_common_package_fails_with_a_clear_line(tmp_path):
+    (tmp_path / "common").mkdir()
+    (tmp_path / "common" / "__init__.py").write_text("")
+    shutil.copy(ROOT / "deit3.py", tmp_path)
+    result = python("deit3.py", "--help", cwd=tmp_path, PYTHONPATH="")
+    assert result.status == 2 and len(result.err.strip().splitlines()) == 1 and "another package named common" in result.err, result
+
+
+def commands() -> list[str]:
+    """Every deit3.py command line in README, continuation lines joined."""
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.rsplit("deit3.py", 1)[1].split("#")[0].split("&&")[0] for line in lines if "deit3.py" in line and "--help" not in line]
+
+
+@pytest.mark.parametrize("line", commands())
+def test_readmes_commands_are_accepted(line):
+    args, recipe, paper = deit3.parse_args(shlex.split(line))
+    if not args.list_models:
+        assert recipe.epochs
+
+
+def test_readme_has_a_command_for_every_recipe():
+    for recipe in deit3.RECIPES:
+        assert recipe == "in1k" or any(f"--recipe {recipe}" in line for line in commands()), recipe
+
+
+def test_every_recipe_field_and_flag_is_read():
+    source = (ROOT / "deit3.py").read_text() + "".join(p.read_text() for p in (ROOT / "common").glob("*.py"))
+    for field in deit3.Recipe.__dataclass_fields__:
+        assert re.search(rf"recipe\.{field}\b", source), field
+    args, _, _ = deit3.parse_args([])
+    for flag in vars(args):
+        read = rf'args\.{flag}\b|"--{flag}" in sys.argv'
+        assert re.search(read, source) or flag in deit3.Recipe.__dataclass_fields__, flag
+
+
+def test_a_method_script_imports_no_other_and_common_knows_no_method():
+    for script in SCRIPTS:
+        imported = {n.module or "" for n in ast.walk(ast.parse((ROOT / f"{script}.py").read_text())) if isinstance(n, ast.ImportFrom)}
+        assert not imported & (set(SCRIPTS) - {script})
+    for file in (ROOT / "common").glob("*.py"):
+        imports = [n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, (ast.Import, ast.ImportFrom))]
+        names = {a.name for n in imports for a in n.names} | {getattr(n, "module", "") or "" for n in imports}
+        assert not names & {"deit", "cait", "resmlp", "patchconvnet", "grafit", "trex", "deit3"}, file
