@@ -847,11 +847,11 @@ def train(args, recipe: Recipe, paper: Recipe) -> None:
             if ema:
                 ema.update(model, skip=skipped)
             run.after_step(stats, lr, lambda seen=seen: [source.name(i) for i in torch.cat(seen).tolist()])
-        record, score = run.end_of_training_epoch(), None
+        record, score = run.end_of_training_epoch() | {"lr": lr_at_end(recipe, epoch)}, None
         if val_loader is not None:
             metrics = evaluate(model, val_loader, run.device, precision.autocast, between=run.check_stop)
             score = metrics["top1"]
-            record |= {f"val_{k}": v for k, v in metrics.items()} | {"lr": lr_at_end(recipe, epoch)}
+            record |= {f"val_{k}": v for k, v in metrics.items()}
             if ema:
                 averaged = evaluate(ema.model, val_loader, run.device, precision.autocast, between=run.check_stop)
                 record |= {f"val_ema_{k}": v for k, v in averaged.items()}
@@ -894,8 +894,9 @@ def evaluate_only(args, recipe: Recipe, paper: Recipe) -> None:
         raise UserError(f"--data: its {len(source.classes)} classes are not the {len(classes)} that {args.weights} was trained on")
     state = checkpoint.weights(content, ema=args.use_ema)
     head = next((v for k, v in state.items() if k in ("head.weight", "fc.weight")), None)
-    if isinstance(content.get("recipe"), dict):  # LayerScale or not, as it was trained
-        recipe = dataclasses.replace(recipe, layer_scale=content["recipe"].get("layer_scale", recipe.layer_scale))
+    if isinstance(content.get("recipe"), dict):  # as it was trained, unless a flag says otherwise
+        saved = {k: content["recipe"][k] for k in ("layer_scale", "img_size", "eval_crop_ratio") if getattr(args, k) is None}
+        recipe = dataclasses.replace(recipe, **{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in saved.items()})
     model = make_model(args, recipe, len(source.classes) if head is None or args.eval_data is None else len(head))
     load_pretrained(model, args, new_head=False, say=run.say)
     model.to(run.device)

@@ -510,6 +510,10 @@ def _torchvision(folder: str, split: str, name: str) -> Source:
     for part in train if split == "train" else test:
         try:
             data = make(folder, split=part, download=False)
+        except ImportError as error:
+            raise UserError(
+                f"--data {name}:{folder}: torchvision needs {error.name} to read its labels; pip install {error.name}"
+            ) from None
         except (RuntimeError, OSError) as error:
             raise UserError(f"--data {name}:{folder}: {str(error).splitlines()[0]} ({make.__name__}'s layout is expected)") from None
         samples = getattr(data, "_samples", None)  # StanfordCars keeps pairs, the others two lists

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -116,8 +115,3 @@ def real_labels(file: str, source: Source) -> list[list[int]]:
             raise UserError(f"--real-labels {file}: no entry for {source.name(i)}; files must keep their names ILSVRC2012_val_NNNNNNNN")
         found.append(labels[number])
     return found
-
-
-def log_odds(accuracy: float) -> float:
-    """log(p / (1 - p)) of an accuracy p in 0..1, natural logarithm (Kornblith et al., arXiv:1805.08974)."""
-    return math.log(accuracy / (1 - accuracy))

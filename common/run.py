@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import importlib.util
 import json
 import math
 import os
 import random
+import shutil
 import signal
 import socket
 import sys
@@ -178,6 +180,7 @@ class Run:
         self.best = -math.inf
         self.loss_sum, self.loss_count = 0.0, 0
         self.stop_signal, self.stop_agreed = 0, False  # asked of this rank; known to all ranks
+        self.lag = FLAG_LAG if self.device.type == "cuda" else 0
         self.pending: deque = deque()  # (stats, files, lr) of steps whose flags the host has not read
         self.skipped_in_a_row = self.skipped_steps = 0
         self.log_bytes = 0
@@ -225,7 +228,15 @@ class Run:
         """Loader processes of this rank."""
         if self.args.workers is not None:
             return self.args.workers
-        return max(1, min(16, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+    def _of_all_ranks(self, items: list) -> list:
+        if self.world == 1:
+            return items
+        gathered: list = [None] * self.world
+        dist.all_gather_object(gathered, items)
+        return [item for part in gathered for item in part]
 
     def first(self, action: Callable):
         """action() of every rank, rank 0's before the others': what it builds (an index), they find."""
@@ -285,6 +296,11 @@ class Run:
     def prepare(self, model: nn.Module) -> nn.Module:
         """The model as it is trained: compiled if asked for, wrapped for several ranks."""
         if self.args.compile:
+            cuda = self.device.type == "cuda"
+            if importlib.util.find_spec("triton") is None if cuda else not any(map(shutil.which, ("c++", "g++", "clang++"))):
+                raise UserError(
+                    f"--compile: needs {'the package triton' if cuda else 'a C++ compiler'}, not found here; leave the flag out"
+                )
             model.compile()
         if self.world > 1:
             model = DistributedDataParallel(
@@ -453,7 +469,7 @@ class Run:
             event.record()
         self.pending.append((stats, event, lr, self.epoch, self.step, files))
         self.step += 1
-        self._read_flags(FLAG_LAG if self.device.type == "cuda" else 0)
+        self._read_flags(self.lag)
         self._progress(lr)
         if self.stop_agreed or (self.args.save_steps and self.step % self.args.save_steps == 0):
             self.save()
@@ -471,19 +487,11 @@ class Run:
                 self.skipped_steps += 1
                 self.skipped_in_a_row += 1
                 if self.amp != "fp16" or self.skipped_in_a_row > MAX_SKIPPED:
-                    names = files()
-                    self.log(
-                        {
-                            "status": "failed",
-                            "reason": "loss or gradient not finite",
-                            "epoch": epoch,
-                            "step": step,
-                            "lr": lr,
-                            "files": names,
-                        }
-                    )
+                    names = self._of_all_ranks(files())
+                    self.log({"status": "failed", "reason": "loss or gradient not finite", "epoch": epoch, "step": step, "lr": lr, "files": names})  # fmt: skip
                     raise RunError(
-                        f"loss or gradient not finite at epoch {epoch}, step {step}, lr {lr:g}; nothing of that step was applied. The rank's batch: {', '.join(names[:4])}, ... (all in {self.out / 'log.jsonl'})"
+                        f"loss or gradient not finite at epoch {epoch}, step {step}, lr {lr:g}; nothing of that step was applied."
+                        f" Its images: {', '.join(names[:4])}, ... (all {len(names)} in {self.out / 'log.jsonl'})"
                     )
             else:
                 self.skipped_in_a_row = 0
@@ -618,7 +626,7 @@ class Run:
             self.failure_logged = True
             self.log({"status": "failed", "exit": status, "epoch": self.epoch, "step": self.step})
         self._unlock()
-        if status == 0 and dist.is_initialized():
+        if status == 0 and dist.is_initialized() and dist.get_backend() == "nccl":  # gloo's can block, and ends by itself
             dist.destroy_process_group()
 
 

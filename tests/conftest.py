@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -192,12 +193,28 @@ def start(*command, cwd: Path = ROOT, **env) -> subprocess.Popen:
     )
 
 
+def kill_tree(pid: int) -> None:
+    """SIGKILL to a process and all below it: torchrun's ranks are in sessions of their own, a group would miss them."""
+    children = [int(s.parent.name) for s in Path("/proc").glob("[0-9]*/stat") if _parent(s) == pid]
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    for child in children:
+        kill_tree(child)
+
+
+def _parent(stat: Path) -> int:
+    try:
+        return int(stat.read_text().rsplit(")", 1)[1].split()[1])
+    except (OSError, IndexError):
+        return -1
+
+
 def finish(process: subprocess.Popen, timeout: float = 120) -> Result:
     """Waits for the end; a run that outlasts the timeout is killed with everything it started, and fails the test."""
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        kill_tree(process.pid)
         out, err = process.communicate()
         pytest.fail(f"still running after {timeout} s\n{out}\n{err}")
     return Result(process.returncode, out, err)

@@ -210,6 +210,19 @@ def test_D9_B10_evaluation_repeats_the_logged_numbers_for_any_batch_and_ranks(de
     assert two.status == 0 and accuracy(two)["top1"] == pytest.approx(logged["val_top1"], abs=1e-3), two
 
 
+def test_evaluation_takes_size_and_crop_from_the_checkpoint(deit3_here, tmp_path, folder):
+    assert deit3_here(*TINY, "--data", folder, "--layer-scale", "none", "--out", tmp_path / "o").status == 0
+    result = deit3_here(
+        "--model", "vit_nano", "--device", "cpu", "--workers", 0, "--data", folder, "--eval", "--weights", tmp_path / "o/last.pt"
+    )
+    assert result.status == 0 and "20 images at 32 x 32, crop ratio 1" in result.out and "resized" not in result.out, result
+
+
+def test_A13_compile_without_a_compiler(deit3_here, tmp_path, folder, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    refused(deit3_here(*TINY, "--data", folder, "--compile", "--out", tmp_path / "o"), "--compile", "C++ compiler")
+
+
 def test_evaluation_on_other_sets_and_on_real_labels(deit3_here, tmp_path):
     names = ("n01", "n02", "n03", "n04")
     images = write_folder(tmp_path / "d", classes=names)

@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import shutil
+import sys
 import tarfile
 import time
 
@@ -399,7 +400,8 @@ def test_a_named_set_that_is_not_there_is_explained(tmp_path):
 
 def test_flowers_trains_on_train_and_val(tmp_path, monkeypatch):
     monkeypatch.setattr("torchvision.datasets.Flowers102._check_integrity", lambda self: True)
-    scipy_io = pytest.importorskip("scipy.io", reason="torchvision reads Flowers-102's labels with scipy")
+    import scipy.io as scipy_io  # what torchvision reads the labels with
+
     base = tmp_path / "flowers-102"
     (base / "jpg").mkdir(parents=True)
     for i in range(1, 10):
@@ -408,6 +410,13 @@ def test_flowers_trains_on_train_and_val(tmp_path, monkeypatch):
     scipy_io.savemat(base / "setid.mat", {"trnid": np.array([1, 2]), "valid": np.array([3, 4]), "tstid": np.arange(5, 10)})
     found = open_data(f"flowers102:{tmp_path}")
     assert len(found["train"]) == 4 and len(found["val"]) == 5
+
+
+def test_H5_scipy_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr("torchvision.datasets.Flowers102._check_integrity", lambda self: True)
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    with pytest.raises(UserError, match="pip install scipy"):
+        open_data(f"flowers102:{tmp_path}")
 
 
 def test_food_101(tmp_path):

@@ -385,7 +385,37 @@ def test_G1_H2_a_nan_loss_stops_the_run_and_names_step_rate_and_files(command, t
 
 def test_G2_a_nan_on_one_rank_stops_all_at_the_same_step(command, tmp_path):
     assert ranks(2, command("o", "--timeout", 20), tmp_path, patch=nan_at(6, rank="1")) == [1, 1]
-    assert [r["step"] for r in log_of(tmp_path / "o") if r.get("reason")] == [2]
+    assert [(r["step"], len(r["files"])) for r in log_of(tmp_path / "o") if r.get("reason")] == [(2, 16)]
+
+
+def reading_late(patch=lambda: None):
+    """Patch: the host reads a step's flags three steps later, as it does with a GPU."""
+
+    def both():
+        from common.run import Run
+
+        original = Run.__init__
+
+        def init(self, *args):
+            original(self, *args)
+            self.lag = 3
+
+        Run.__init__ = init
+        patch()
+
+    return both
+
+
+def test_flags_read_three_steps_late_stop_and_resume_exactly_too(command, tmp_path, undisturbed):
+    assert status_of(child(command("nan", *SAME), patch=reading_late(nan_at(4)))) == 1
+    assert [(r["epoch"], r["step"]) for r in log_of(tmp_path / "nan") if r.get("reason")] == [(1, 0)]
+    assert load(tmp_path / "nan/last.pt")["epoch"] == 0  # nothing after the broken step was saved
+    assert status_of(child(command("nan", *SAME, "--resume"))) == 0
+    assert same_training(undisturbed, tmp_path / "nan") and epochs(tmp_path / "nan") == epochs(undisturbed)
+    stop = at_steps(lambda: os.kill(os.getpid(), signal.SIGTERM), [4])
+    assert status_of(child(command("stop", *SAME), patch=reading_late(stop))) == 143
+    assert status_of(child(command("stop", *SAME, "--resume"), patch=reading_late())) == 0
+    assert same_training(undisturbed, tmp_path / "stop") and epochs(tmp_path / "stop") == epochs(undisturbed)
 
 
 def test_G6_seeds(command, tmp_path):
