@@ -252,22 +252,24 @@ class Block(nn.Module):
             for i in names:
                 self.add_module(f"{layer}{i}", Attention(dim, heads) if layer == "attn" else MLP(dim))
 
-    def residual(self, x: torch.Tensor, norm: nn.Module, layer: nn.Module, gamma: torch.Tensor | None) -> torch.Tensor:
-        """What gamma * layer(norm(x)) adds to x, computed only for the samples that stochastic depth keeps."""
+    def add(self, total: torch.Tensor, x: torch.Tensor, norm: nn.Module, layer: nn.Module, gamma: torch.Tensor | None) -> torch.Tensor:
+        """total + gamma * layer(norm(x)), the branch computed only for the samples that stochastic depth keeps."""
         if not self.training or self.drop_path == 0:
             branch = layer(norm(x))
-            return branch if gamma is None else gamma * branch
+            return total + (branch if gamma is None else gamma * branch)
         kept, factor = kept_samples(len(x), self.drop_path, x.device)
         branch = layer(norm(x[kept]))
-        branch = branch * factor if gamma is None else (gamma * factor) * branch
-        return torch.zeros_like(x).index_add(0, kept, branch.to(x.dtype))
+        branch = branch if gamma is None else gamma * branch
+        return total.index_add(0, kept, branch.to(total.dtype), alpha=factor)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.branches == 1:
-            x = x + self.residual(x, self.norm1, self.attn, self.gamma_1)
-            return x + self.residual(x, self.norm2, self.mlp, self.gamma_2)
-        x = x + self.residual(x, self.norm1, self.attn, self.gamma_1) + self.residual(x, self.norm11, self.attn1, self.gamma_1_1)
-        return x + self.residual(x, self.norm2, self.mlp, self.gamma_2) + self.residual(x, self.norm21, self.mlp1, self.gamma_2_1)
+        y = self.add(x, x, self.norm1, self.attn, self.gamma_1)
+        if self.branches == 2:
+            y = self.add(y, x, self.norm11, self.attn1, self.gamma_1_1)
+        z = self.add(y, y, self.norm2, self.mlp, self.gamma_2)
+        if self.branches == 2:
+            z = self.add(z, y, self.norm21, self.mlp1, self.gamma_2_1)
+        return z
 
 
 class ViT(nn.Module):
@@ -750,13 +752,14 @@ def load_pretrained(model: nn.Module, args, *, new_head: bool, say) -> None:
 def train(args, recipe: Recipe, paper: Recipe) -> None:
     """The whole run: data, model, loop, evaluation after every epoch."""
     from common.cli import differences
-    from common.data import GlobalBatches, Samples, make_loader, open_data, to_device
+    from common.data import GlobalBatches, Samples, make_loader, to_device
     from common.errors import RunError, UserError
     from common.evaluate import denormalize, eval_loader, evaluate, normalize
     from common.optim import EMA, cosine_lr, make_optimizer
     from common.precision import Precision, check_amp
     from common.report import count, save_batch, save_curves
     from common.run import Run, split_batch
+    from common.sources import open_data
 
     run = Run("deit3", args, recipe, paper)
     check_amp(run.amp, run.device)
@@ -819,6 +822,7 @@ def train(args, recipe: Recipe, paper: Recipe) -> None:
         f"steps    {recipe.epochs} epochs x {batches.steps}\n"
         f"recipe   {args.recipe}: {', '.join(f'{f.name} {getattr(recipe, f.name)}' for f in dataclasses.fields(recipe))}\n"
         f"differs from the paper: {'; '.join(differences(recipe, paper)) or 'nothing'}"
+        + (" (but this recipe is none of the paper's)" if args.recipe == "shapes" else "")
     )
     if recipe.optimizer != "lamb" and paper.optimizer == "lamb" and recipe.lr > 1e-3:
         run.say(f"warning: {recipe.optimizer} at LAMB's learning rate of {recipe.lr:g} is known to diverge; 1e-3 or less is usual")
@@ -871,11 +875,11 @@ def lr_at_end(recipe: Recipe, epoch: int) -> float:
 def evaluate_only(args, recipe: Recipe, paper: Recipe) -> None:
     """--eval: accuracy of --weights (or --out's last.pt) on --data's validation images or on --eval-data."""
     from common import checkpoint
-    from common.data import open_data, open_images
     from common.errors import UserError
     from common.evaluate import eval_loader, evaluate, real_labels
     from common.precision import Precision, check_amp
     from common.run import Run
+    from common.sources import open_data, open_images
 
     run = Run("deit3", args, recipe, paper)
     check_amp(run.amp, run.device)

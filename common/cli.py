@@ -35,7 +35,7 @@ def add_run_flags(parser: Parser) -> None:
     """What every script's run needs, whatever the method."""
     data = parser.add_argument_group("data")
     data.add_argument(
-        "--data", default="shapes", metavar="DATA", help="shapes, FOLDER, FILE.tar or NAME:FOLDER (see common/data.py); default: shapes"
+        "--data", default="shapes", metavar="DATA", help="shapes, FOLDER, FILE.tar or NAME:FOLDER (see common/sources.py); default: shapes"
     )
     data.add_argument(
         "--val-data", metavar="PATH", help="validation images, if not in --data: folder or tar of class folders; none: train without"

@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from common.data import Samples, Source, eval_batches, make_loader, to_device
+from common.data import Samples, eval_batches, make_loader, to_device
 from common.errors import UserError
 from common.images import eval_transform
+from common.sources import Source
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in 0..1, RGB
 

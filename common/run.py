@@ -326,7 +326,8 @@ class Run:
             self.writer = SummaryWriter(self.out, purge_step=self.epoch)
         if self.epoch == self.step == 0:
             if self.rank == 0:
-                (self.out / "log.jsonl").write_bytes(b"")
+                with contextlib.suppress(OSError):  # log() says so, once
+                    (self.out / "log.jsonl").write_bytes(b"")
             self.log_bytes = 0
         self.log(
             {

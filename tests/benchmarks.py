@@ -25,7 +25,7 @@ from torchvision import transforms as T
 from torchvision.datasets import ImageFolder
 
 import deit3
-from common import data, images
+from common import data, images, sources
 from common.optim import EMA, Lamb, param_groups
 
 torch.set_num_threads(1)
@@ -73,7 +73,7 @@ def loader(folder: str) -> None:
     def official(transform):
         return lambda: torch.stack([transform(Image.open(io.BytesIO(f)).convert("RGB")) for f in files])
 
-    class Memory(data.Source):
+    class Memory(sources.Source):
         def read(self, index):
             return images.decode(files[index])
 
@@ -149,9 +149,9 @@ def optimizers() -> None:
 class MaskedBlock(deit3.Block):
     """Stochastic depth as usually written: every branch computed, dropped ones multiplied by zero."""
 
-    def residual(self, x, norm, layer, gamma):
+    def add(self, total, x, norm, layer, gamma):
         mask = (torch.rand(len(x), 1, 1) >= self.drop_path).float() / (1 - self.drop_path)
-        return mask * gamma * layer(norm(x))
+        return total + mask * gamma * layer(norm(x))
 
 
 def drop_path() -> None:
@@ -183,15 +183,15 @@ def index() -> None:
         compare(
             "listing 60,000 files: ImageFolder / cached index",
             lambda: ImageFolder(root + "/d/train"),
-            lambda: data.open_images(root + "/d/train", ""),
+            lambda: sources.open_images(root + "/d/train", ""),
         )
-        source = data.open_data(root + "/d.tar", splits=("train",))["train"]
+        source = sources.open_data(root + "/d.tar", splits=("train",))["train"]
         files = [source.name(i).split(": ")[1] for i in range(2000)]
         fd = os.open(root + "/d.tar", os.O_RDONLY)
         compare(
             "reading 2,000 files of 0.6 kB: open().read() / from the tar",
             lambda: [open(f"{root}/d/{f}", "rb").read() for f in files],
-            lambda: [data._pread(fd, int(source.sizes[i]), int(source.offsets[i])) for i in range(2000)],
+            lambda: [sources._pread(fd, int(source.sizes[i]), int(source.offsets[i])) for i in range(2000)],
         )
 
 

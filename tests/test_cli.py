@@ -265,7 +265,7 @@ def test_a_run_writes_log_checkpoints_and_curves(deit3_here, tmp_path, folder):
     assert log_of(tmp_path)[0]["status"] == "started" and log_of(tmp_path)[-1]["status"] == "completed"
 
 
-@pytest.mark.parametrize("extra", [["--trainable", "attention"], ["--model", "torchvision/resnet18", "--img-size", "64"], ["--grad-checkpoint"], ["--layer-scale", "none", "--loss", "bce", "--smoothing", "0"], ["--drop-path", "0.5", "--crop", "rrc", "--augment", "rand"], ["--val-data", "none"]], ids=" ".join)  # fmt: skip
+@pytest.mark.parametrize("extra", [["--trainable", "attention"], ["--model", "torchvision/resnet18", "--img-size", "64"], ["--grad-checkpoint"], ["--amp", "bf16"], ["--layer-scale", "none", "--loss", "bce", "--smoothing", "0"], ["--drop-path", "0.5", "--crop", "rrc", "--augment", "rand"], ["--val-data", "none"]], ids=" ".join)  # fmt: skip
 def test_variants_train(deit3_here, tmp_path, folder, extra):
     result = deit3_here(*TINY, "--data", folder, "--epochs", 1, "--warmup-epochs", 0, *extra, "--out", tmp_path)
     assert result.status == 0, result

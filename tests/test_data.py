@@ -18,19 +18,10 @@ from PIL import Image
 from torch import nn
 
 import deit3
-from common import data, shapes
-from common.data import (
-    GlobalBatches,
-    RepeatedAugSampler,
-    Samples,
-    epoch_order,
-    eval_batches,
-    make_loader,
-    open_data,
-    open_images,
-    to_device,
-)
+from common import images, shapes, sources
+from common.data import GlobalBatches, RepeatedAugSampler, Samples, epoch_order, eval_batches, make_loader, to_device
 from common.errors import RunError, UserError
+from common.sources import open_data, open_images
 
 CPU = torch.device("cpu")
 
@@ -155,7 +146,7 @@ def test_the_index_is_built_once_and_again_when_files_change(tmp_path, monkeypat
     write_folder(tmp_path, train=2, val=1)
     open_images(str(tmp_path / "train"), "--data")
     with monkeypatch.context() as m:
-        m.setattr(data, "_scan_folder", lambda path: pytest.fail("scanned again"))
+        m.setattr(sources, "_scan_folder", lambda path: pytest.fail("scanned again"))
         assert len(open_images(str(tmp_path / "train"), "--data")) == 8
     time.sleep(0.02)
     (tmp_path / "train" / "ant" / "new.jpg").write_bytes(encoded(picture(0, 99)))
@@ -230,7 +221,7 @@ def test_imagenet_v2_folders_are_label_numbers(tmp_path):
 @pytest.mark.parametrize("label", [5, -100])
 def test_B7_a_label_out_of_range_is_an_error_with_the_file(label):
     with pytest.raises(UserError, match=f"a.jpg: label {label} is outside 0..2"):
-        data.Files("/d", np.array([b"a.jpg"]), ["x", "y", "z"], np.array([label]))
+        sources.Files("/d", np.array([b"a.jpg"]), ["x", "y", "z"], np.array([label]))
 
 
 @pytest.mark.parametrize("content", [encoded(picture(0, 0))[:300], b"", b"<html>", None], ids=["truncated", "empty", "html", "vanished"])
@@ -308,7 +299,7 @@ def test_a_tar_is_read_in_place_in_every_format(tmp_path, form):
         for i in range(len(source)):
             name = source.name(i).split(": ")[1]
             data_of = next(v for k, v in content.items() if k.removeprefix("./") == name)
-            assert torch.equal(source.read(i), data.images.decode(data_of))
+            assert torch.equal(source.read(i), images.decode(data_of))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["d.tar"]  # nothing was unpacked
 
 
@@ -321,7 +312,7 @@ def test_imagenets_tar_of_class_tars(tmp_path):
     write_folder(tmp_path / "v", train=1, val=2, classes=("n01", "n02"))
     found = open_data(str(outer), val_data=str(tmp_path / "v" / "val"))
     assert found["train"].classes == ["n01", "n02"] and found["train"].labels.tolist() == [0] * 4 + [1] * 4
-    assert torch.equal(found["train"].read(5), data.images.decode(encoded(picture(1, 1)))) and len(found["val"]) == 4
+    assert torch.equal(found["train"].read(5), images.decode(encoded(picture(1, 1)))) and len(found["val"]) == 4
     with pytest.raises(UserError, match="--val-data"):
         open_data(str(outer))
 
@@ -494,7 +485,7 @@ def test_repeats_of_an_image_share_one_decode(folder, monkeypatch):
 
 
 def test_the_image_stays_as_it_is_when_the_decode_is_shared():
-    pixels = data.images.from_pil(Image.new("RGB", (40, 40), (9, 9, 9)))
+    pixels = images.from_pil(Image.new("RGB", (40, 40), (9, 9, 9)))
     before = pixels.clone()
     for policy in ("auto", "rand", "3-augment"):
         deit3.TrainTransform(deit3.Recipe(img_size=(40, 40), crop="src", augment=policy))(pixels, random.Random(1))

@@ -169,10 +169,10 @@ def test_E5_the_second_ctrl_c_ends_at_once(command, tmp_path):
 
 def test_E6_a_signal_before_the_first_step_and_in_evaluation(command, tmp_path, undisturbed):
     def in_scan():
-        import common.data
+        import common.sources
 
-        original = common.data._scan_folder
-        common.data._scan_folder = lambda path: os.kill(os.getpid(), signal.SIGTERM) or original(path)
+        original = common.sources._scan_folder
+        common.sources._scan_folder = lambda path: os.kill(os.getpid(), signal.SIGTERM) or original(path)
         os.environ["XDG_CACHE_HOME"] = str(tmp_path / "cache")
 
     assert status_of(child(command("a"), patch=in_scan)) == 143
@@ -204,23 +204,52 @@ def test_E6_a_signal_before_the_first_step_and_in_evaluation(command, tmp_path, 
     assert same_training(undisturbed, tmp_path / "c")
 
 
+# Where the process is killed, and at which call there. One round of seven advances the run by an epoch of four steps.
+PLACES = (
+    ("common.checkpoint._sync_folder", 0),
+    ("common.checkpoint.save", 0),
+    ("torch.save", 0),
+    ("common.checkpoint._link", 0),
+    ("common.precision.Precision.step", 1),
+    ("common.run.Run.log", 0),
+    ("common.evaluate.evaluate", 0),
+)
+
+
+def kill_in(place: str, call: int):
+    """Patch: SIGKILL to this process at the given call (0: the first) of the function `place`."""
+
+    def patch():
+        import importlib
+
+        path = place.split(".")
+        depth = 2 if path[-2][0].isupper() else 1
+        owner = importlib.import_module(".".join(path[:-depth]))
+        owner = getattr(owner, path[-2]) if depth == 2 else owner
+        original, count = getattr(owner, path[-1]), [0]
+
+        def killed(*args, **kwargs):
+            count[0] += 1
+            if count[0] > call:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **kwargs)
+
+        setattr(owner, path[-1], killed)
+
+    return patch
+
+
 def test_E7_H1_twenty_kills_and_automatic_resume_give_the_undisturbed_run(command, tmp_path, undisturbed):
-    out, random_, kills = tmp_path / "o", random.Random(0), 0
-    while True:
-        pid = child(command("o", *SAME, "--save-steps", 1, "--resume", "auto"))
-        if kills == 20:
-            assert status_of(pid) == 0
-            break
-        time.sleep(random_.uniform(0.05, 0.6))
-        os.kill(pid, signal.SIGKILL)
-        finished = status_of(pid) == 0
-        kills += 1
-        if (out / "log.jsonl").exists() and kills % 3 == 0:
+    out = tmp_path / "o"
+    for kill in range(20):
+        patch = kill_in(*PLACES[kill % len(PLACES)])
+        assert status_of(child(command("o", *SAME, "--save-steps", 1, "--resume", "auto"), patch=patch)) == -signal.SIGKILL
+        if (out / "log.jsonl").exists():
             with open(out / "log.jsonl", "ab") as f:  # as a kill in the middle of a write leaves it
                 f.write(b'{"epoch": 1, "train_lo')
-        if finished:
-            break
-    assert kills > 3
+    saved = load(out / "last.pt")
+    assert 0 < saved["epoch"] * 4 + saved["step"] < 12  # the kills fell inside the run
+    assert status_of(child(command("o", *SAME, "--save-steps", 1, "--resume", "auto"))) == 0
     assert same_training(undisturbed, out) and epochs(out) == epochs(undisturbed)
     assert not list(out.glob("*.tmp"))
 
