@@ -17,6 +17,7 @@ Where the official code differs from what stands here:
 - its mixup draw is one per GPU, hence depends on the number of GPUs; here it is one per `mix_group` images of the global
   batch, whatever runs them;
 - its kept branches under stochastic depth are computed for all samples and masked; here for the kept ones only;
+- its keys' bias gets a gradient that is rounding noise (softmax cancels that bias); here it gets none;
 - simple random crop: the thesis says the crop is random along the x-axis, the code (followed here) draws both offsets: the
   short side moves too, by the 8 pixels of the padding.
 """
@@ -728,6 +729,9 @@ def load_pretrained(model: nn.Module, args, *, new_head: bool, say) -> None:
         )
     state = checkpoint.weights(content, ema=args.use_ema)
     own = model.state_dict()
+    narrow = {v.dtype for v in state.values()} & {torch.float16, torch.bfloat16}
+    if narrow:
+        say(f"weights in {', '.join(str(d).removeprefix('torch.') for d in narrow)} loaded into float32")
     if isinstance(model, ViT) and "pos_embed" in state:
         try:
             old_size = content["recipe"]["img_size"]

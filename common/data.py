@@ -139,8 +139,8 @@ def _worker_init(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def make_loader(samples: Samples, batches: Sampler, workers: int, device: torch.device) -> DataLoader:
-    """DataLoader over whole micro-batches; workers live through all epochs and have batches ready ahead of need."""
+def make_loader(samples: Samples, batches: Sampler, workers: int, device: torch.device, *, persistent: bool = True) -> DataLoader:
+    """DataLoader over whole micro-batches, which workers have ready ahead of need; persistent ones live through all epochs."""
     return DataLoader(
         samples,
         batch_sampler=batches,
@@ -148,7 +148,7 @@ def make_loader(samples: Samples, batches: Sampler, workers: int, device: torch.
         collate_fn=_identity,
         pin_memory=device.type == "cuda",
         worker_init_fn=_worker_init,
-        persistent_workers=workers > 0,
+        persistent_workers=workers > 0 and persistent,
         prefetch_factor=2 if workers else None,
         timeout=300 if workers else 0,
     )

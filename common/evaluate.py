@@ -47,7 +47,7 @@ def eval_loader(
     def transform(image, _rng):
         return eval_transform(image, size, crop_ratio), ()
 
-    return make_loader(Samples(source, transform, 0), eval_batches(len(source), batch_size, world, rank), workers, device)
+    return make_loader(Samples(source, transform, 0), eval_batches(len(source), batch_size, world, rank), workers, device, persistent=False)
 
 
 @torch.no_grad()

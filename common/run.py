@@ -12,6 +12,7 @@ import datetime
 import importlib.util
 import json
 import math
+import multiprocessing
 import os
 import random
 import shutil
@@ -49,9 +50,12 @@ class Stopped(Exception):
 
 def launch(main: Callable[[], None]) -> None:
     """Runs a script's main; turns its end into one line and an exit status (0, 1, 2, 128 + signal)."""
-    status, rank = 0, int(os.environ.get("RANK", 0))
+    status, rank = 1, int(os.environ.get("RANK", 0))
     try:
         main()
+        status = 0
+    except SystemExit as end:
+        status = end.code or 0
     except Stopped as stopped:
         status = 128 + stopped.args[0]
     except (UserError, RunError) as error:
@@ -79,7 +83,16 @@ def launch(main: Callable[[], None]) -> None:
     finally:
         _end_of_run(status)
     sys.stdout.flush()
+    if dist.is_initialized():  # taking gloo down can block (torch 2.6) or abort (2.15); by now all is written
+        sys.stderr.flush()
+        _kill_workers()
+        os._exit(status)
     sys.exit(status)
+
+
+def _kill_workers() -> None:
+    for child in multiprocessing.active_children():  # they ignore SIGTERM
+        child.kill()
 
 
 _WHERE = {"text": ""}  # " at epoch E, step S" for the message above
@@ -597,10 +610,7 @@ class Run:
 
     def _on_signal(self, number: int, _frame) -> None:
         if self.stop_signal and number == signal.SIGINT:  # the second ctrl-C: now
-            import multiprocessing
-
-            for child in multiprocessing.active_children():
-                child.kill()
+            _kill_workers()
             self._unlock()
             os._exit(130)
         self.stop_signal = number
@@ -627,7 +637,7 @@ class Run:
             self.failure_logged = True
             self.log({"status": "failed", "exit": status, "epoch": self.epoch, "step": self.step})
         self._unlock()
-        if status == 0 and dist.is_initialized() and dist.get_backend() == "nccl":  # gloo's can block, and ends by itself
+        if status == 0 and dist.is_initialized() and dist.get_backend() == "nccl":
             dist.destroy_process_group()
 
 

@@ -235,6 +235,7 @@ def test_D6_D7_D12_an_official_file_in_half_precision_is_loaded_and_resized(deit
     torch.save({"model": state, "args": argparse.Namespace(lr=1), "epoch": 1}, tmp_path / "official.pth")
     result = deit3_here(*TINY, "--data", folder, "--weights", tmp_path / "official.pth", "--out", tmp_path / "o")
     assert result.status == 0, result
+    assert "weights in float16 loaded into float32" in result.out
     assert "position embedding resized to 4 x 4 patches" in result.out and "new head: the checkpoint has 1000 classes" in result.out
     assert load(tmp_path / "o/last.pt")["model"]["pos_embed"].dtype == torch.float32
 
