@@ -197,9 +197,8 @@ class Attention(nn.Module):
         # Softmax cancels the keys' bias: its gradient is rounding noise, which Adam and LAMB would blow up to full steps
         # (and make the result depend on how the batch is cut). It keeps its value and gets no gradient.
         bias = torch.cat([self.qkv.bias[:C], self.qkv.bias[C : 2 * C].detach(), self.qkv.bias[2 * C :]])
-        q, k, v = (
-            F.linear(x, self.qkv.weight, bias).reshape(B, N, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
-        )  # each (B, h, N, C/h)
+        qkv = F.linear(x, self.qkv.weight, bias).reshape(B, N, 3, self.heads, C // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, h, N, C/h)
         x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).reshape(B, N, C))
 
@@ -788,12 +787,23 @@ def train(args, recipe: Recipe, paper: Recipe) -> None:
     ema = EMA(model, recipe.ema) if recipe.ema else None
     criterion = bce_loss if recipe.loss == "bce" else soft_ce_loss
 
-    batches = GlobalBatches(len(source), batch_size=recipe.batch_size, micro_batch=micro_batch, group=group, world_size=run.world, rank=run.rank, repeats=recipe.repeats, seed=args.seed)  # fmt: skip
+    batches = GlobalBatches(
+        len(source),
+        batch_size=recipe.batch_size,
+        micro_batch=micro_batch,
+        group=group,
+        world_size=run.world,
+        rank=run.rank,
+        repeats=recipe.repeats,
+        seed=args.seed,
+    )
     if batches.steps == 0:
         raise UserError(f"--batch-size {recipe.batch_size}: larger than the training set of {len(source)} images; lower it")
     samples = Samples(source, TrainTransform(recipe), args.seed)
     loader = make_loader(samples, batches, run.workers, run.device)
-    val_loader = eval_loader(data["val"], recipe.img_size, recipe.eval_crop_ratio, batch_size=micro_batch, workers=run.workers, device=run.device, world=run.world, rank=run.rank) if "val" in data else None  # fmt: skip
+    val_loader = None
+    if "val" in data:
+        val_loader = eval_loader(data["val"], recipe.img_size, recipe.eval_crop_ratio, micro_batch, run)
 
     def prepare(batch, groups) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(images before mixing, images as the network sees them, soft targets) on the device."""
@@ -908,7 +918,7 @@ def evaluate_only(args, recipe: Recipe, paper: Recipe) -> None:
     model = make_model(args, recipe, len(source.classes) if head is None or args.eval_data is None else len(head))
     load_pretrained(model, args, new_head=False, say=run.say)
     model.to(run.device)
-    loader = eval_loader(source, recipe.img_size, recipe.eval_crop_ratio, batch_size=args.micro_batch or 64, workers=run.workers, device=run.device, world=run.world, rank=run.rank)  # fmt: skip
+    loader = eval_loader(source, recipe.img_size, recipe.eval_crop_ratio, args.micro_batch or 64, run)
     real = real_labels(args.real_labels, source) if args.real_labels else None
     metrics = evaluate(model, loader, run.device, Precision(run.amp, run.device).autocast, real=real)
     run.say(

@@ -11,10 +11,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.utils.data import DataLoader
 
 from common.data import Samples, eval_batches, make_loader, to_device
 from common.errors import UserError
 from common.images import eval_transform
+from common.run import Run
 from common.sources import Source
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in 0..1, RGB
@@ -39,15 +41,14 @@ def denormalize(images: torch.Tensor) -> torch.Tensor:
     return images / scale + mean
 
 
-def eval_loader(
-    source: Source, size: tuple[int, int], crop_ratio: float, *, batch_size: int, workers: int, device, world: int = 1, rank: int = 0
-):
+def eval_loader(source: Source, size: tuple[int, int], crop_ratio: float, batch_size: int, run: Run) -> DataLoader:
     """This rank's share of `source`, resized and centre-cropped, as uint8 batches."""
 
-    def transform(image, _rng):
+    def transform(image: torch.Tensor, _rng) -> tuple[torch.Tensor, tuple]:
         return eval_transform(image, size, crop_ratio), ()
 
-    return make_loader(Samples(source, transform, 0), eval_batches(len(source), batch_size, world, rank), workers, device, persistent=False)
+    batches = eval_batches(len(source), batch_size, run.world, run.rank)
+    return make_loader(Samples(source, transform, 0), batches, run.workers, run.device, persistent=False)
 
 
 @torch.no_grad()

@@ -199,7 +199,7 @@ class Run:
         self.log_bytes = 0
         self.waited = 0.0
         self.bar = self.writer = None
-        self.locked = False
+        self.locked = self.started = False
         _CURRENT.append(self)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
@@ -283,7 +283,12 @@ class Run:
                 raise UserError(f"--out {self.out}: locked by process {pid} on {host}; if that run is dead, remove {lock}")
         if (self.out / "last.pt").exists() and self.args.resume is None:
             raise UserError(f"--out {self.out}: holds a run already; --resume auto goes on with it, another --out starts anew")
-        lock.write_text(me)
+        lock.unlink(missing_ok=True)  # a dead process's
+        try:
+            with open(lock, "x") as f:
+                f.write(me)
+        except FileExistsError:
+            raise UserError(f"--out {self.out}: another run has just started there; choose another folder") from None
         self.locked = True
         for leftover in self.out.glob("*.tmp"):  # of a write that was killed
             leftover.unlink(missing_ok=True)
@@ -342,6 +347,7 @@ class Run:
                 with contextlib.suppress(OSError):  # log() says so, once
                     (self.out / "log.jsonl").write_bytes(b"")
             self.log_bytes = 0
+        self.started = True
         self.log(
             {
                 "status": "started",
@@ -439,20 +445,9 @@ class Run:
 
     def steps(self, total: int, images_per_step: int) -> Iterator[int]:
         """The optimizer steps of this epoch that are still to do, with a progress bar on rank 0."""
-        show = self.rank == 0 and sys.stderr.isatty()
-        self.bar = (
-            tqdm(
-                total=total * images_per_step,
-                initial=self.step * images_per_step,
-                desc=f"epoch {self.epoch}",
-                unit="img",
-                unit_scale=True,
-                dynamic_ncols=True,
-                leave=False,
-            )
-            if show
-            else None
-        )
+        if self.rank == 0 and sys.stderr.isatty():
+            total_images, done = total * images_per_step, self.step * images_per_step
+            self.bar = tqdm(total=total_images, initial=done, desc=f"epoch {self.epoch}", unit="img", unit_scale=True, dynamic_ncols=True, leave=False)  # fmt: skip
         self.epoch_start, self.first_step, self.waited, self.last_line = time.time(), self.step, 0.0, time.time()
         self.images_per_step, self.total_steps = images_per_step, total
         while self.step < total:
@@ -633,8 +628,7 @@ class Run:
     def close(self, status: int) -> None:
         if self.bar is not None:
             self.bar.close()
-        if status in (1, 2) and self.locked and not getattr(self, "failure_logged", False):
-            self.failure_logged = True
+        if status in (1, 2) and self.started:  # a refused start leaves the log of the run that was there alone
             self.log({"status": "failed", "exit": status, "epoch": self.epoch, "step": self.step})
         self._unlock()
         if status == 0 and dist.is_initialized() and dist.get_backend() == "nccl":

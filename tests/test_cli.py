@@ -144,6 +144,7 @@ def test_A14_resuming_with_other_flags(deit3_here, tmp_path, folder):
         (["--seed", "1"], "seed was 0, now 1"),
     ):
         refused(deit3_here(*command, *change, "--resume"), part, "--allow-changes")
+        assert log_of(tmp_path)[-1]["status"] == "completed"  # a refused start leaves the log alone
     result = deit3_here(*command, "--epochs", "3", "--resume", "--allow-changes")
     assert result.status == 0 and "epochs was 2, now 3" in result.out, result
     assert [r["epoch"] for r in log_of(tmp_path) if "train_loss" in r] == [0, 1, 2]
