@@ -423,6 +423,59 @@ def test_food_101(tmp_path):
     assert found["train"].labels.tolist() == [0, 0, 1, 1] and found["val"].read(1).shape == (3, 36, 36)
 
 
+def put(path, content=None) -> None:
+    """Writes a file with its folders: bytes of a picture, or lines of text."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(encoded(picture(0, 0)) if content is None else "\n".join(content).encode())
+
+
+def layout_of_dtd(root):
+    for split, count in (("train", 2), ("val", 1), ("test", 1)):
+        names = [f"{c}/{c}_{split}{i}.jpg" for c in ("banded", "woven") for i in range(count)]
+        put(root / f"dtd/dtd/labels/{split}1.txt", names)
+        [put(root / "dtd/dtd/images" / n) for n in names]
+
+
+def layout_of_pets(root):
+    for split, count in (("trainval", 3), ("test", 1)):
+        names = [f"{c}_{split}{i}" for c in ("Abyssinian", "beagle") for i in range(count)]
+        put(root / f"oxford-iiit-pet/annotations/{split}.txt", [f"{n} {1 + n.startswith('b')} 1 1" for n in names])
+        [put(root / f"oxford-iiit-pet/images/{n}.jpg") for n in names]
+
+
+def layout_of_aircraft(root):
+    base = root / "fgvc-aircraft-2013b/data"
+    put(base / "variants.txt", ["707-320", "A380"])
+    for split, count in (("trainval", 3), ("test", 1)):
+        lines = [f"{split}{v[:2]}{i} {v}" for v in ("707-320", "A380") for i in range(count)]
+        put(base / f"images_variant_{split}.txt", lines)
+        [put(base / f"images/{line.split()[0]}.jpg") for line in lines]
+
+
+def layout_of_cars(root):
+    from scipy.io import savemat
+
+    base = root / "stanford_cars"
+    (base / "devkit").mkdir(parents=True)
+    savemat(base / "devkit/cars_meta.mat", {"class_names": np.array(["Acura", "BMW"], dtype=object)})
+    for split, file, count in (("train", "devkit/cars_train_annos.mat", 3), ("test", "cars_test_annos_withlabels.mat", 1)):
+        rows = [(f"{c}{i}.jpg", c) for c in (1, 2) for i in range(count)]
+        savemat(base / file, {"annotations": np.array(rows, dtype=[("fname", object), ("class", float)])})
+        [put(base / f"cars_{split}/{n}") for n, _ in rows]
+
+
+@pytest.mark.parametrize(
+    "name, write", [("dtd", layout_of_dtd), ("pets", layout_of_pets), ("aircraft", layout_of_aircraft), ("cars", layout_of_cars)]
+)
+def test_sets_in_torchvisions_layout(tmp_path, name, write):
+    """Two classes, three training images (train and val together) and one test image each."""
+    write(tmp_path)
+    found = open_data(f"{name}:{tmp_path}")
+    assert sorted(found["train"].labels) == [0, 0, 0, 1, 1, 1] and sorted(found["val"].labels) == [0, 1]
+    assert len(found["train"].classes) == 2 and found["train"].classes == found["val"].classes
+    assert all(found[s].read(i).shape == (3, 36, 36) for s in found for i in range(len(found[s])))
+
+
 def test_inaturalist_at_a_chosen_level(tmp_path):
     categories = [{"id": i, "name": f"species {i}", "kingdom": "Animalia", "genus": f"g{i // 2}"} for i in range(4)]
     (tmp_path / "categories.json").write_text(json.dumps(categories))
