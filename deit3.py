@@ -73,7 +73,6 @@ class Recipe:
     eval_crop_ratio: Annotated[float, "share of the resized image that the test crop keeps"] = 1.0
 
 
-_FINETUNE_1K = Recipe(epochs=50, lr=3e-4, repeats=1, crop="src", mixup=0.0, loss="ce", smoothing=0.1)
 RECIPES = {
     # Table 6.1, column ImNet-1k. Low-resolution pre-training (Table 6.6) is this with --img-size 128, 160 or 192
     # (126, 154, 182 for ViT-H), then `finetune` at 224.
@@ -81,7 +80,7 @@ RECIPES = {
     # Table 6.1, ImNet-21k pretrain; 90 epochs: section 6.3.1.
     "in21k": Recipe(epochs=90, repeats=1, crop="src", mixup=0.0, loss="ce", smoothing=0.1),
     # Table 6.1, ImNet-21k finetune; 50 epochs: section 6.3.1. At 384: --img-size 384.
-    "in21k_to_in1k": _FINETUNE_1K,
+    "in21k_to_in1k": Recipe(epochs=50, lr=3e-4, repeats=1, crop="src", mixup=0.0, loss="ce", smoothing=0.1),
     # Section 6.3.6: lr 1e-5, batch 512, 20 epochs, weight decay 0.1, no repeated augmentation, the rest as in chapter 3's
     # fine-tuning (AdamW, RandAugment, mixup, cutmix, smoothing: Table 3.9). Erasing stays off, as in all of Table 6.1.
     "finetune": Recipe(
@@ -95,7 +94,7 @@ RECIPES = {
         augment="rand",
         loss="ce",
         smoothing=0.1,
-    ),  # fmt: skip
+    ),
     # Section 6.3.5 gives no numbers; CaiT's rule (section 3.7.1.3): the training recipe, learning rate / 10 (Cars, Flowers,
     # iNaturalist) or / 100 (CIFAR), 1000 epochs (360 on iNaturalist). Flowers: --trainable attention.
     "transfer": Recipe(epochs=1000, lr=3e-4, min_lr=1e-6),
@@ -114,7 +113,7 @@ RECIPES = {
         loss="ce",
         smoothing=0.1,
         layer_scale=1.0,
-    ),  # fmt: skip
+    ),
 }
 TRANSFER = {  # data set: what `transfer` changes for it
     "cifar10": dict(lr=3e-5),
@@ -670,7 +669,7 @@ def parse_args(argv: list[str] | None = None):
     )
     parser.add_argument("--benchmark", action="store_true", help="measure images/s and peak memory of training and inference and stop")
     parser.add_argument(
-        "--grad-checkpoint", action="store_true", help="recompute activations in the backward pass: less memory, a third slower"
+        "--grad-checkpoint", action="store_true", help="recompute activations in the backward pass: less memory for one more forward pass"
     )
     cli.add_run_flags(parser)
     cli.add_recipe_flags(parser, Recipe)
