@@ -481,6 +481,27 @@ def test_H4_a_full_log_disk_warns_once_and_training_goes_on(command, tmp_path):
     assert log.read_text().count("cannot write") == 1
 
 
+def test_C4_an_output_folder_removed_in_the_run_is_made_again(command, tmp_path):
+    import shutil
+
+    log = tmp_path / "log"
+    assert status_of(child(command("o"), patch=at_steps(lambda: shutil.rmtree(tmp_path / "o"), [5]), log=log)) == 0
+    assert load(tmp_path / "o/last.pt")["epoch"] == 2 and log_of(tmp_path / "o")[-1]["status"] == "completed"
+
+
+def test_B28_waiting_for_data_is_logged_and_warned_about(command, tmp_path):
+    def slow():
+        from common.data import Samples
+
+        original = Samples.__getitems__
+        Samples.__getitems__ = lambda self, keys: time.sleep(0.1) or original(self, keys)
+
+    log = tmp_path / "log"
+    assert status_of(child(command("o"), patch=slow, log=log)) == 0
+    assert "of this epoch was waiting for data; raise --workers (now 0)" in log.read_text()
+    assert all(r["waiting_for_data"] > 0.3 for r in log_of(tmp_path / "o") if "train_loss" in r)
+
+
 def test_slurm_variables_do_not_matter_under_torchrun(command, tmp_path):
     result = torchrun(1, "deit3.py", *command("o", "--epochs", 1, "--warmup-epochs", 0), SLURM_PROCID=3, SLURM_NTASKS=8)
     assert result.status == 0, result
