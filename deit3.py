@@ -694,7 +694,8 @@ def parse_args(argv: list[str] | None = None):
         raise cli.UserError(
             "--smoothing: binary cross-entropy counts every class with a share, smoothing would switch all of them on; use --smoothing 0 or --loss ce"
         )
-    return args, recipe, dataclasses.replace(paper, epochs=RECIPES[args.recipe].epochs if args.recipe != "transfer" else paper.epochs)
+    papers_epochs = paper_recipe(args.recipe, args.model, data=args.data).epochs
+    return args, recipe, dataclasses.replace(paper, epochs=papers_epochs)
 
 
 def make_model(args, recipe: Recipe, num_classes: int) -> nn.Module:

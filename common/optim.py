@@ -66,9 +66,6 @@ class Lamb(torch.optim.Optimizer):
         # Adam on a zero tensor with learning rate -1 leaves there the direction m_hat / (sqrt(v_hat) + eps): one fused
         # pass that also divides the gradients and skips the update where found_inf says so.
         update = [torch.zeros_like(p) for p in params]
-        fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in params)
-        if not fused and (scale is not None or found_inf is not None):
-            raise RuntimeError("Lamb: clipping and loss scaling need parameters on CPU or CUDA")
         adam(
             update,
             grads,
@@ -77,7 +74,7 @@ class Lamb(torch.optim.Optimizer):
             [],
             [s["step"] for s in states],
             foreach=False,
-            fused=fused,
+            fused=True,
             capturable=False,
             differentiable=False,
             amsgrad=False,

@@ -161,7 +161,7 @@ def connect(device: str | None, timeout: int) -> tuple[torch.device, int, int]:
     return torch.device(device), rank, world
 
 
-def split_batch(batch_size: int, world: int, micro_batch: int | None, group: int, *, even: bool = True) -> tuple[int, int]:
+def split_batch(batch_size: int, world: int, micro_batch: int | None, group: int) -> tuple[int, int]:
     """(micro-batch per rank, accumulation steps) with world x micro-batch x accumulation = batch_size.
 
     Micro-batches consist of whole mixing groups. UserError with the two nearest batch sizes that would do.

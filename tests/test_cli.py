@@ -97,6 +97,13 @@ def test_A9_deviations_are_printed_and_logged(deit3_here, tmp_path, folder):
     assert "optimizer adamw (paper: lamb)" in log_of(tmp_path)[0]["differs_from_paper"]
 
 
+def test_A9_other_epochs_differ_from_the_paper_in_every_recipe():
+    for name, recipe in deit3.RECIPES.items():
+        _, changed, paper = deit3.parse_args(["--recipe", name, "--epochs", "7"])
+        assert (changed.epochs, paper.epochs) == (7, recipe.epochs)
+    assert deit3.parse_args(["--recipe", "transfer", "--data", "inat2018:/d", "--epochs", "7"])[2].epochs == 360
+
+
 def test_A10_an_output_folder_in_use(deit3_here, tmp_path, folder):
     command = [*TINY, "--data", folder, "--out", tmp_path]
     assert deit3_here(*command).status == 0 and not (tmp_path / "lock").exists()
