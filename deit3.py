@@ -49,7 +49,7 @@ class Recipe:
 
     epochs: Annotated[int, "passes over as many images as the data set has"] = 400
     batch_size: Annotated[int, "images per optimizer step, over all GPUs"] = 2048
-    optimizer: Annotated[str, "lamb, adamw or sgd"] = "lamb"
+    optimizer: Annotated[str, "lamb, adamw or sgd", ("lamb", "adamw", "sgd")] = "lamb"
     lr: Annotated[float, "peak learning rate, at that batch size"] = 3e-3
     min_lr: Annotated[float, "learning rate at the end of the cosine"] = 1e-5  # official code; the thesis gives none
     warmup_lr: Annotated[float, "learning rate at step 0"] = 1e-6  # official code; the thesis gives none
@@ -58,17 +58,17 @@ class Recipe:
     clip_grad: Annotated[float | None, "largest norm of the whole gradient; none: no clipping"] = 1.0
     img_size: Annotated[tuple[int, int], "training and test resolution in pixels, S or HxW"] = (224, 224)
     repeats: Annotated[int, "repeated augmentation: times an image is taken in a row"] = 3
-    crop: Annotated[str, "rrc (random resized crop) or src (simple random crop)"] = "rrc"
+    crop: Annotated[str, "rrc (random resized crop) or src (simple random crop)", ("rrc", "src")] = "rrc"
     augment: Annotated[str, "3-augment, some of gray+solarize+blur, rand, auto, trivial or none"] = "3-augment"
     color_jitter: Annotated[float, "strength of brightness, contrast and saturation jitter; 0: off"] = 0.3
     mixup: Annotated[float, "alpha of mixup's Beta law; 0: off"] = 0.8
     cutmix: Annotated[float, "alpha of cutmix's Beta law; 0: off"] = 1.0
     mix_group: Annotated[int, "images that share one mixup or cutmix draw (a GPU's batch in the official runs)"] = 64
-    loss: Annotated[str, "bce (on binarised mixed labels) or ce"] = "bce"
+    loss: Annotated[str, "bce (on binarised mixed labels) or ce", ("bce", "ce")] = "bce"
     smoothing: Annotated[float, "label smoothing, with ce only"] = 0.0
     layer_scale: Annotated[float | None, "LayerScale's initial value; none: no LayerScale"] = 1e-4
     drop_path: Annotated[float | None, "stochastic depth, the same rate in every block; unset: Table 6.14"] = None
-    trainable: Annotated[str, "all, or attention (attention, head and position embedding: section 6.3.5.1)"] = "all"
+    trainable: Annotated[str, "all, or attention (attention, head and position embedding: section 6.3.5.1)", ("all", "attention")] = "all"
     ema: Annotated[float, "decay of the averaged weights; 0: none"] = 0.0
     eval_crop_ratio: Annotated[float, "share of the resized image that the test crop keeps"] = 1.0
 
@@ -167,6 +167,7 @@ MODELS = {
 }
 
 
+# Copied from deit.py
 class PatchEmbed(nn.Module):
     """Images (B, 3, H, W) -> tokens (B, H/p * W/p, C): a p x p convolution of stride p, computed as one matrix product."""
 
@@ -182,6 +183,7 @@ class PatchEmbed(nn.Module):
         return F.linear(x.reshape(B, (H // p) * (W // p), 3 * p * p), self.proj.weight.flatten(1), self.proj.bias)
 
 
+# Copied from deit.py
 class Attention(nn.Module):
     """Multi-head self-attention, (B, N, C) -> (B, N, C)."""
 
@@ -202,6 +204,7 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(B, N, C))
 
 
+# Copied from deit.py
 class MLP(nn.Module):
     """Two linear layers with a GELU between them, hidden width 4 C, (B, N, C) -> (B, N, C)."""
 
@@ -229,6 +232,7 @@ def kept_samples(batch: int, drop_rate: float, device: torch.device) -> tuple[to
     return kept, 1 / (1 - drop_rate)
 
 
+# Adapted from deit.py: LayerScale, parallel branches, stochastic depth on the kept samples only; no dropout
 class Block(nn.Module):
     """Pre-norm transformer block with LayerScale (thesis Eq. 3.7) and stochastic depth, (B, N, C) -> (B, N, C).
 
@@ -271,6 +275,7 @@ class Block(nn.Module):
         return z
 
 
+# Adapted from deit.py: position embedding of the patches only, no distillation token
 class ViT(nn.Module):
     """Vision transformer: images (B, 3, H, W) -> logits (B, K). The position embedding covers the patches only."""
 
@@ -288,7 +293,6 @@ class ViT(nn.Module):
         drop_path: float,
     ):
         super().__init__()
-        self.img_size = img_size
         self.grid = (img_size[0] // patch, img_size[1] // patch)
         self.grad_checkpoint = False
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -331,15 +335,22 @@ def build_model(
     if name.startswith("torchvision/"):
         return torchvision.models.get_model(name.removeprefix("torchvision/"), weights=None, num_classes=num_classes)
     config = MODELS[name]
-    size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size or (224, 224))
-    if any(s < config["patch"] or s % config["patch"] for s in size):
-        p = config["patch"]
-        near = " or ".join("x".join(str(max(p, (s // p + up) * p)) for s in size) for up in (0, 1))
-        raise ValueError(f"image size {size[0]}x{size[1]} is not a multiple of {name}'s patch of {p}; the nearest are {near}")
+    size = whole_patches(img_size or 224, config["patch"], name)
     drop_path = DROP_PATH[name][0] if drop_path is None else drop_path
     return ViT(**config, num_classes=num_classes, img_size=size, layer_scale=layer_scale, drop_path=drop_path)
 
 
+# Copied from deit.py
+def whole_patches(img_size: int | tuple[int, int], patch: int, name: str) -> tuple[int, int]:
+    """(H, W) of an image size S or (H, W); ValueError with the nearest good ones unless it is a multiple of the patch."""
+    size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    if any(s < patch or s % patch for s in size):
+        near = " or ".join("x".join(str(max(patch, (s // patch + up) * patch)) for s in size) for up in (0, 1))
+        raise ValueError(f"image size {size[0]}x{size[1]} is not a multiple of {name}'s patch of {patch}; the nearest are {near}")
+    return size
+
+
+# Copied from deit.py
 def resize_pos_embed(pos_embed: torch.Tensor, grid: tuple[int, int], *, old_grid: tuple[int, int] | None = None) -> torch.Tensor:
     """Position embedding (1, prefix + N, C) for another grid: bicubic (a = -0.75), no antialiasing, prefix tokens untouched.
 
@@ -359,6 +370,22 @@ def resize_pos_embed(pos_embed: torch.Tensor, grid: tuple[int, int], *, old_grid
     return torch.cat([pos_embed[:, :prefix], patches], dim=1)
 
 
+# Copied from deit.py
+def fit_resolution(model: nn.Module, state: dict[str, torch.Tensor], content: dict, say) -> None:
+    """Resizes the position embedding in `state`, of the checkpoint `content`, to the model's resolution."""
+    if not isinstance(model, ViT) or "pos_embed" not in state:
+        return
+    try:
+        height, width = content["recipe"]["img_size"]
+        old_grid = (height // model.patch_embed.patch, width // model.patch_embed.patch)
+    except (KeyError, TypeError, ValueError):  # an official checkpoint
+        old_grid = None
+    resized = resize_pos_embed(state["pos_embed"], model.grid, old_grid=old_grid)
+    if resized.shape != state["pos_embed"].shape:
+        say(f"position embedding resized to {model.grid[0]} x {model.grid[1]} patches")
+    state["pos_embed"] = resized
+
+
 # ---- Augmentation: section 6.2.2, 6.2.3 --------------------------------------------------------------------------------
 #
 # A loader process decodes, crops and resizes; flip, 3-Augment, colour jitter, normalisation and mixing run on the device,
@@ -368,6 +395,7 @@ ORDERS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))  # o
 CHOICES = ("gray", "solarize", "blur")
 
 
+# Copied from deit.py
 def random_resized_crop(height: int, width: int, rng: random.Random) -> tuple[int, int, int, int]:
     """(top, left, crop height, crop width): area 8-100% of the image, aspect 3/4..4/3 (log-uniform), ten attempts.
 
@@ -407,6 +435,7 @@ def _reflect(index: torch.Tensor, length: int) -> torch.Tensor:
     return torch.minimum(index, 2 * (length - 1) - index)
 
 
+# Adapted from deit.py: simple random crop, 3-Augment; no erasing
 class TrainTransform:
     """The loader's part of the augmentation.
 
@@ -535,9 +564,11 @@ def color_jitter(x: torch.Tensor, factors: torch.Tensor, order: torch.Tensor) ->
     return x
 
 
+# Copied from deit.py
 FILL = (124, 116, 104)  # round(255 * ImageNet mean)
 
 
+# Copied from deit.py
 def rand_augment(image: Image.Image, rng: random.Random) -> Image.Image:
     """RandAugment as DeiT uses it (timm's rand-m9-mstd0.5-inc1): two draws from 15 operations, each applied with
     probability 0.5 at magnitude N(9, 0.5) clipped to 0..10. Used by `finetune` and the ablations of Tables 6.3-6.5."""
@@ -549,9 +580,11 @@ def rand_augment(image: Image.Image, rng: random.Random) -> Image.Image:
     return image
 
 
+# Copied from deit.py
 OPERATIONS = ("AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd", "Color", "Contrast", "Brightness", "Sharpness", "ShearX", "ShearY", "TranslateX", "TranslateY")  # fmt: skip
 
 
+# Copied from deit.py
 def apply_operation(image: Image.Image, operation: str, level: float, sign: int) -> Image.Image:
     """One operation of RandAugment at level 0..1 ("increasing" variant: a higher level always changes more)."""
 
@@ -585,6 +618,7 @@ def apply_operation(image: Image.Image, operation: str, level: float, sign: int)
     return affine(1, 0, 0, 0, 1, sign * 0.45 * level * image.height)
 
 
+# Copied from deit.py
 @dataclass(frozen=True)
 class Mix:
     """One draw: share `lam` of the image itself, and cutmix's box (None: mixup) as (top, bottom, left, right) pixels."""
@@ -593,6 +627,7 @@ class Mix:
     box: tuple[int, int, int, int] | None = None
 
 
+# Copied from deit.py
 def draw_mix(recipe: Recipe, rng: random.Random) -> Mix:
     """Cutmix or mixup with equal chances (one of them alone if the other's alpha is 0); lam from Beta(alpha, alpha)."""
     if not recipe.mixup and not recipe.cutmix:
@@ -606,6 +641,7 @@ def draw_mix(recipe: Recipe, rng: random.Random) -> Mix:
     return cutmix_box(lam, height, width, rng.randrange(height), rng.randrange(width))
 
 
+# Copied from deit.py
 def cutmix_box(lam: float, height: int, width: int, cy: int, cx: int) -> Mix:
     """Box of about (1 - lam) of the area around (cy, cx), clipped to the image; lam becomes what the clipped box leaves.
 
@@ -616,6 +652,7 @@ def cutmix_box(lam: float, height: int, width: int, cy: int, cx: int) -> Mix:
     return Mix(1 - (bottom - top) * (right - left) / (height * width), (top, bottom, left, right))
 
 
+# Copied from deit.py
 def mix_images(images: torch.Tensor, mixes: list[Mix]) -> torch.Tensor:
     """(B, 3, H, W) cut into len(mixes) groups; image i of a group is mixed with its image G-1-i by the group's draw."""
     groups = []
@@ -631,6 +668,7 @@ def mix_images(images: torch.Tensor, mixes: list[Mix]) -> torch.Tensor:
     return torch.cat(groups)
 
 
+# Copied from deit.py
 def mix_targets(labels: torch.Tensor, mixes: list[Mix], num_classes: int, smoothing: float) -> torch.Tensor:
     """Labels (B,) -> soft targets (B, K): lam on the image's own label, 1 - lam on its partner's, both smoothed."""
     targets = torch.full((len(labels), num_classes), smoothing / num_classes, device=labels.device)
@@ -638,17 +676,12 @@ def mix_targets(labels: torch.Tensor, mixes: list[Mix], num_classes: int, smooth
     return torch.cat([t * mix.lam + t.flip(0) * (1 - mix.lam) for t, mix in zip(targets.chunk(len(mixes)), mixes)])
 
 
-# ---- Loss: section 6.2.1 -----------------------------------------------------------------------------------------------
+# ---- Loss: section 6.2.1; the other one is F.cross_entropy, which takes soft targets -----------------------------------
 
 
 def bce_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Binary cross-entropy, mean over B and K; every class with a share in the mixed image counts fully, whatever its lam."""
     return F.binary_cross_entropy_with_logits(logits, (targets > 0).to(logits.dtype))
-
-
-def soft_ce_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy with soft targets (B, K), mean over B."""
-    return -(targets * F.log_softmax(logits, dim=1)).sum(dim=1).mean()
 
 
 # ---- Training: the only user of common ---------------------------------------------------------------------------------
@@ -658,43 +691,22 @@ def parse_args(argv: list[str] | None = None):
     """(arguments, the recipe with the flags given, the paper's recipe)."""
     from common import cli
 
-    parser = cli.Parser(prog="deit3.py", description=__doc__.split("\n\nChecked")[0])
-    parser.add_argument(
-        "--model", default="vit_b", metavar="NAME", help="see --list-models; torchvision/NAME trains another architecture; default: vit_b"
-    )
-    parser.add_argument("--recipe", default="in1k", metavar="NAME", help=f"{', '.join(RECIPES)}; default: in1k (Table 6.1)")
-    parser.add_argument("--list-models", action="store_true", help="print the models and stop")
-    parser.add_argument(
-        "--show-batch", metavar="FILE", help="write what the network is fed, before and after mixing, as a PNG (Figure 6.1) and stop"
-    )
-    parser.add_argument("--benchmark", action="store_true", help="measure images/s and peak memory of training and inference and stop")
+    parser = cli.make_parser("deit3", __doc__, Recipe, RECIPES, model="vit_b", recipe="in1k")
     parser.add_argument(
         "--grad-checkpoint", action="store_true", help="recompute activations in the backward pass: less memory for one more forward pass"
     )
-    cli.add_run_flags(parser)
-    cli.add_recipe_flags(parser, Recipe)
     args = parser.parse_args(argv)
-    if args.model.startswith("torchvision/"):
-        cli.check_choice(
-            "--model torchvision/", args.model.removeprefix("torchvision/"), torchvision.models.list_models(torchvision.models)
-        )
-    else:
-        cli.check_choice("--model", args.model, [*MODELS, "torchvision/NAME"])
-    cli.check_choice("--recipe", args.recipe, RECIPES)
-    paper = paper_recipe(args.recipe, args.model, epochs=args.epochs, data=args.data)
+    cli.check_names(args, MODELS, RECIPES)
+    paper = paper_recipe(args.recipe, args.model, epochs=args.epochs, data=args.data or "")
     recipe = cli.override(paper, args)
     cli.check_recipe(recipe)
-    cli.check_choice("--optimizer", recipe.optimizer, ("lamb", "adamw", "sgd"))
-    cli.check_choice("--crop", recipe.crop, ("rrc", "src"))
-    cli.check_choice("--loss", recipe.loss, ("bce", "ce"))
-    cli.check_choice("--trainable", recipe.trainable, ("all", "attention"))
     if not set(recipe.augment.split("+")) <= set(CHOICES):
         cli.check_choice("--augment", recipe.augment, ("3-augment", "rand", "auto", "trivial", "none", *CHOICES))
     if recipe.loss == "bce" and recipe.smoothing:
         raise cli.UserError(
             "--smoothing: binary cross-entropy counts every class with a share, smoothing would switch all of them on; use --smoothing 0 or --loss ce"
         )
-    papers_epochs = paper_recipe(args.recipe, args.model, data=args.data).epochs
+    papers_epochs = paper_recipe(args.recipe, args.model, data=args.data or "").epochs
     return args, recipe, dataclasses.replace(paper, epochs=papers_epochs)
 
 
@@ -716,94 +728,35 @@ def make_model(args, recipe: Recipe, num_classes: int) -> nn.Module:
     return model
 
 
-def load_pretrained(model: nn.Module, args, *, new_head: bool, say) -> None:
-    """--weights into the model: position embedding resized, a head for other classes left fresh (only if new_head)."""
-    from common import checkpoint
-    from common.errors import UserError
-
-    content = checkpoint.load(args.weights, "--weights")
-    if isinstance(content.get("model_name"), str) and content["model_name"] != args.model:
-        raise UserError(
-            f"--weights {args.weights}: holds {content.get('method')} {content['model_name']}, you asked for deit3 {args.model}"
-        )
-    state = checkpoint.weights(content, ema=args.use_ema)
-    own = model.state_dict()
-    narrow = {v.dtype for v in state.values()} & {torch.float16, torch.bfloat16}
-    if narrow:
-        say(f"weights in {', '.join(str(d).removeprefix('torch.') for d in narrow)} loaded into float32")
-    if isinstance(model, ViT) and "pos_embed" in state:
-        try:
-            old_size = content["recipe"]["img_size"]
-            old_grid = (old_size[0] // model.patch_embed.patch, old_size[1] // model.patch_embed.patch)
-        except (KeyError, TypeError):
-            old_grid = None
-        resized = resize_pos_embed(state["pos_embed"], model.grid, old_grid=old_grid)
-        if resized.shape[1] != state["pos_embed"].shape[1]:
-            say(f"position embedding resized to {model.grid[0]} x {model.grid[1]} patches")
-        state["pos_embed"] = resized
-    heads = [k for k in own if k in state and k.startswith(("head.", "fc.", "classifier.", "heads.")) and state[k].shape != own[k].shape]
-    if heads and new_head:
-        say(f"new head: the checkpoint has {len(state[heads[0]])} classes, the data {len(own[heads[0]])}")
-        state = {**state, **{k: own[k] for k in heads}}
-    elif heads:
-        raise UserError(
-            f"--weights {args.weights}: has {len(state[heads[0]])} classes, the data {len(own[heads[0]])}; evaluation needs the same"
-        )
-    checkpoint.load_weights(model, state, f"--weights {args.weights}")
-
-
 def train(args, recipe: Recipe, paper: Recipe) -> None:
     """The whole run: data, model, loop, evaluation after every epoch."""
-    from common.cli import differences
-    from common.data import GlobalBatches, Samples, make_loader, to_device
-    from common.errors import RunError, UserError
-    from common.evaluate import denormalize, eval_loader, evaluate, normalize
+    from common.checkpoint import load_pretrained
+    from common.data import TrainingData
+    from common.evaluate import eval_loader, evaluate, normalize
     from common.optim import EMA, cosine_lr, make_optimizer
     from common.precision import Precision, check_amp
-    from common.report import count, save_batch, save_curves
-    from common.run import Run, split_batch
-    from common.sources import open_data
+    from common.report import describe, save_curves, show_batch
+    from common.run import Run
 
     run = Run("deit3", args, recipe, paper)
     check_amp(run.amp, run.device)
-    group = min(recipe.mix_group, recipe.batch_size)
-    micro_batch, accumulation = split_batch(recipe.batch_size, run.world, args.micro_batch, group)
-    splits = ("train",) if args.val_data == "none" else ("train", "val")
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         make_model(args, recipe, 2)  # a size that does not fit is told before the data is scanned
-    data = run.first(lambda: open_data(args.data, val_data=args.val_data, coarse_labels=args.coarse_labels, splits=splits, say=run.say))
-    source = data["train"]
-    num_classes = len(source.classes)
+    data = TrainingData(run, recipe, TrainTransform(recipe))
+    num_classes = len(data.classes)
 
     torch.manual_seed(args.seed)
     model = make_model(args, recipe, num_classes)
-    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()) and micro_batch == 1:
-        raise UserError("--micro-batch 1: this model's BatchNorm needs at least 2 images per forward pass")
     if args.weights:
-        load_pretrained(model, args, new_head=True, say=run.say)
+        load_pretrained(model, args, run.method, new_head=True, say=run.say, adapt=fit_resolution)
     model.to(run.device)
     optimizer = make_optimizer(recipe.optimizer, model, recipe.lr, recipe.weight_decay)
-    precision = Precision(run.amp, run.device, accumulation=accumulation, clip_grad=recipe.clip_grad)
+    precision = Precision(run.amp, run.device, accumulation=data.accumulation, clip_grad=recipe.clip_grad)
     ema = EMA(model, recipe.ema) if recipe.ema else None
-    criterion = bce_loss if recipe.loss == "bce" else soft_ce_loss
+    criterion = bce_loss if recipe.loss == "bce" else F.cross_entropy
 
-    batches = GlobalBatches(
-        len(source),
-        batch_size=recipe.batch_size,
-        micro_batch=micro_batch,
-        group=group,
-        world_size=run.world,
-        rank=run.rank,
-        repeats=recipe.repeats,
-        seed=args.seed,
-    )
-    if batches.steps == 0:
-        raise UserError(f"--batch-size {recipe.batch_size}: larger than the training set of {len(source)} images; lower it")
-    samples = Samples(source, TrainTransform(recipe), args.seed)
-    loader = make_loader(samples, batches, run.workers, run.device)
-    val_loader = None
-    if "val" in data:
-        val_loader = eval_loader(data["val"], recipe.img_size, recipe.eval_crop_ratio, micro_batch, run)
+    def lr_at(epochs: float) -> float:
+        return cosine_lr(epochs, recipe.epochs, recipe.warmup_epochs, recipe.lr, recipe.min_lr, recipe.warmup_lr)
 
     def prepare(batch, groups) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(images before mixing, images as the network sees them, soft targets) on the device."""
@@ -812,60 +765,42 @@ def train(args, recipe: Recipe, paper: Recipe) -> None:
         images = normalize(augment(images, parameters))
         return images, mix_images(images, mixes), mix_targets(labels, mixes, num_classes, recipe.smoothing)
 
-    def show_batch(path) -> None:
-        """The first 16 images (whole groups) of the run, as a picture."""
-        keys = next(iter(batches))[: group * -(-16 // group)]
-        batch = samples.__getitems__(keys)
-        if isinstance(batch, str):
-            raise RunError(f"cannot read {batch}")
-        images, parameters, labels, indices = batch
-        before, after, _ = prepare((images.to(run.device), parameters, labels.to(run.device), indices), range(len(keys) // group))
-        save_batch(path, [("before mixing", denormalize(before)), ("after mixing: what the network is fed", denormalize(after))])
-
     if args.show_batch:
         if run.rank == 0:
-            show_batch(args.show_batch)
+            show_batch(args.show_batch, data, prepare)
         return run.say(f"wrote {args.show_batch}")
 
     run.open_folder()
-    parameters, gmacs = count(lambda: make_model(args, recipe, num_classes), recipe.img_size)
-    run.say(
-        f"model    {args.model}, {parameters / 1e6:.2f} M parameters, {gmacs:.3f} GMACs at {recipe.img_size[0]} x {recipe.img_size[1]}, {num_classes} classes\n"
-        f"data     {args.data}, {len(source)} training images, {len(data['val']) if 'val' in data else 'no'} validation images\n"
-        f"batch    {recipe.batch_size} = {run.world} ranks x {micro_batch} x {accumulation} accumulation, {run.amp} on {run.device.type}, {run.workers} workers per rank\n"
-        f"steps    {recipe.epochs} epochs x {batches.steps}\n"
-        f"recipe   {args.recipe}: {', '.join(f'{f.name} {getattr(recipe, f.name)}' for f in dataclasses.fields(recipe))}\n"
-        f"differs from the paper: {'; '.join(differences(recipe, paper)) or 'nothing'}"
-        + (" (but this recipe is none of the paper's)" if args.recipe == "shapes" else "")
-    )
+    run.say(describe(run, lambda: make_model(args, recipe, num_classes), data))
     if recipe.optimizer != "lamb" and paper.optimizer == "lamb" and recipe.lr > 1e-3:
         run.say(f"warning: {recipe.optimizer} at LAMB's learning rate of {recipe.lr:g} is known to diverge; 1e-3 or less is usual")
-    wrapped = run.prepare(model)
-    run.start(model=model, optimizer=optimizer, precision=precision, ema=ema, data={"classes": source.classes, "digest": source.digest()})
+    wrapped = run.prepare(model, data.micro_batch)
+    identity = {"classes": data.classes, "digest": data.source.digest()}
+    run.start(model=model, optimizer=optimizer, precision=precision, ema=ema, data=identity)
     if run.rank == 0 and run.epoch == run.step == 0:
-        show_batch(run.out / "batch.png")
+        show_batch(run.out / "batch.png", data, prepare)
     run.check_stop()
+    val_loader = data.val and eval_loader(data.val, recipe.img_size, recipe.eval_crop_ratio, data.micro_batch, run)
 
     for epoch in range(run.epoch, recipe.epochs):
-        batches.set_epoch(epoch, run.step)
-        stream = to_device(loader, run.device)
+        stream = data.epoch(epoch, run.step)
         wrapped.train()
-        for step in run.steps(batches.steps, recipe.batch_size):
+        for step in run.steps(data.steps, recipe.batch_size):
             seen = []
-            for micro in range(accumulation):
+            for micro in range(data.accumulation):
                 batch = run.wait_for(stream)
-                _, images, targets = prepare(batch, batches.groups(micro))
+                _, images, targets = prepare(batch, data.batches.groups(micro))
                 run.seed_step(micro)
                 with precision.forward(wrapped):
                     loss = criterion(wrapped(images), targets)
                 precision.backward(loss)
                 seen.append(batch[3])
-            lr = cosine_lr(epoch + step / batches.steps, recipe.epochs, recipe.warmup_epochs, recipe.lr, recipe.min_lr, recipe.warmup_lr)
+            lr = lr_at(epoch + step / data.steps)
             stats, skipped = precision.step(optimizer, lr, stop=run.stop_requested)
             if ema:
                 ema.update(model, skip=skipped)
-            run.after_step(stats, lr, lambda seen=seen: [source.name(i) for i in torch.cat(seen).tolist()])
-        record, score = run.end_of_training_epoch() | {"lr": lr_at_end(recipe, epoch)}, None
+            run.after_step(stats, lr, lambda seen=seen: data.names(torch.cat(seen)))
+        record, score = run.end_of_training_epoch() | {"lr": lr_at(epoch + 1)}, None
         if val_loader is not None:
             metrics = evaluate(model, val_loader, run.device, precision.autocast, between=run.check_stop)
             score = metrics["top1"]
@@ -875,98 +810,29 @@ def train(args, recipe: Recipe, paper: Recipe) -> None:
                 record |= {f"val_ema_{k}": v for k, v in averaged.items()}
         run.end_of_epoch(record, score)
     run.finish()
-    if run.rank == 0 and "val" in data:
+    if run.rank == 0 and val_loader is not None:
         save_curves(run.out / "curves.png", run.out / "log.jsonl", [["train_loss", "val_loss"], ["val_top1", "val_top5"]])
 
 
-def lr_at_end(recipe: Recipe, epoch: int) -> float:
-    """Learning rate at the end of `epoch`, for the log."""
-    from common.optim import cosine_lr
-
-    return cosine_lr(epoch + 1, recipe.epochs, recipe.warmup_epochs, recipe.lr, recipe.min_lr, recipe.warmup_lr)
-
-
 def evaluate_only(args, recipe: Recipe, paper: Recipe) -> None:
-    """--eval: accuracy of --weights (or --out's last.pt) on --data's validation images or on --eval-data."""
-    from common import checkpoint
-    from common.errors import UserError
-    from common.evaluate import eval_loader, evaluate, real_labels
-    from common.precision import Precision, check_amp
+    """--eval: accuracy on the validation images, on ImageNet-Real's labels and on other test sets."""
+    from common.evaluate import evaluate_weights
     from common.run import Run
-    from common.sources import open_data, open_images
 
-    run = Run("deit3", args, recipe, paper)
-    check_amp(run.amp, run.device)
-    args.weights = args.weights or str(run.out / "last.pt")
-    content = checkpoint.load(args.weights, "--weights")
-    classes = content["data"]["classes"] if isinstance(content.get("data"), dict) else None
-    if args.eval_data:
-        source = run.first(lambda: open_images(args.eval_data, "--eval-data", classes, run.say))
-    else:
-        source = run.first(
-            lambda: open_data(
-                args.data, val_data=args.val_data, coarse_labels=args.coarse_labels, classes=classes, splits=("val",), say=run.say
-            )
-        )["val"]
-    if classes is not None and classes != source.classes:
-        raise UserError(f"--data: its {len(source.classes)} classes are not the {len(classes)} that {args.weights} was trained on")
-    state = checkpoint.weights(content, ema=args.use_ema)
-    head = next((v for k, v in state.items() if k in ("head.weight", "fc.weight")), None)
-    if isinstance(content.get("recipe"), dict):  # as it was trained, unless a flag says otherwise
-        saved = {k: content["recipe"][k] for k in ("layer_scale", "img_size", "eval_crop_ratio") if getattr(args, k) is None}
-        recipe = dataclasses.replace(recipe, **{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in saved.items()})
-    model = make_model(args, recipe, len(source.classes) if head is None or args.eval_data is None else len(head))
-    load_pretrained(model, args, new_head=False, say=run.say)
-    model.to(run.device)
-    loader = eval_loader(source, recipe.img_size, recipe.eval_crop_ratio, args.micro_batch or 64, run)
-    real = real_labels(args.real_labels, source) if args.real_labels else None
-    metrics = evaluate(model, loader, run.device, Precision(run.amp, run.device).autocast, real=real)
-    run.say(
-        f"{args.eval_data or args.data}: {len(source)} images at {recipe.img_size[0]} x {recipe.img_size[1]}, crop ratio {recipe.eval_crop_ratio:g}"
-    )
-    run.say("  ".join(f"{k} {v:.5g}" for k, v in metrics.items()))
+    saved = ("layer_scale", "img_size", "eval_crop_ratio")
+    evaluate_weights(Run("deit3", args, recipe, paper), make_model, saved=saved, adapt=fit_resolution)
 
 
 def benchmark(args, recipe: Recipe, paper: Recipe) -> None:
-    """--benchmark: images/s and peak memory of training steps and of inference, on random images that are in memory."""
-    from common.optim import make_optimizer
-    from common.precision import Precision, check_amp
-    from common.report import count, speed
+    """--benchmark: images/s and peak memory of training steps and of inference."""
+    from common import report
     from common.run import Run
 
-    run = Run("deit3", args, recipe, paper)
-    check_amp(run.amp, run.device)
-    batch = args.micro_batch or (64 if run.device.type == "cuda" else 8)
-    model = make_model(args, recipe, 1000).to(run.device)
-    parameters, gmacs = count(lambda: make_model(args, recipe, 1000), recipe.img_size)
-    wrapped = run.prepare(model)
-    optimizer = make_optimizer(recipe.optimizer, model, recipe.lr, recipe.weight_decay)
-    precision = Precision(run.amp, run.device, clip_grad=recipe.clip_grad)
-    images = torch.randn(batch, 3, *recipe.img_size, device=run.device)
-    targets = mix_targets(torch.zeros(batch, dtype=torch.long, device=run.device), [Mix(1.0)], 1000, 0.0)
-    criterion = bce_loss if recipe.loss == "bce" else soft_ce_loss
+    def loss(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        targets = mix_targets(labels, [Mix(1.0)], 1000, 0.0)
+        return (bce_loss if recipe.loss == "bce" else F.cross_entropy)(model(images), targets)
 
-    def train_step() -> None:
-        with precision.forward(wrapped):
-            loss = criterion(wrapped(images), targets)
-        precision.backward(loss)
-        precision.step(optimizer, 1e-5)
-
-    def inference() -> None:
-        with torch.no_grad(), precision.autocast():
-            model(images)
-
-    run.say(
-        f"{args.model}, {parameters / 1e6:.2f} M parameters, {gmacs:.3f} GMACs, batch {batch} per rank, {run.amp}, {torch.cuda.get_device_name(run.device) if run.device.type == 'cuda' else 'CPU'}"
-    )
-    for name, step in (("training", train_step), ("inference", inference)):
-        wrapped.train(name == "training")
-        rate, memory = speed(step, batch * run.world, run.device)
-        share = (3 if name == "training" else 1) * 2 * gmacs * rate / run.world / 1e3
-        run.say(
-            f"{name:9s} {rate:9.1f} images/s  {share:7.2f} TFLOP/s per rank"
-            + ("" if math.isnan(memory) else f"  peak memory {memory:.0f} MiB")
-        )
+    report.benchmark(Run("deit3", args, recipe, paper), lambda: make_model(args, recipe, 1000), loss)
 
 
 def main() -> None:

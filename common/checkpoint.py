@@ -11,6 +11,7 @@ import os
 import pickle
 import shutil
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -139,6 +140,39 @@ def load_weights(model: torch.nn.Module, state: dict[str, torch.Tensor], where: 
     if problems:
         raise UserError(f"{where}: does not fit the model: {'; '.join(problems)}")
     model.load_state_dict(state)
+
+
+HEADS = ("head.", "head_dist.", "fc.", "classifier.", "heads.")  # classifiers: of the methods, of torchvision's models
+
+
+def load_pretrained(
+    model: torch.nn.Module, args, method: str, *, new_head: bool, say: Callable[[str], None], adapt: Callable | None = None
+) -> None:
+    """--weights into the model; a classifier for other classes is left fresh (only if new_head).
+
+    adapt(model, state, content, say) changes the state dict in place to fit the model's resolution; content is the whole file.
+    """
+    content = load(args.weights, "--weights")
+    if isinstance(content.get("model_name"), str) and content["model_name"] != args.model:
+        raise UserError(
+            f"--weights {args.weights}: holds {content.get('method')} {content['model_name']}, you asked for {method} {args.model}"
+        )
+    state = weights(content, ema=args.use_ema)
+    narrow = {v.dtype for v in state.values()} & {torch.float16, torch.bfloat16}
+    if narrow:
+        say(f"weights in {', '.join(str(d).removeprefix('torch.') for d in narrow)} loaded into float32")
+    if adapt is not None:
+        adapt(model, state, content, say)
+    own = model.state_dict()
+    heads = [k for k in own if k in state and k.startswith(HEADS) and state[k].shape != own[k].shape]
+    if heads and new_head:
+        say(f"new head: the checkpoint has {len(state[heads[0]])} classes, the data {len(own[heads[0]])}")
+        state.update({k: own[k] for k in heads})
+    elif heads:
+        raise UserError(
+            f"--weights {args.weights}: has {len(state[heads[0]])} classes, the data {len(own[heads[0]])}; evaluation needs the same"
+        )
+    load_weights(model, state, f"--weights {args.weights}")
 
 
 def plain(value):

@@ -8,6 +8,8 @@ import difflib
 import math
 import typing
 
+import torchvision
+
 from common.errors import UserError
 
 
@@ -31,12 +33,22 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def add_run_flags(parser: Parser) -> None:
-    """What every script's run needs, whatever the method."""
+def make_parser(method: str, doc: str, recipe_class: type, recipes, *, model: str, recipe: str) -> Parser:
+    """The flags of every script: model and recipe (with these defaults), what a run needs, one flag per recipe field."""
+    parser = Parser(prog=f"{method}.py", description=doc.split("\n\nChecked")[0])
+    parser.add_argument("--model", default=model, metavar="NAME", help=f"see --list-models; default: {model}")
+    parser.add_argument("--recipe", default=recipe, metavar="NAME", help=f"{', '.join(recipes)}; default: {recipe}")
+    parser.add_argument("--list-models", action="store_true", help="print the models and stop")
+    parser.add_argument("--show-batch", metavar="FILE", help="write what the network is fed as a PNG and stop")
+    parser.add_argument("--benchmark", action="store_true", help="measure images/s and peak memory of training and inference and stop")
+    _add_run_flags(parser)
+    _add_recipe_flags(parser, recipe_class)
+    return parser
+
+
+def _add_run_flags(parser: Parser) -> None:
     data = parser.add_argument_group("data")
-    data.add_argument(
-        "--data", default="shapes", metavar="DATA", help="shapes, FOLDER, FILE.tar or NAME:FOLDER (see common/sources.py); default: shapes"
-    )
+    data.add_argument("--data", metavar="DATA", help="shapes, FOLDER, FILE.tar or NAME:FOLDER (see common/sources.py); default: shapes")
     data.add_argument(
         "--val-data", metavar="PATH", help="validation images, if not in --data: folder or tar of class folders; none: train without"
     )
@@ -71,14 +83,16 @@ def add_run_flags(parser: Parser) -> None:
     run.add_argument("--tensorboard", action="store_true", help="also write TensorBoard events to --out")
     run.add_argument("--debug", action="store_true", help="show tracebacks of expected errors")
     evaluation = parser.add_argument_group("evaluation")
-    evaluation.add_argument("--eval", action="store_true", help="evaluate --weights (or last.pt of --out) instead of training")
-    evaluation.add_argument("--eval-data", metavar="PATH", help="evaluate on this folder or tar of class folders (ImageNet-V2, ...)")
+    evaluation.add_argument("--eval", action="store_true", help="evaluate --weights (or last.pt of --out) on --data instead of training")
+    evaluation.add_argument(
+        "--eval-data", nargs="+", metavar="PATH", help="evaluate on these folders or tars of class folders (ImageNet-V2, ...) too"
+    )
     evaluation.add_argument("--real-labels", metavar="FILE", help="ImageNet-Real's real.json: also report accuracy against these labels")
     evaluation.add_argument("--use-ema", action="store_true", help="evaluate, or start from, the averaged weights of --weights")
 
 
-def add_recipe_flags(parser: Parser, recipe_class: type) -> None:
-    """One flag per field of the Recipe dataclass; unset means the recipe's own value."""
+def _add_recipe_flags(parser: Parser, recipe_class: type) -> None:
+    """One flag per field of the Recipe dataclass, each Annotated[type, help] or Annotated[type, help, choices]."""
     group = parser.add_argument_group("recipe (unset: the paper's value)")
     for name, hint in typing.get_type_hints(recipe_class, include_extras=True).items():
         kind, help_text = typing.get_args(hint)[:2]
@@ -136,13 +150,21 @@ RANGES = {
     "color_jitter": (lambda v: 0 <= v <= 1, "in [0, 1]"),
     "layer_scale": (lambda v: v is None or 0 <= v < math.inf, "none, or 0 or more"),
     "ema": (lambda v: 0 <= v < 1, "0 (off), or below 1"),
+    "dropout": (lambda v: 0 <= v < 1, "in [0, 1)"),
+    "erasing": (lambda v: 0 <= v <= 1, "in [0, 1]"),
+    "alpha": (lambda v: 0 <= v <= 1, "in [0, 1]"),
+    "tau": (lambda v: 0 < v < math.inf, "above 0"),
     "eval_crop_ratio": (lambda v: 0 < v <= 1, "in (0, 1]"),
     "img_size": (lambda v: min(v) >= 1, "1 or more"),
 }
 
 
 def check_recipe(recipe) -> None:
-    """UserError naming the first flag whose value is out of range, or does not go with another one."""
+    """UserError naming the first flag whose value is out of range, not among its choices, or does not go with another one."""
+    for name, hint in typing.get_type_hints(type(recipe), include_extras=True).items():
+        choices = typing.get_args(hint)[2:]
+        if choices:
+            check_choice(f"--{name.replace('_', '-')}", getattr(recipe, name), choices[0])
     for name, (allowed, words) in RANGES.items():
         if hasattr(recipe, name) and not allowed(getattr(recipe, name)):
             raise UserError(f"--{name.replace('_', '-')} {getattr(recipe, name)}: must be {words}")
@@ -153,6 +175,17 @@ def check_recipe(recipe) -> None:
         raise UserError(
             f"--lr {recipe.lr}: is below --{low} {getattr(recipe, low.replace('-', '_'))}, the rate would rise; lower --{low} too"
         )
+
+
+def check_names(args: argparse.Namespace, models, recipes) -> None:
+    """UserError unless --model is one of `models` or torchvision/NAME, and --recipe one of `recipes`; completes --data."""
+    if args.model.startswith("torchvision/"):
+        check_choice("--model torchvision/", args.model.removeprefix("torchvision/"), torchvision.models.list_models(torchvision.models))
+    else:
+        check_choice("--model", args.model, [*models, "torchvision/NAME"])
+    check_choice("--recipe", args.recipe, recipes)
+    if args.data is None and not args.eval_data:
+        args.data = "shapes"
 
 
 def check_choice(flag: str, value: str, choices) -> None:

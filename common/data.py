@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from common.errors import RunError
-from common.sources import Source
+from common.errors import RunError, UserError
+from common.run import Run, split_batch
+from common.sources import Source, open_data
 
 # ---- Order -------------------------------------------------------------------------------------------------------------
 
@@ -152,6 +153,60 @@ def make_loader(samples: Samples, batches: Sampler, workers: int, device: torch.
         prefetch_factor=2 if workers else None,
         timeout=300 if workers else 0,
     )
+
+
+class TrainingData:
+    """What a training loop draws from: the training images in the recipe's order and batches, and the validation images.
+
+    source, val: training and validation Source (val None with --val-data none); classes; micro_batch (images per rank and
+    forward pass), accumulation (micro-batches per step and rank), steps (per epoch).
+    """
+
+    def __init__(self, run: Run, recipe, transform: Transform):
+        args = run.args
+        self.group = min(recipe.mix_group, recipe.batch_size)
+        self.micro_batch, self.accumulation = split_batch(recipe.batch_size, run.world, args.micro_batch, self.group)
+        splits = ("train",) if args.val_data == "none" else ("train", "val")
+        found = run.first(
+            lambda: open_data(args.data, val_data=args.val_data, coarse_labels=args.coarse_labels, splits=splits, say=run.say)
+        )
+        self.source, self.val = found["train"], found.get("val")
+        self.classes = self.source.classes
+        self.batches = GlobalBatches(
+            len(self.source),
+            batch_size=recipe.batch_size,
+            micro_batch=self.micro_batch,
+            group=self.group,
+            world_size=run.world,
+            rank=run.rank,
+            repeats=recipe.repeats,
+            seed=args.seed,
+        )
+        self.steps = self.batches.steps
+        if self.steps == 0:
+            raise UserError(f"--batch-size {recipe.batch_size}: larger than the training set of {len(self.source)} images; lower it")
+        self.samples = Samples(self.source, transform, args.seed)
+        self.loader = make_loader(self.samples, self.batches, run.workers, run.device)
+        self.device = run.device
+
+    def epoch(self, epoch: int, first_step: int) -> Iterator[tuple[torch.Tensor, ...]]:
+        """The epoch's micro-batches of this rank from optimizer step `first_step` on."""
+        self.batches.set_epoch(epoch, first_step)
+        return to_device(self.loader, self.device)
+
+    def names(self, indices: torch.Tensor) -> list[str]:
+        """File names of training images, for messages."""
+        return [self.source.name(i) for i in indices.tolist()]
+
+    def first_images(self, count: int) -> tuple[tuple[torch.Tensor, ...], range]:
+        """(the run's first `count` images, or the few more that make whole groups, on the device, numbers of the groups)."""
+        groups = range(-(-count // self.group))
+        keys = next(iter(self.batches))[: self.group * len(groups)]
+        batch = self.samples.__getitems__(keys)
+        if isinstance(batch, str):
+            raise RunError(f"cannot read {batch}")
+        images, parameters, labels, indices = batch
+        return (images.to(self.device), parameters, labels.to(self.device), indices), range(len(keys) // self.group)
 
 
 def eval_batches(length: int, batch_size: int, world_size: int, rank: int) -> list[list]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import re
@@ -13,11 +14,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
+from common import checkpoint
 from common.data import Samples, eval_batches, make_loader, to_device
 from common.errors import UserError
 from common.images import eval_transform
+from common.precision import Precision, check_amp
 from common.run import Run
-from common.sources import Source
+from common.sources import Source, open_data, open_images
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in 0..1, RGB
 
@@ -51,6 +54,13 @@ def eval_loader(source: Source, size: tuple[int, int], crop_ratio: float, batch_
     return make_loader(Samples(source, transform, 0), batches, run.workers, run.device, persistent=False)
 
 
+Predict = Callable[[torch.nn.Module, torch.Tensor], dict[str, torch.Tensor]]
+
+
+def _logits(model: torch.nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"": model(images)}
+
+
 @torch.no_grad()
 def evaluate(
     model: torch.nn.Module,
@@ -58,17 +68,19 @@ def evaluate(
     device: torch.device,
     autocast: Callable,
     *,
+    predict: Predict = _logits,
     real: list[list[int]] | None = None,
     between: Callable[[], None] | None = None,
 ) -> dict[str, float]:
     """{"top1", "top5", "loss"} over all ranks' images (each rank brings its own loader), and "real" with `real` labels.
 
+    predict(model, images) -> {"": logits, ...}; entries of another name N (a second head) give "top1_N", "top5_N", ...
     real: the labels that count as right per image index; images without any are left out of that figure.
     between: called every 8 batches, by all ranks equally often. Accuracies in percent, loss the mean cross-entropy.
     """
     training = model.training
     model.eval()
-    sums = torch.zeros(6, dtype=torch.float64, device=device)  # top-1, top-5, loss, images, Real right, Real images
+    sums: dict[str, torch.Tensor] = {}  # name: top-1, top-5, loss, images, Real right, Real images
     rounds = torch.tensor([len(loader)], device=device)
     if dist.is_initialized():
         dist.all_reduce(rounds, op=dist.ReduceOp.MAX)
@@ -81,23 +93,79 @@ def evaluate(
             continue
         images, _, labels, indices = batch
         with autocast():
-            logits = model(normalize(images))
-        logits = logits.float()
-        right = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-        sums[0] += right[:, 0].sum()
-        sums[1] += right.sum()
-        sums[2] += F.cross_entropy(logits, labels, reduction="sum")
-        sums[3] += len(labels)
-        if real is not None:
-            for index, answer in zip(indices.tolist(), logits.argmax(1).tolist()):
-                sums[4] += answer in real[index]
-                sums[5] += len(real[index]) > 0
+            outputs = predict(model, normalize(images))
+        for name, logits in outputs.items():
+            total = sums.setdefault(name, torch.zeros(6, dtype=torch.float64, device=device))
+            logits = logits.float()
+            right = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+            total[0] += right[:, 0].sum()
+            total[1] += right.sum()
+            total[2] += F.cross_entropy(logits, labels, reduction="sum")
+            total[3] += len(labels)
+            if real is not None:
+                for index, answer in zip(indices.tolist(), logits.argmax(1).tolist()):
+                    total[4] += answer in real[index]
+                    total[5] += len(real[index]) > 0
     model.train(training)
-    if dist.is_initialized():
-        dist.all_reduce(sums)
-    top1, top5, loss, count, real_right, real_count = sums.tolist()
-    result = {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count}
-    return {**result, "real": 100 * real_right / max(real_count, 1)} if real is not None else result
+    names = list(sums)
+    if dist.is_initialized():  # a rank that had no image does not know the names
+        of_ranks: list = [None] * dist.get_world_size()
+        dist.all_gather_object(of_ranks, names)
+        names = max(of_ranks, key=len)
+    result = {}
+    for name in names:
+        total = sums.get(name, torch.zeros(6, dtype=torch.float64, device=device))
+        if dist.is_initialized():
+            dist.all_reduce(total)
+        top1, top5, loss, count, real_right, real_count = total.tolist()
+        found = {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count}
+        if real is not None:
+            found["real"] = 100 * real_right / max(real_count, 1)
+        result |= {f"{key}_{name}" if name else key: value for key, value in found.items()}
+    return result
+
+
+def evaluate_weights(run: Run, make_model: Callable, *, saved: tuple[str, ...], adapt: Callable, predict: Predict = _logits) -> None:
+    """--eval: accuracy of --weights (or last.pt of --out) on --data's validation images and on each of --eval-data.
+
+    make_model(args, recipe, num_classes) builds the model; recipe fields named in `saved` are taken from the checkpoint
+    unless a flag sets them; adapt: see checkpoint.load_pretrained. Without --data, --eval-data is all that is evaluated.
+    """
+    args, recipe = run.args, run.recipe
+    check_amp(run.amp, run.device)
+    args.weights = args.weights or str(run.out / "last.pt")
+    content = checkpoint.load(args.weights, "--weights")
+    classes = content["data"]["classes"] if isinstance(content.get("data"), dict) else None
+    sources = {}
+    if args.data:
+        options = dict(val_data=args.val_data, coarse_labels=args.coarse_labels, classes=classes, splits=("val",), say=run.say)
+        sources[args.data] = run.first(lambda: open_data(args.data, **options))["val"]
+        if classes is not None and classes != sources[args.data].classes:
+            raise UserError(
+                f"--data: its {len(sources[args.data].classes)} classes are not the {len(classes)} that {args.weights} was trained on"
+            )
+        classes = sources[args.data].classes
+    for path in args.eval_data or []:
+        sources[path] = run.first(lambda path=path: open_images(path, "--eval-data", classes, run.say))
+    real = real_labels(args.real_labels, next(iter(sources.values()))) if args.real_labels else None
+    if isinstance(content.get("recipe"), dict):  # as it was trained, unless a flag says otherwise
+        before = {k: content["recipe"][k] for k in saved if getattr(args, k) is None and k in content["recipe"]}
+        recipe = dataclasses.replace(recipe, **{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in before.items()})
+    state = checkpoint.weights(content, ema=args.use_ema)
+    head = next((v for k, v in state.items() if k in ("head.weight", "fc.weight")), None)
+    first = next(iter(sources.values()))
+    model = make_model(args, recipe, len(first.classes) if head is None or args.data else len(head))
+    checkpoint.load_pretrained(model, args, run.method, new_head=False, say=run.say, adapt=adapt)
+    model.to(run.device)
+    autocast = Precision(run.amp, run.device).autocast
+    for name, source in sources.items():
+        loader = eval_loader(source, recipe.img_size, recipe.eval_crop_ratio, args.micro_batch or 64, run)
+        metrics = evaluate(model, loader, run.device, autocast, predict=predict, real=real if source is first else None)
+        size = recipe.img_size
+        run.say(f"{name}: {len(source)} images at {size[0]} x {size[1]}, crop ratio {recipe.eval_crop_ratio:g}")
+        for head_name in dict.fromkeys(k.partition("_")[2] for k in metrics):
+            own = {k.partition("_")[0]: v for k, v in metrics.items() if k.partition("_")[2] == head_name}
+            run.say("  ".join([*[head_name] * bool(head_name), *[f"{k} {v:.5g}" for k, v in own.items()]]))
 
 
 def real_labels(file: str, source: Source) -> list[list[int]]:

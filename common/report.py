@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +13,13 @@ import torch
 from PIL import Image, ImageDraw
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.utils import make_grid
+
+from common.cli import differences
+from common.data import TrainingData
+from common.evaluate import denormalize
+from common.optim import make_optimizer
+from common.precision import Precision, check_amp
+from common.run import Run
 
 
 def count(build: Callable[[], torch.nn.Module], img_size: tuple[int, int]) -> tuple[int, float]:
@@ -41,6 +50,65 @@ def speed(step: Callable[[], None], images: int, device: torch.device, *, second
         torch.cuda.synchronize(device)
     rate = done * images / (time.perf_counter() - start)
     return rate, torch.cuda.max_memory_allocated(device) / 2**20 if cuda else float("nan")
+
+
+def benchmark(run: Run, build: Callable[[], torch.nn.Module], loss: Callable[..., torch.Tensor]) -> None:
+    """--benchmark: images/s and peak memory of training steps and of inference, on random images that are in memory.
+
+    build() makes the model for 1000 classes; loss(model, images, labels) is the method's.
+    """
+    args, recipe = run.args, run.recipe
+    check_amp(run.amp, run.device)
+    batch = args.micro_batch or (64 if run.device.type == "cuda" else 8)
+    parameters, gmacs = count(build, recipe.img_size)
+    model = build().to(run.device)
+    wrapped = run.prepare(model, batch)
+    optimizer = make_optimizer(recipe.optimizer, model, recipe.lr, recipe.weight_decay)
+    precision = Precision(run.amp, run.device, clip_grad=recipe.clip_grad)
+    images = torch.randn(batch, 3, *recipe.img_size, device=run.device)
+    labels = torch.zeros(batch, dtype=torch.long, device=run.device)
+
+    def train_step() -> None:
+        with precision.forward(wrapped):
+            value = loss(wrapped, images, labels)
+        precision.backward(value)
+        precision.step(optimizer, 1e-5)
+
+    def inference() -> None:
+        with torch.no_grad(), precision.autocast():
+            model(images)
+
+    machine = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "CPU"
+    run.say(f"{args.model}, {parameters / 1e6:.2f} M parameters, {gmacs:.3f} GMACs, batch {batch} per rank, {run.amp}, {machine}")
+    for name, step in (("training", train_step), ("inference", inference)):
+        wrapped.train(name == "training")
+        rate, memory = speed(step, batch * run.world, run.device)
+        share = (3 if name == "training" else 1) * 2 * gmacs * rate / run.world / 1e3
+        run.say(
+            f"{name:9s} {rate:9.1f} images/s  {share:7.2f} TFLOP/s per rank"
+            + ("" if math.isnan(memory) else f"  peak memory {memory:.0f} MiB")
+        )
+
+
+def describe(run: Run, build: Callable[[], torch.nn.Module], data: TrainingData) -> str:
+    """The banner of a training run."""
+    args, recipe, size = run.args, run.recipe, run.recipe.img_size
+    parameters, gmacs = count(build, size)
+    return (
+        f"model    {args.model}, {parameters / 1e6:.2f} M parameters, {gmacs:.3f} GMACs at {size[0]} x {size[1]}, {len(data.classes)} classes\n"
+        f"data     {args.data}, {len(data.source)} training images, {'no' if data.val is None else len(data.val)} validation images\n"
+        f"batch    {recipe.batch_size} = {run.world} ranks x {data.micro_batch} x {data.accumulation} accumulation, {run.amp} on {run.device.type}, {run.workers} workers per rank\n"
+        f"steps    {recipe.epochs} epochs x {data.steps}\n"
+        f"recipe   {args.recipe}: {', '.join(f'{f.name} {getattr(recipe, f.name)}' for f in dataclasses.fields(recipe))}\n"
+        f"differs from the paper: {'; '.join(differences(recipe, run.paper)) or 'nothing'}"
+        + (" (but this recipe is none of the paper's)" if args.recipe == "shapes" else "")
+    )
+
+
+def show_batch(path: str | Path, data: TrainingData, prepare: Callable) -> None:
+    """PNG of the run's first 16 images. prepare(batch, groups) -> (images before mixing, as the network sees them, ...)."""
+    before, after, *_ = prepare(*data.first_images(16))
+    save_batch(path, [("before mixing", denormalize(before)), ("after mixing: what the network is fed", denormalize(after))])
 
 
 def save_batch(path: str | Path, rows: list[tuple[str, torch.Tensor]], columns: int = 8) -> None:

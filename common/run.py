@@ -311,8 +311,10 @@ class Run:
 
     # -- starting
 
-    def prepare(self, model: nn.Module) -> nn.Module:
+    def prepare(self, model: nn.Module, micro_batch: int) -> nn.Module:
         """The model as it is trained: compiled if asked for, wrapped for several ranks."""
+        if micro_batch == 1 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+            raise UserError("--micro-batch 1: this model's BatchNorm needs at least 2 images per forward pass")
         if self.args.compile:
             cuda = self.device.type == "cuda"
             if importlib.util.find_spec("triton") is None if cuda else not any(map(shutil.which, ("c++", "g++", "clang++"))):
@@ -329,7 +331,8 @@ class Run:
     def start(self, *, model: nn.Module, optimizer, precision, ema=None, data: dict, extra: dict[str, object] | None = None) -> None:
         """Registers what a checkpoint holds, resumes if asked to, and checks that all ranks hold the same weights.
 
-        data: {"classes": [...], "digest": ...}; extra: further objects with state_dict() and load_state_dict() (method state).
+        data: {"classes": [...], "digest": ...} and what else must be the same when the run goes on (a teacher);
+        extra: further objects with state_dict() and load_state_dict() (method state).
         """
         self.parts = {"model": model, "optimizer": optimizer, "scaler": precision, "ema": ema and ema.model, **(extra or {})}
         self.data_info = data
@@ -358,6 +361,7 @@ class Run:
                 "recipe": dataclasses.asdict(self.recipe),
                 "differs_from_paper": differences(self.recipe, self.paper),
                 "allowed_changes": self.args.allow_changes,
+                **{k: v for k, v in data.items() if k not in ("classes", "digest")},
             }
         )
 
@@ -388,13 +392,8 @@ class Run:
             raise UserError(
                 f"--resume {self.args.resume}: holds {saved['method']} {saved['model_name']}, you asked for {asked[0]} {asked[1]}"
             )
-        now = {
-            **plain_recipe(self.recipe),
-            "seed": self.args.seed,
-            "data": self.data_info["digest"],
-            "classes": len(self.data_info["classes"]),
-        }
-        then = {**saved["recipe"], "seed": saved["seed"], "data": saved["data"]["digest"], "classes": len(saved["data"]["classes"])}
+        now = _compared(plain_recipe(self.recipe), self.args.seed, self.data_info)
+        then = _compared(saved["recipe"], saved["seed"], saved["data"])
         changes = [f"{k} was {then.get(k)}, now {now.get(k)}" for k in {**then, **now} if then.get(k) != now.get(k)]
         if changes and not self.args.allow_changes:
             raise UserError(
@@ -633,6 +632,12 @@ class Run:
         self._unlock()
         if status == 0 and dist.is_initialized() and dist.get_backend() == "nccl":
             dist.destroy_process_group()
+
+
+def _compared(recipe: dict, seed: int, data: dict) -> dict:
+    """What must be the same when a run goes on."""
+    others = {k: v for k, v in data.items() if k not in ("classes", "digest")}
+    return {**recipe, "seed": seed, "data": data["digest"], "classes": len(data["classes"]), **others}
 
 
 def plain_recipe(recipe) -> dict:

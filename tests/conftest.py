@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import io
 import json
 import math
@@ -25,6 +27,9 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
 torch.set_num_threads(1)
+
+SCRIPTS = ["deit", "deit3"]  # in the order of the papers
+NANO = {"deit": "deit_nano", "deit3": "vit_nano"}  # the model of each that serves tests
 
 
 def reference(name: str):
@@ -89,6 +94,17 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return math.inf if error == 0 else 10 * math.log10(255**2 / error)
 
 
+class FixedDraws:
+    """A generator whose randint returns the given values."""
+
+    def __init__(self, *values):
+        self.values = list(values)
+
+    def randint(self, low, high):
+        assert low <= self.values[0] <= high
+        return self.values.pop(0)
+
+
 # ---- Data sets ---------------------------------------------------------------------------------------------------------
 
 
@@ -138,7 +154,8 @@ def own_cache(tmp_path_factory, monkeypatch):
 # ---- Runs --------------------------------------------------------------------------------------------------------------
 
 # The smallest run that uses every part: LAMB, accumulation, mixing, 3-Augment.
-TINY = "--model vit_nano --recipe shapes --img-size 32 --batch-size 16 --mix-group 4 --epochs 2 --warmup-epochs 1 --mixup 0.8 --cutmix 1.0 --workers 0 --device cpu".split()  # fmt: skip
+SMALL = "--recipe shapes --img-size 32 --batch-size 16 --mix-group 4 --epochs 2 --warmup-epochs 1 --mixup 0.8 --cutmix 1.0 --workers 0 --device cpu".split()  # fmt: skip
+TINY = ["--model", NANO["deit3"], *SMALL]
 
 
 class Result:
@@ -150,19 +167,18 @@ class Result:
 
 
 @pytest.fixture
-def deit3_here(capfd, monkeypatch):
-    """Runs `deit3.py ARGUMENTS` in this process; returns exit status and what it printed."""
-    import deit3
+def here(capfd, monkeypatch):
+    """here("deit3", ARGUMENTS): `deit3.py ARGUMENTS` in this process; returns exit status and what it printed."""
     from common.run import launch
 
     handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
 
-    def run(*arguments) -> Result:
-        monkeypatch.setattr(sys, "argv", ["deit3.py", *map(str, arguments)])
+    def run(script: str, *arguments) -> Result:
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
         capfd.readouterr()
         status = 0
         try:
-            launch(deit3.main)
+            launch(importlib.import_module(script).main)
         except SystemExit as end:
             status = end.code
         finally:
@@ -171,6 +187,11 @@ def deit3_here(capfd, monkeypatch):
         return Result(status, *capfd.readouterr())
 
     return run
+
+
+@pytest.fixture
+def deit3_here(here):
+    return functools.partial(here, "deit3")
 
 
 def environment(**extra) -> dict:

@@ -1,6 +1,7 @@
 """What is installed, copied out and documented: rows I of the fault list, README's commands, house rules."""
 
 import ast
+import importlib
 import re
 import shlex
 import shutil
@@ -9,11 +10,8 @@ import sys
 import zipfile
 
 import pytest
-from conftest import ROOT, TINY, python, write_folder
+from conftest import NANO, ROOT, SCRIPTS, SMALL, python, write_folder
 
-import deit3
-
-SCRIPTS = ["deit3"]
 README = (ROOT / "README.md").read_text()
 
 
@@ -33,7 +31,8 @@ def test_I2_a_script_and_common_copied_out_train(tmp_path, script):
     shutil.copy(ROOT / f"{script}.py", tmp_path)
     shutil.copytree(ROOT / "common", tmp_path / "common", ignore=shutil.ignore_patterns("__pycache__"))
     data = write_folder(tmp_path / "d", train=8, val=1)
-    result = python(f"{script}.py", *TINY, "--data", data, "--epochs", 1, "--warmup-epochs", 0, "--out", "o", cwd=tmp_path, PYTHONPATH="")
+    flags = ["--model", NANO[script], *SMALL, "--data", data, "--epochs", 1, "--warmup-epochs", 0, "--out", "o"]
+    result = python(f"{script}.py", *flags, cwd=tmp_path, PYTHONPATH="")
     assert result.status == 0 and (tmp_path / "o/last.pt").exists(), result
 
 
@@ -41,7 +40,7 @@ def test_I2_a_script_and_common_copied_out_train(tmp_path, script):
 def test_importing_a_script_runs_nothing_and_needs_only_torch_and_torchvision(tmp_path, script):
     """Models, augmentation and losses of a script work where common does not exist."""
     shutil.copy(ROOT / f"{script}.py", tmp_path)
-    code = f"import {script}, torch; print({script}.build_model('vit_nano', 3, 32)(torch.zeros(1, 3, 32, 32)).shape)"
+    code = f"import {script}, torch; print({script}.build_model('{NANO[script]}', 3, 32)(torch.zeros(1, 3, 32, 32)).shape)"
     result = python("-c", code, cwd=tmp_path, PYTHONPATH="")
     assert result.status == 0 and result.out.strip() == "torch.Size([1, 3])" and not result.err, result
 
@@ -61,33 +60,37 @@ def test_I3_a_foreign_common_package_fails_with_a_clear_line(tmp_path):
     assert result.status == 0 or "another package named common" in result.err, result
 
 
-def commands() -> list[str]:
-    """Every deit3.py command line in README, continuation lines joined."""
+def commands() -> list[tuple[str, str]]:
+    """(script, arguments) of every command line in README, continuation lines joined."""
     blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.S)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.rsplit("deit3.py", 1)[1].split("#")[0].split("&&")[0] for line in lines if "deit3.py" in line and "--help" not in line]
+    found = [(re.search(rf".*\b({'|'.join(SCRIPTS)})\.py (.*)", line), line) for line in lines]
+    return [(m[1], m[2].split("#")[0].split("&&")[0]) for m, line in found if m and "--help" not in line]
 
 
-@pytest.mark.parametrize("line", commands())
-def test_readmes_commands_are_accepted(line):
-    args, recipe, paper = deit3.parse_args(shlex.split(line))
-    if not args.list_models:
-        assert recipe.epochs
+@pytest.mark.parametrize("script, line", commands())
+def test_readmes_commands_are_accepted(script, line):
+    args, recipe, _ = importlib.import_module(script).parse_args(shlex.split(line))
+    assert args.list_models or recipe.epochs
 
 
-def test_readme_has_a_command_for_every_recipe():
-    for recipe in deit3.RECIPES:
-        assert recipe == "in1k" or any(f"--recipe {recipe}" in line for line in commands()), recipe
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_readme_has_a_command_for_every_recipe(script):
+    lines = [line for name, line in commands() if name == script]
+    for recipe in importlib.import_module(script).RECIPES:
+        assert any(f"--recipe {recipe}" in line or (recipe == "in1k" and "--recipe" not in line) for line in lines), recipe
 
 
-def test_every_recipe_field_and_flag_is_read():
-    source = (ROOT / "deit3.py").read_text() + "".join(p.read_text() for p in (ROOT / "common").glob("*.py"))
-    for field in deit3.Recipe.__dataclass_fields__:
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_recipe_field_and_flag_is_read(script):
+    module = importlib.import_module(script)
+    source = (ROOT / f"{script}.py").read_text() + "".join(p.read_text() for p in (ROOT / "common").glob("*.py"))
+    for field in module.Recipe.__dataclass_fields__:
         assert re.search(rf"recipe\.{field}\b", source), field
-    args, _, _ = deit3.parse_args([])
+    args, _, _ = module.parse_args([])
     for flag in vars(args):
         read = rf'args\.{flag}\b|"--{flag}" in sys.argv'
-        assert re.search(read, source) or flag in deit3.Recipe.__dataclass_fields__, flag
+        assert re.search(read, source) or flag in module.Recipe.__dataclass_fields__, flag
 
 
 def test_a_method_script_imports_no_other_and_common_knows_no_method():

@@ -1,0 +1,402 @@
+"""deit.py against the official models' and components' numbers, against other libraries, and as a whole."""
+
+import hashlib
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import FixedDraws, fill, filled_images, reference, sine, triangle_image
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+import deit
+from common.images import from_numpy, from_pil, to_pil
+from common.optim import param_groups
+
+MODELS = reference("deit")
+AUGMENT = reference("augment")
+LOSSES = reference("losses")
+
+
+# ---- Architecture ------------------------------------------------------------------------------------------------------
+
+
+def on_meta(case: dict) -> torch.nn.Module:
+    with torch.device("meta"):
+        return deit.build_model(case["model"], img_size=case["img_size"])
+
+
+@pytest.mark.parametrize("variant", MODELS)
+def test_state_dict_parameters_and_gmacs_are_the_official_ones(variant):
+    case = MODELS[variant]
+    model = on_meta(case)
+    keys = {k: list(v.shape) for k, v in model.state_dict().items()}
+    assert hashlib.sha256(json.dumps(keys, separators=(",", ":")).encode()).hexdigest() == case["state_dict_sha256"]
+    assert sum(p.numel() for p in model.parameters()) == case["n_params"]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(torch.empty(1, 3, case["img_size"], case["img_size"], device="meta"))
+    assert counter.get_total_flops() / 2e9 == pytest.approx(case["gmacs"], rel=1e-5)
+
+
+def close(logits: torch.Tensor, first_ten, norm: float) -> bool:
+    rms = logits.pow(2).mean().sqrt()
+    return (logits[:, :10] - torch.tensor(first_ten)).abs().max() <= 3e-5 * rms and logits.norm().item() == pytest.approx(norm, rel=3e-5)
+
+
+@pytest.mark.parametrize("variant", MODELS)
+def test_logits_equal_the_official_ones_of_every_head(variant):
+    case = MODELS[variant]
+    model = deit.build_model(case["model"], img_size=case["img_size"], drop_path=0.0).eval()
+    fill(model)
+    images = filled_images(2, case["img_size"])
+    with torch.no_grad():
+        assert close(model(images), case["logits"], case["logits_norm"])
+        if model.distilled:
+            for logits, head in zip(model.train()(images), ("head_cls_train", "head_dist_train")):
+                assert close(logits, case[head], case[f"{head}_norm"])
+
+
+@pytest.mark.parametrize("variant", ["tiny", "tiny_distilled"])
+def test_a_fresh_model_has_the_official_distribution(variant):
+    case = MODELS[variant]
+    torch.manual_seed(0)
+    state = deit.build_model(case["model"]).state_dict()
+    for key, (mean, std) in case["init_stats"].items():
+        tensor = state[key].double()
+        error = 6 * max(std, 1e-12) / math.sqrt(tensor.numel())  # six standard errors of a mean
+        assert tensor.mean().item() == pytest.approx(mean, abs=2 * error + 1e-9), key
+        assert tensor.std(correction=0).item() == pytest.approx(std, abs=error + 1e-9, rel=0.01), key
+
+
+@pytest.mark.parametrize("variant", MODELS)
+def test_weight_decay_groups_are_the_official_ones(variant):
+    model = on_meta(MODELS[variant])
+    plain, decayed = param_groups(model, 0.05)
+    names = {id(p): n for n, p in model.named_parameters()}
+    listed = "\n".join(sorted(names[id(p)] for p in plain["params"]))
+    assert hashlib.sha256(listed.encode()).hexdigest() == MODELS[variant]["no_decay_sha256"]
+    assert len(plain["params"]) + len(decayed["params"]) == len(names)
+
+
+def test_patch_embedding_is_the_convolution():
+    embed = deit.PatchEmbed(24, 8)
+    images = torch.randn(2, 3, 24, 40)
+    assert torch.allclose(embed(images), embed.proj(images).flatten(2).transpose(1, 2), atol=1e-5)
+
+
+def test_attention_is_softmax_of_scaled_products():
+    attention = deit.Attention(24, 3)
+    x = torch.randn(2, 5, 24)
+    q, k, v = attention.qkv(x).reshape(2, 5, 3, 3, 8).permute(2, 0, 3, 1, 4)
+    y = ((q @ k.transpose(-1, -2)) / math.sqrt(8)).softmax(-1) @ v
+    assert torch.allclose(attention(x), attention.proj(y.transpose(1, 2).reshape(2, 5, 24)), atol=1e-6)
+
+
+def test_the_keys_bias_gets_no_gradient_because_it_has_no_effect():
+    attention = deit.Attention(24, 3)
+    x = torch.randn(2, 5, 24)
+    y = attention(x)
+    y.square().sum().backward()
+    assert not attention.qkv.bias.grad[24:48].any() and attention.qkv.bias.grad[:24].all() and attention.qkv.bias.grad[48:].all()
+    with torch.no_grad():
+        attention.qkv.bias[24:48] += 3
+        assert torch.allclose(attention(x), y, atol=1e-5)
+
+
+def test_stochastic_depth_grows_linearly_and_keeps_the_expected_value():
+    model = deit.build_model("deit_ti", 7)
+    assert [b.drop_path for b in model.blocks] == pytest.approx(np.linspace(0, 0.1, 12).tolist())
+    block = deit.Block(24, 3, drop_path=0.4, dropout=0.0)
+    torch.manual_seed(0)
+    x = torch.randn(1, 5, 24).expand(4000, -1, -1)
+    with torch.no_grad():
+        change = block(x) - x
+        assert (change.flatten(1) == 0).all(1).float().mean().item() == pytest.approx(0.16, abs=0.03)  # both branches dropped
+        branch = block.attn(block.norm1(x))
+        assert torch.allclose(block.drop(branch).mean(0), branch[0], atol=0.05 * branch.abs().max().item())
+
+
+def test_dropout_falls_on_embeddings_and_branches_in_training_only():
+    torch.manual_seed(0)
+    model = deit.build_model("deit_nano", 5, 32, dropout=0.5, drop_path=0.0)
+    plain = deit.build_model("deit_nano", 5, 32, dropout=0.0, drop_path=0.0)
+    plain.load_state_dict(model.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model.eval()(images), plain.eval()(images))
+    assert not torch.allclose(model.train()(images), plain(images))
+    branch = model.blocks[0].drop(torch.ones(4, 100, 96))
+    assert set(branch.unique().tolist()) == {0.0, 2.0} and branch.mean().item() == pytest.approx(1, abs=0.02)
+
+
+def test_non_square_images_and_sizes_that_do_not_fit():
+    assert deit.build_model("deit_nano_distilled", 5, (32, 64)).eval()(torch.randn(1, 3, 32, 64)).shape == (1, 5)
+    with pytest.raises(ValueError, match="224x224 or 240x240"):
+        deit.build_model("deit_s", img_size=225)
+
+
+@pytest.mark.parametrize("case", reference("pos_embed"), ids=lambda c: f"{c['source_grid']}to{c['target_grid']}")
+def test_position_embedding_resizes_as_the_official_code(case):
+    pos_embed = sine(case["pos_embed"])
+    grid = (case["source_grid"],) * 2
+    resized = deit.resize_pos_embed(pos_embed, (case["target_grid"],) * 2, old_grid=grid)
+    expected = case["expected"]
+    assert list(resized.shape) == expected["shape"]
+    for token, dim, value in expected["samples_token_dim_value"]:
+        assert resized[0, token, dim].item() == pytest.approx(value, abs=1e-10)
+    assert torch.equal(resized[:, : case["prefix_tokens"]], pos_embed[:, : case["prefix_tokens"]])
+    assert torch.equal(deit.resize_pos_embed(pos_embed, grid, old_grid=grid), pos_embed)
+
+
+# ---- Recipe ------------------------------------------------------------------------------------------------------------
+
+
+def test_recipe_of_table_3_9():
+    r = deit.paper_recipe("in1k", "deit_b")
+    assert (r.epochs, r.batch_size, r.optimizer, r.weight_decay, r.warmup_epochs, r.smoothing) == (300, 1024, "adamw", 0.05, 5, 0.1)
+    assert r.lr == 0.0005 * r.batch_size / 512
+    assert (r.dropout, r.drop_path, r.repeats, r.clip_grad, r.augment) == (0, 0.1, 3, None, "rand")
+    assert (r.mixup, r.cutmix, r.erasing, r.ema, r.distillation) == (0.8, 1.0, 0.25, 0, "none")
+
+
+def test_distillation_of_section_3_3():
+    assert deit.paper_recipe("in1k", "deit_b_distilled").distillation == "hard"
+    assert deit.paper_recipe("finetune", "deit_b_distilled").distillation == "hard"
+    assert deit.paper_recipe("transfer", "deit_b_distilled").distillation == "none"
+    assert deit.paper_recipe("in1k", "deit_b", distillation="hard").alpha == 0.5
+    r = deit.paper_recipe("in1k", "deit_b", distillation="soft")
+    assert (r.alpha, r.tau, deit.TEACHER) == (0.1, 3.0, "regnet_y_16gf")
+
+
+def test_fine_tuning_transfer_and_cifar10_from_scratch():
+    r = deit.paper_recipe("finetune", "deit_b")
+    assert (r.epochs, r.img_size, r.augment, r.erasing, r.mixup) == (25, (384, 384), "rand", 0.25, 0.8)
+    assert deit.paper_recipe("cifar10", "deit_b") == deit.Recipe(epochs=7200)
+    rows = {name: deit.paper_recipe("transfer", "deit_b", data=f"{name}:/d") for name in ("cifar100", "flowers102", "inat2019")}
+    assert {k: (r.epochs, r.lr) for k, r in rows.items()} == {"cifar100": (1000, 1e-5), "flowers102": (1000, 1e-4), "inat2019": (360, 1e-4)}
+
+
+def test_the_learning_rate_follows_the_batch_unless_it_is_given():
+    assert deit.parse_args(["--batch-size", "512"])[1].lr == pytest.approx(5e-4)
+    assert deit.parse_args(["--batch-size", "512", "--lr", "1e-3"])[1].lr == 1e-3
+    assert deit.parse_args([])[1] == deit.paper_recipe("in1k", "deit_b")
+
+
+# ---- Augmentation ------------------------------------------------------------------------------------------------------
+
+
+NAMES = {"PosterizeIncreasing": "Posterize", "SolarizeIncreasing": "Solarize", "TranslateXRel": "TranslateX", "TranslateYRel": "TranslateY"}
+
+
+@pytest.mark.parametrize("case", [c for c in AUGMENT["op_cases"] if NAMES.get(c["op"], c["op"].replace("Increasing", "")) in deit.OPERATIONS and (c["m"] is not None or c["arg"] is None)], ids=lambda c: f"{c['op']}-{c['image']}-{c['m']}-{c['arg']}")  # fmt: skip
+def test_rand_augment_operations_equal_the_official_ones(case):
+    operation = NAMES.get(case["op"], case["op"].replace("Increasing", ""))
+    centre = 1 if operation in ("Color", "Contrast", "Brightness", "Sharpness") else 0
+    sign = -1 if case["arg"] is not None and case["arg"] < centre else 1
+    image = Image.fromarray(triangle_image(AUGMENT["images"][case["image"]]))
+    out = deit.apply_operation(image, operation, (9 if case["m"] is None else case["m"]) / 10, sign)
+    assert np.array_equal(np.array(out), np.array(case["output"]))
+
+
+def test_rand_augment_applies_one_operation_on_average():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    untouched = sum(deit.rand_augment(image, random.Random(i)) is image for i in range(2000)) / 2000
+    assert untouched == pytest.approx(0.25, abs=0.04)  # two skips of probability 1/2
+
+
+@pytest.mark.parametrize("case", AUGMENT["random_resized_crop_cases"], ids=str)
+def test_random_resized_crop_geometry(case):
+    class Draws(FixedDraws):
+        def uniform(self, low, high):
+            return case["area_fraction"] if low == 0.08 else math.log(case["aspect"])
+
+        def randint(self, low, high):
+            self.values.append(high)
+            return high
+
+    draws, expected = Draws(), case["expected"]
+    top, left, height, width = deit.random_resized_crop(case["img_h"], case["img_w"], draws)
+    assert (height, width) == (expected["crop_h"], expected["crop_w"])
+    assert [top, left] == (draws.values if expected["accepted"] else expected["fallback_top_left"])
+    if expected["accepted"]:
+        assert draws.values == [expected["top_max"], expected["left_max"]]
+
+
+@pytest.mark.parametrize("case", AUGMENT["random_erasing_cases"], ids=str)
+def test_erasing_boxes_are_the_official_ones(case):
+    class Draws(FixedDraws):
+        def uniform(self, low, high):
+            return case["area_fraction"] if low == 0.02 else case["log_aspect"]
+
+        def randint(self, low, high):
+            self.values.append(high)
+            return high
+
+    draws, expected = Draws(), case["expected"]
+    top, left, height, width = deit.erasing_box(case["img_h"], case["img_w"], draws)
+    if expected["accepted"]:
+        assert (height, width) == (expected["h"], expected["w"])
+        assert [top, left] == draws.values == [expected["top_max"], expected["left_max"]]
+    else:
+        assert (top, left, height, width) == (0, 0, 0, 0)
+
+
+def test_erasing_draws_the_official_law():
+    boxes = [deit.erasing_box(224, 224, random.Random(i)) for i in range(3000)]
+    area = np.array([h * w / 224**2 for _, _, h, w in boxes])
+    assert 0.018 < area.min() and area.max() < 0.337 and area.mean() == pytest.approx(0.17, abs=0.02)
+    transform = deit.TrainTransform(deit.Recipe(img_size=(32, 32)))
+    image = torch.zeros(3, 40, 40, dtype=torch.uint8)
+    erased = [transform(image, random.Random(i))[1][2] > 0 for i in range(2000)]
+    assert np.mean(erased) == pytest.approx(0.25, abs=0.04)
+
+
+def test_erasing_puts_standard_normal_noise_into_the_box_alone():
+    images = torch.full((3, 3, 64, 64), 7.0)
+    boxes = torch.tensor([[4, 8, 40, 50, 2**24 - 1], [0, 0, 0, 0, 5], [4, 8, 40, 50, 3]], dtype=torch.float32)
+    erased = deit.erase(images.clone(), boxes)
+    box = erased[0, :, 4:44, 8:58]
+    assert box.mean().item() == pytest.approx(0, abs=0.06) and box.std().item() == pytest.approx(1, abs=0.04)
+    outside = erased[0].clone()
+    outside[:, 4:44, 8:58] = 7.0
+    assert torch.equal(outside, images[0]) and torch.equal(erased[1], images[1])
+    assert not torch.equal(box, erased[2, :, 4:44, 8:58])  # another seed, other noise
+    alone = deit.erase(images[:1].clone(), boxes[:1])  # whatever the batch: a function of the image's own seed
+    assert torch.equal(alone[0], erased[0])
+
+
+@pytest.mark.parametrize("policy", ["rand", "auto", "none"])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 700), (700, 2), (37, 53)])
+def test_B19_transform_gives_the_right_shape_for_any_image_and_the_same_pixels_again(policy, shape):
+    transform = deit.TrainTransform(deit.Recipe(augment=policy, img_size=(32, 48)))
+    image = from_numpy(np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8))
+    before = torch.get_rng_state()
+    (one, a), (two, b) = (transform(image, random.Random(5)) for _ in range(2))
+    assert one.shape == (3, 32, 48) and one.dtype == torch.uint8 and len(a) == 5
+    assert torch.equal(one, two) and a == b
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_pil_round_trip():
+    image = from_pil(Image.fromarray(triangle_image(AUGMENT["images"]["B"])))
+    assert torch.equal(from_pil(to_pil(image)), image)
+
+
+# ---- Mixing and loss ---------------------------------------------------------------------------------------------------
+
+MIXUP = reference("mixup")
+
+
+@pytest.mark.parametrize("case", MIXUP["cases"], ids=lambda c: c["name"])
+def test_mixing_targets_and_losses_equal_the_official_ones(case):
+    mix = deit.Mix(case["lam"]) if case["kind"] == "mixup" else deit.cutmix_box(case["lam"], 6, 6, case["cy"], case["cx"])
+    expected = {k: torch.tensor(v, dtype=torch.float64) for k, v in case["expected"].items() if isinstance(v, list)}
+    assert torch.allclose(deit.mix_images(sine(case["x"]), [mix]), expected["mixed_x"], atol=1e-6)
+    targets = deit.mix_targets(torch.tensor(case["labels"]), [mix], case["num_classes"], case["smoothing"])
+    assert torch.allclose(targets.double(), expected["target"], atol=1e-6)
+    logits = sine(case["logits"]).requires_grad_()
+    value = deit.label_loss(logits, targets.double())
+    assert value.item() == pytest.approx(case["expected"]["soft_target_ce"], rel=1e-6)
+    assert torch.allclose(torch.autograd.grad(value, logits)[0], expected["soft_target_ce_grad"], atol=1e-7)
+
+
+@pytest.mark.parametrize("case", MIXUP["bbox_cases"], ids=str)
+def test_cutmix_boxes_are_the_official_ones(case):
+    mix = deit.cutmix_box(case["lam"], case["height"], case["width"], case["cy"], case["cx"])
+    assert list(mix.box) == case["expected_bbox_yl_yh_xl_xh"]
+    assert mix.lam == pytest.approx(case["expected_corrected_lam"], abs=1e-12)
+
+
+def test_mixing_stays_inside_groups_and_odd_groups_work():
+    images, labels = torch.arange(10.0).view(10, 1, 1, 1).expand(10, 3, 8, 8), torch.arange(10)
+    mixed = deit.mix_images(images, [deit.Mix(0.75), deit.Mix(1.0)])[:, 0, 0, 0]
+    assert torch.allclose(mixed, torch.tensor([1.0, 1.5, 2.0, 2.5, 3.0, 5.0, 6.0, 7.0, 8.0, 9.0]))
+    targets = deit.mix_targets(labels, [deit.Mix(0.75), deit.Mix(1.0)], 10, 0.0)
+    assert torch.allclose(targets @ torch.arange(10.0), mixed)
+
+
+def test_draws_follow_the_recipe():
+    draws = [deit.draw_mix(deit.Recipe(), random.Random(i)) for i in range(4000)]
+    assert sum(d.box is None for d in draws) / 4000 == pytest.approx(0.5, abs=0.03)
+    lam = torch.tensor([d.lam for d in draws if d.box is None])
+    assert lam.mean().item() == pytest.approx(0.5, abs=0.02)
+    assert lam.var().item() == pytest.approx(0.25 / (2 * 0.8 + 1), abs=0.01)  # variance of Beta(0.8, 0.8)
+    assert all(deit.draw_mix(deit.Recipe(mixup=0), random.Random(i)).box for i in range(20))
+    assert all(deit.draw_mix(deit.Recipe(cutmix=0), random.Random(i)).box is None for i in range(20))
+    assert deit.draw_mix(deit.Recipe(mixup=0, cutmix=0), random.Random(0)) == deit.Mix(1.0)
+
+
+# ---- Distillation ------------------------------------------------------------------------------------------------------
+
+
+def loss_inputs(case: dict):
+    """(class logits, distillation logits, teacher logits, targets as distillation_loss takes them) of a reference case."""
+    inputs = LOSSES["inputs"]
+    logits = [sine(inputs[f"{name}_logits"]) for name in ("cls", "dist", "teacher")]
+    labels, kind = torch.tensor(inputs["labels"]), case["base"]
+    if kind == "ce":
+        return *logits, labels
+    if kind == "soft_target_ce":
+        return *logits, torch.tensor(inputs["targets_per_base"][kind]["values"], dtype=torch.float64)
+    return *logits, deit.mix_targets(labels, [deit.Mix(1.0)], 6, 0.1).double()
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in LOSSES["cases"] if c["base"] != "bce"], ids=lambda c: f"{c['base']}-{c['type']}-{c['tau']}-{c['alpha']}"
+)
+def test_distillation_losses_and_gradients_equal_the_official_ones(case):
+    class_logits, dist_logits, teacher, targets = loss_inputs(case)
+    expected, alpha = case["expected"], case["alpha"]
+    heads = [class_logits.requires_grad_(), dist_logits.requires_grad_()]
+    # The official soft term is divided by the number of classes too, the thesis' (and ours) is not.
+    factor = 6 if case["type"] == "soft" else 1
+    value = deit.distillation_loss(tuple(heads), targets, teacher, case["type"], alpha, case["tau"])
+    official = expected["base_loss"]
+    if case["type"] != "none":
+        official = (1 - alpha) * official + alpha * factor * expected["distillation_loss"]
+    assert value.item() == pytest.approx(official, rel=1e-7)
+    of_class, of_dist = torch.autograd.grad(value, heads, allow_unused=True)
+    assert torch.allclose(of_class, torch.tensor(expected["grad_cls_logits"], dtype=torch.float64), rtol=1e-6, atol=1e-8)
+    wanted = torch.tensor(expected["grad_dist_logits"], dtype=torch.float64) * factor
+    assert torch.allclose(torch.zeros_like(wanted) if of_dist is None else of_dist, wanted, rtol=1e-6, atol=1e-9)
+
+
+def test_usual_distillation_puts_both_terms_on_the_only_head():
+    logits, _, teacher, targets = loss_inputs({"base": "ce"})
+    for kind in ("soft", "hard"):
+        assert torch.equal(
+            deit.distillation_loss(logits, targets, teacher, kind, 0.3, 2.0),
+            deit.distillation_loss((logits, logits), targets, teacher, kind, 0.3, 2.0),
+        )
+    with pytest.raises(ValueError, match="none, soft or hard"):
+        deit.distillation_loss(logits, targets, teacher, "medium")
+
+
+def test_soft_distillation_is_equation_3_2_in_words():
+    logits, _, teacher, targets = loss_inputs({"base": "ce"})
+    p, q = (teacher / 3).softmax(1), (logits / 3).softmax(1)
+    by_hand = 0.9 * F.cross_entropy(logits, targets) + 0.1 * 9 * (p * (p.log() - q.log())).sum(1).mean()
+    assert deit.distillation_loss(logits, targets, teacher, "soft", 0.1, 3.0).item() == pytest.approx(by_hand.item(), rel=1e-12)
+
+
+def test_without_a_teacher_both_heads_learn_the_label():
+    class_logits, dist_logits, _, targets = loss_inputs({"base": "ce"})
+    mean = (F.cross_entropy(class_logits, targets) + F.cross_entropy(dist_logits, targets)) / 2
+    assert torch.allclose(deit.label_loss((class_logits, dist_logits), targets), mean)
+    assert torch.allclose(deit.label_loss(class_logits, targets), F.cross_entropy(class_logits, targets))
+
+
+def test_evaluation_adds_softmax_outputs_and_forward_averages_logits():
+    model = deit.build_model("deit_nano_distilled", 5, 32).eval()
+    fill(model)
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        class_logits, dist_logits = model.heads(images)
+        found = deit.predict(model, images)
+        assert torch.allclose(found[""].exp(), (class_logits.softmax(1) + dist_logits.softmax(1)) / 2, atol=1e-6)
+        assert torch.equal(found["class"], class_logits) and torch.equal(found["distillation"], dist_logits)
+        assert torch.allclose(model(images), (class_logits + dist_logits) / 2)
+        assert list(deit.predict(deit.build_model("deit_nano", 5, 32).eval(), images)) == [""]
