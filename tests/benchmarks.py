@@ -24,8 +24,9 @@ from torch import nn
 from torchvision import transforms as T
 from torchvision.datasets import ImageFolder
 
+import deit
 import deit3
-from common import data, images, sources
+from common import data, evaluate, images, sources
 from common.optim import EMA, Lamb, param_groups
 
 torch.set_num_threads(1)
@@ -83,6 +84,30 @@ def loader(folder: str) -> None:
         samples = data.Samples(source, transform, 0)
         keys = [(0, i, r) for i in range(len(files)) for r in range(repeats)][: len(files)]
         return lambda: samples.__getitems__(keys)
+
+    def rand(image):
+        return deit.rand_augment(image, random)  # PIL throughout, as timm's
+
+    def erasing(x):
+        if random.random() < 0.25:
+            top, left, height, width = deit.erasing_box(224, 224, random)
+            x[:, top : top + height, left : left + width] = torch.empty(3, height, width).normal_()
+        return x
+
+    crop = T.RandomResizedCrop(224, interpolation=bicubic)
+    randaugment = T.Compose([crop, T.RandomHorizontalFlip(), T.Lambda(rand), T.ToTensor(), normalize, T.Lambda(erasing)])
+
+    def finished(batches):
+        def run():
+            batch = batches()
+            return deit.erase(evaluate.normalize(batch[0]), batch[1])
+
+        return run
+
+    nine = deit.TrainTransform(deit.Recipe())
+    compare("RandAugment, erasing: official / worker's side", official(randaugment), ours(nine))
+    compare("RandAugment, erasing: official / finished float batch", official(randaugment), finished(ours(nine)))
+    compare("RandAugment, erasing: three repeats, finished float batch", official(randaugment), finished(ours(nine, 3)))
 
     in1k = deit3.TrainTransform(deit3.Recipe())
     compare("3-Augment, RRC: official / worker's side", official(three), ours(in1k))

@@ -4,18 +4,41 @@ import hashlib
 import json
 import math
 import random
+import sys
+from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FixedDraws, fill, filled_images, reference, sine, triangle_image
+import torchvision
+from conftest import (
+    SMALL,
+    TINY,
+    FixedDraws,
+    fill,
+    filled_images,
+    finish,
+    load,
+    log_of,
+    python,
+    reference,
+    sine,
+    start,
+    triangle_image,
+    write_folder,
+)  # fmt: skip
 from PIL import Image
+from test_cli import refused
 from torch.utils.flop_counter import FlopCounterMode
 
+import common.shapes
 import deit
-from common.images import from_numpy, from_pil, to_pil
+from common.evaluate import normalize
+from common.images import eval_transform, from_numpy, from_pil, to_pil
+from common.models import from_checkpoint
 from common.optim import param_groups
+from common.sources import Shapes
 
 MODELS = reference("deit")
 AUGMENT = reference("augment")
@@ -400,3 +423,146 @@ def test_evaluation_adds_softmax_outputs_and_forward_averages_logits():
         assert torch.equal(found["class"], class_logits) and torch.equal(found["distillation"], dist_logits)
         assert torch.allclose(model(images), (class_logits + dist_logits) / 2)
         assert list(deit.predict(deit.build_model("deit_nano", 5, 32).eval(), images)) == [""]
+
+
+# ---- Runs --------------------------------------------------------------------------------------------------------------
+
+DISTILLED = ["--model", "deit_nano_distilled", *SMALL]
+
+
+@pytest.fixture(scope="session")
+def convnet(tmp_path_factory):
+    """Weights of an untrained torchvision classifier for 4 classes, as torchvision saves them."""
+    torch.manual_seed(1)
+    path = tmp_path_factory.mktemp("teacher") / "shufflenet.pth"
+    torch.save(torchvision.models.shufflenet_v2_x0_5(num_classes=4).state_dict(), path)
+    return path
+
+
+def test_a_teacher_that_cannot_serve_is_told_before_the_first_step(here, folder, convnet, tmp_path, monkeypatch):
+    run = ["--data", folder, "--out", tmp_path / "o", "--distillation", "hard"]
+    refused(here("deit", *DISTILLED, *run, "--teacher-weights", tmp_path / "none.pth"), "--teacher-weights", "none.pth: no such file")
+    refused(here("deit", *DISTILLED, *run, "--teacher", "resnet51"), "--teacher resnet51", "resnet50")
+    refused(here("deit", *DISTILLED, *run, "--teacher", "resnet18", "--teacher-weights", convnet), "as resnet18", "keys missing")
+
+    twelve = [*DISTILLED, "--data", "shapes", "--out", tmp_path / "o", "--distillation", "hard", "--teacher", "shufflenet_v2_x0_5"]
+    refused(here("deit", *twelve, "--teacher-weights", convnet), "shufflenet_v2_x0_5", "has 4 classes, the data 12", "--teacher-weights")
+
+    torch.save(torchvision.models.squeezenet1_1(num_classes=4).state_dict(), tmp_path / "squeeze.pth")
+    small = ["--img-size", 16, "--teacher", "squeezenet1_1", "--teacher-weights", tmp_path / "squeeze.pth"]
+    refused(here("deit", *DISTILLED, *run, *small), "squeezenet1_1: cannot take images of 16x16", "--img-size")
+
+    def no_network(name, weights=None, **options):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr(torchvision.models, "get_model", no_network)
+    refused(here("deit", *DISTILLED, *run), "teacher regnet_y_16gf: its weights cannot be downloaded", "--teacher-weights FILE")
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_flag_of_the_teacher_without_a_teacher_is_refused(here):
+    refused(here("deit", "--tau", 2), "--tau", "--distillation hard or soft")
+    refused(here("deit", "--teacher-weights", "x.pth"), "--teacher-weights: has no effect without a teacher")
+    refused(here("deit", "--distillation", "hard", "--tau", 2), "--tau", "--distillation soft")
+    refused(here("deit", "--distillation", "firm"), "--distillation firm", "hard")
+    refused(here("deit", "--erasing", 1.5), "--erasing 1.5: must be in [0, 1]")
+
+
+def test_the_teacher_of_a_resumed_run_must_be_the_same(here, folder, convnet, tmp_path):
+    flags = [*DISTILLED, "--data", folder, "--out", tmp_path / "o", "--distillation", "hard", "--teacher", "shufflenet_v2_x0_5"]
+    assert here("deit", *flags, "--epochs", 1, "--warmup-epochs", 0, "--teacher-weights", convnet).status == 0
+    assert log_of(tmp_path / "o")[0]["teacher"].startswith("shufflenet_v2_x0_5 ")
+    other = torchvision.models.shufflenet_v2_x0_5(num_classes=4).state_dict()
+    torch.save(other, tmp_path / "other.pth")
+    again = [*flags, "--epochs", 1, "--warmup-epochs", 0, "--teacher-weights", tmp_path / "other.pth", "--resume"]
+    refused(here("deit", *again), "started differently", "teacher was shufflenet_v2_x0_5")
+
+
+def test_teachers_of_other_scripts_and_classes(here, folder, tmp_path):
+    assert here("deit3", *TINY, "--data", folder, "--epochs", 1, "--warmup-epochs", 0, "--out", tmp_path / "t").status == 0
+    flags = [*DISTILLED, "--data", folder, "--distillation", "soft", "--teacher-weights", tmp_path / "t/last.pt"]
+    refused(here("deit", *flags, "--teacher", "resnet18"), "holds deit3 vit_nano, you asked for --teacher resnet18")
+    # The teacher sees the student's resolution, hence its position embedding is resized.
+    result = here("deit", *flags, "--img-size", 48, "--epochs", 1, "--warmup-epochs", 0, "--out", tmp_path / "s")
+    assert result.status == 0 and "teacher: position embedding resized to 6 x 6 patches" in result.out
+    renamed = write_folder(tmp_path / "renamed", classes=("ant", "bee", "cow", "dog"))
+    refused(here("deit", *flags, "--data", renamed), "its class 2 is 'cat', the data's is 'cow'")
+    content = torch.load(tmp_path / "t/last.pt", weights_only=True)
+    torch.save({**content, "method": "os"}, tmp_path / "t/foreign.pt")
+    refused(here("deit", *flags[:-1], tmp_path / "t/foreign.pt"), "was written by os.py, which does not lie beside common/")
+
+
+def test_eval_prints_every_head_on_every_set(here, folder, tmp_path):
+    flags = ["--model", "deit_nano_distilled", "--weights", tmp_path / "o/last.pt", "--device", "cpu", "--workers", 0, "--eval"]
+    result = here("deit", *DISTILLED, "--data", folder, "--epochs", 1, "--warmup-epochs", 0, "--out", tmp_path / "o")
+    logged = log_of(tmp_path / "o")[-2]
+    result = here("deit", *flags, "--data", folder, "--eval-data", folder / "val", folder / "train")
+    assert result.status == 0, result
+    lines = [line for line in result.out.splitlines() if "no GPU" not in line]
+    assert [line.split()[0].rstrip(":") for line in lines] == [
+        name for data in (folder, folder / "val", folder / "train") for name in (str(data), "top1", "class", "distillation")
+    ]
+    for line, key in ((lines[1], "val_top1"), (lines[2], "val_top1_class"), (lines[3], "val_top1_distillation")):
+        assert f"top1 {logged[key]:.5g}" in line
+    assert lines[1] == lines[5]  # the same images, found another way
+    alone = here("deit", *flags, "--eval-data", folder / "val")
+    assert [line for line in alone.out.splitlines() if "no GPU" not in line][1:] == lines[1:4]
+
+
+@pytest.fixture(scope="session")
+def distilled(tmp_path_factory):
+    """(folder of a teacher, of a student distilled from it, of a student trained on the labels alone), all on `shapes`."""
+    out = tmp_path_factory.mktemp("distilled")
+    flags = ["--recipe", "shapes", "--img-size", 32, "--device", "cpu", "--workers", 1, "--epochs", 2]
+    result = python("deit3.py", "--model", "vit_nano", *flags, "--out", out / "teacher", timeout=300)
+    assert result.status == 0, result
+    student = ["--model", "deit_nano_distilled", *flags]
+    teacher = ["--distillation", "hard", "--teacher-weights", out / "teacher/last.pt"]
+    running = [
+        start(sys.executable, "deit.py", *student, *teacher, "--out", out / "student"),
+        start(sys.executable, "deit.py", *student, "--out", out / "alone"),
+    ]
+    for process in running:
+        result = finish(process, timeout=300)
+        assert result.status == 0, result
+    return out
+
+
+@torch.no_grad()
+def decisions(checkpoint, count: int = 600) -> dict[str, torch.Tensor]:
+    """What a trained model says of validation images of `shapes`, per head."""
+    content = load(checkpoint)
+    size = content["recipe"]["img_size"]
+    model = from_checkpoint(content, str(checkpoint), size, print).eval()
+    source = Shapes("val")
+    images = normalize(torch.stack([eval_transform(source.read(i), size, 0.875) for i in range(count)]))
+    return {name: logits.argmax(1) for name, logits in deit.predict(model, images).items()}
+
+
+def test_a_distilled_student_decides_like_its_teacher(distilled):
+    """Table 3.4: the distillation head agrees most with the teacher, a student that never saw it least."""
+    teacher = decisions(distilled / "teacher/last.pt")[""]
+    agreement = {
+        run: {head: (made == teacher).float().mean().item() for head, made in decisions(distilled / run / "last.pt").items()}
+        for run in ("student", "alone")
+    }
+    student, alone = agreement["student"], agreement["alone"]
+    assert student["distillation"] > alone["distillation"] + 0.15, agreement
+    assert student[""] > alone[""] + 0.15, agreement
+    assert student["distillation"] > student["class"] + 0.05, agreement
+
+
+def test_fine_tuning_from_64_to_96_pixels_with_distillation_improves(here, tmp_path, monkeypatch):
+    monkeypatch.setattr(common.shapes, "TRAIN_IMAGES", 1200)
+    monkeypatch.setattr(common.shapes, "VAL_IMAGES", 240)
+    flags = ["--recipe", "shapes", "--device", "cpu", "--workers", 0, "--epochs", 2]
+    assert here("deit3", "--model", "vit_nano", *flags, "--img-size", 64, "--epochs", 3, "--out", tmp_path / "teacher").status == 0
+    student = ["--model", "deit_nano_distilled", *flags, "--distillation", "hard", "--teacher-weights", tmp_path / "teacher/last.pt"]
+    assert here("deit", *student, "--img-size", 64, "--out", tmp_path / "64").status == 0
+    at_96 = ["--model", "deit_nano_distilled", "--img-size", 96, "--device", "cpu", "--workers", 0, "--weights", tmp_path / "64/last.pt"]
+    before = here("deit", *at_96, "--eval")
+    tuned = here("deit", *student, *at_96, "--out", tmp_path / "96")
+    assert tuned.status == 0 and "position embedding resized to 12 x 12 patches" in tuned.out, tuned
+    after = log_of(tmp_path / "96")[-2]
+    losses = [float(line.split("loss ")[1].split()[0]) for line in before.out.splitlines() if "loss" in line]
+    assert after["val_loss"] < losses[0] - 0.1 and after["val_loss_class"] < losses[1] - 0.1, (before.out, after)

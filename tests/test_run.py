@@ -1,5 +1,6 @@
 """Signals, ranks, broken numbers and resuming: rows E to H of the fault list. Each run is a process of its own."""
 
+import importlib
 import json
 import os
 import random
@@ -20,8 +21,8 @@ from common.run import launch
 LONG = [*TINY, "--data", "FOLDER", "--epochs", "3"]  # 3 x 4 steps
 
 
-def child(arguments, *, env=None, patch=None, log: Path | None = None) -> int:
-    """Forks a process that runs deit3.py; `patch` is called in it first. Returns its pid."""
+def child(arguments, *, script: str = "deit3", env=None, patch=None, log: Path | None = None) -> int:
+    """Forks a process that runs a script; `patch` is called in it first. Returns its pid."""
     pid = os.fork()
     if pid:
         return pid
@@ -33,13 +34,12 @@ def child(arguments, *, env=None, patch=None, log: Path | None = None) -> int:
             os.dup2(f.fileno(), 1)
             os.dup2(f.fileno(), 2)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # not pytest's captured ones
-        sys.argv = ["deit3.py", *map(str, arguments)]
-        import deit3
-
+        sys.argv = [f"{script}.py", *map(str, arguments)]
+        main = importlib.import_module(script).main
         if patch:
             patch()
         try:
-            launch(deit3.main)
+            launch(main)
         except SystemExit as end:
             status = end.code
     except BaseException:
@@ -65,19 +65,19 @@ def status_of(pid: int, timeout: float = 60) -> int:
     pytest.fail(f"still running after {timeout} s")
 
 
-def ranks(world: int, arguments, tmp_path: Path, *, patch=None, timeout: float = 60) -> list[int]:
+def ranks(world: int, arguments, tmp_path: Path, *, script: str = "deit3", patch=None, timeout: float = 60) -> list[int]:
     """Runs `world` gloo ranks as forked children; returns their exit statuses. Their output goes to tmp_path/rank*.log."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    pids = start_ranks(world, arguments, tmp_path, port, patch)
+    pids = start_ranks(world, arguments, tmp_path, port, patch, script)
     return [status_of(pid, timeout) for pid in pids]
 
 
-def start_ranks(world, arguments, tmp_path, port, patch=None) -> list[int]:
+def start_ranks(world, arguments, tmp_path, port, patch=None, script="deit3") -> list[int]:
     base = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [
-        child(arguments, env={**base, "RANK": str(r), "LOCAL_RANK": str(r)}, patch=patch, log=tmp_path / f"rank{r}.log")
+        child(arguments, script=script, env={**base, "RANK": str(r), "LOCAL_RANK": str(r)}, patch=patch, log=tmp_path / f"rank{r}.log")
         for r in range(world)
     ]
 
@@ -281,6 +281,40 @@ def test_F6_F7_F8_ranks_and_accumulation_do_not_change_the_result(command, tmp_p
         for a, b in zip(epochs(tmp_path / "one"), epochs(tmp_path / other)):
             assert a[1] == pytest.approx(b[1], abs=1e-5) and a[3] == b[3]
     assert sorted(p.name for p in (tmp_path / "two").glob("*.pt")) == ["best.pt", "last.pt", "previous.pt"]  # C6
+
+
+# What each other script adds to a step: there too ranks, accumulation and a kill do not change the result.
+METHODS = {
+    "deit": [
+        "--model",
+        "deit_nano_distilled",
+        "--augment",
+        "rand",
+        "--erasing",
+        0.5,
+        "--distillation",
+        "hard",
+        "--teacher-weights",
+        "TEACHER",
+    ],
+}
+
+
+@pytest.mark.parametrize("script", METHODS)
+def test_F7_F8_ranks_accumulation_and_kills_do_not_change_the_result_of_any_method(command, tmp_path, undisturbed, script):
+    def flags(out, *extra):
+        own = [undisturbed / "last.pt" if a == "TEACHER" else a for a in METHODS[script]]
+        return command(out, *own, "--repeats", 2, *extra)
+
+    assert status_of(child(flags("one"), script=script)) == 0
+    assert status_of(child(flags("micro", "--micro-batch", 4), script=script)) == 0
+    assert ranks(2, flags("two"), tmp_path, script=script) == [0, 0], (tmp_path / "rank0.log").read_text()
+    for other in ("micro", "two"):
+        assert close(tmp_path / "one", tmp_path / other, 1e-5), other
+    kill = at_steps(lambda: os.kill(os.getpid(), signal.SIGKILL), [6])
+    assert status_of(child(flags("killed", "--save-steps", 1), script=script, patch=kill)) == -signal.SIGKILL
+    assert status_of(child(flags("killed", "--save-steps", 1, "--resume"), script=script)) == 0
+    assert same_training(tmp_path / "one", tmp_path / "killed")
 
 
 def test_F9_a_run_resumes_on_another_number_of_ranks(command, tmp_path):
