@@ -584,13 +584,13 @@ def parse_args(argv: list[str] | None = None):
         recipe = dataclasses.replace(recipe, lr=paper.lr * recipe.batch_size / paper.batch_size)
     cli.check_recipe(recipe)
     if recipe.distillation == "none":
-        for flag in ("alpha", "tau", "teacher", "teacher_weights"):
-            if getattr(args, flag) is not None:
-                raise cli.UserError(f"--{flag.replace('_', '-')}: has no effect without a teacher; add --distillation hard or soft")
+        cli.refuse(args, ("alpha", "tau", "teacher", "teacher_weights"), "has no effect without a teacher; add --distillation hard or soft")
     elif args.teacher is not None:
         cli.check_choice("--teacher", args.teacher, torchvision.models.list_models(torchvision.models))
-    if recipe.distillation == "hard" and args.tau is not None:
-        raise cli.UserError("--tau: hard distillation has no temperature; use --distillation soft")
+    if recipe.distillation == "hard":
+        cli.refuse(args, ("tau",), "hard distillation has no temperature; use --distillation soft")
+    if args.model not in MODELS:
+        cli.refuse(args, ("drop_path", "dropout"), "torchvision's models have their own; leave it out")
     return args, recipe, paper
 
 
@@ -722,7 +722,7 @@ def main() -> None:
     args, recipe, paper = parse_args()
     if args.list_models:
         for name, config in MODELS.items():
-            print(f"{name:10s} " + "  ".join(f"{k} {v}" for k, v in config.items()))
+            print(f"{name:20s} " + "  ".join(f"{k} {v}" for k, v in config.items()))
     elif args.eval or args.eval_data:
         evaluate_only(args, recipe, paper)
     elif args.benchmark:

@@ -706,6 +706,8 @@ def parse_args(argv: list[str] | None = None):
         raise cli.UserError(
             "--smoothing: binary cross-entropy counts every class with a share, smoothing would switch all of them on; use --smoothing 0 or --loss ce"
         )
+    if args.model not in MODELS:
+        cli.refuse(args, ("drop_path", "layer_scale", "trainable"), "not for torchvision's models; leave it out")
     papers_epochs = paper_recipe(args.recipe, args.model, data=args.data or "").epochs
     return args, recipe, dataclasses.replace(paper, epochs=papers_epochs)
 

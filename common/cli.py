@@ -188,6 +188,13 @@ def check_names(args: argparse.Namespace, models, recipes) -> None:
         args.data = "shapes"
 
 
+def refuse(args: argparse.Namespace, flags: tuple[str, ...], why: str) -> None:
+    """UserError for the first of `flags` that was given: it would have no effect."""
+    for flag in flags:
+        if getattr(args, flag) is not None:
+            raise UserError(f"--{flag.replace('_', '-')}: {why}")
+
+
 def check_choice(flag: str, value: str, choices) -> None:
     """UserError with the nearest names and the full list, unless value is one of choices."""
     if value not in choices:

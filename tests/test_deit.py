@@ -224,6 +224,22 @@ def test_rand_augment_operations_equal_the_official_ones(case):
     assert np.array_equal(np.array(out), np.array(case["output"]))
 
 
+def test_rand_augment_draws_operation_magnitude_and_sign_by_the_official_law(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(deit, "apply_operation", lambda image, *draw: drawn.append(draw) or image)
+    image = Image.new("RGB", (4, 4))
+    for i in range(6000):
+        deit.rand_augment(image, random.Random(i))
+    names, levels, signs = zip(*drawn)
+    assert len(drawn) / 12000 == pytest.approx(0.5, abs=0.02)
+    assert {name: names.count(name) / len(names) for name in deit.OPERATIONS} == pytest.approx(
+        dict.fromkeys(deit.OPERATIONS, 1 / 15), abs=0.015
+    )
+    official = np.clip(np.random.default_rng(0).normal(9, 0.5, 10**5), 0, 10) / 10
+    assert (np.mean(levels), np.std(levels), max(levels)) == pytest.approx((official.mean(), official.std(), 1.0), abs=0.002)
+    assert np.mean(signs) == pytest.approx(0, abs=0.05)
+
+
 def test_rand_augment_applies_one_operation_on_average():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
     untouched = sum(deit.rand_augment(image, random.Random(i)) is image for i in range(2000)) / 2000
@@ -465,6 +481,7 @@ def test_a_flag_of_the_teacher_without_a_teacher_is_refused(here):
     refused(here("deit", "--teacher-weights", "x.pth"), "--teacher-weights: has no effect without a teacher")
     refused(here("deit", "--distillation", "hard", "--tau", 2), "--tau", "--distillation soft")
     refused(here("deit", "--distillation", "firm"), "--distillation firm", "hard")
+    refused(here("deit", "--model", "torchvision/resnet18", "--dropout", 0.1), "--dropout: torchvision's models")
     refused(here("deit", "--erasing", 1.5), "--erasing 1.5: must be in [0, 1]")
 
 
