@@ -321,7 +321,7 @@ def resize_pos_embed(pos_embed: torch.Tensor, grid: tuple[int, int], *, old_grid
 
 def fit_resolution(model: nn.Module, state: dict[str, torch.Tensor], content: dict, say) -> None:
     """Resizes the position embedding in `state`, of the checkpoint `content`, to the model's resolution."""
-    if not isinstance(model, ViT) or "pos_embed" not in state:
+    if not hasattr(model, "grid") or "pos_embed" not in state:
         return
     try:
         height, width = content["recipe"]["img_size"]

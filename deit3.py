@@ -217,6 +217,7 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+# Copied from cait.py
 @torch.compiler.disable
 def kept_samples(batch: int, drop_rate: float, device: torch.device) -> tuple[torch.Tensor, float]:
     """Stochastic depth's draw: (indices of the samples that keep the branch, factor on their branch).
@@ -373,7 +374,7 @@ def resize_pos_embed(pos_embed: torch.Tensor, grid: tuple[int, int], *, old_grid
 # Copied from deit.py
 def fit_resolution(model: nn.Module, state: dict[str, torch.Tensor], content: dict, say) -> None:
     """Resizes the position embedding in `state`, of the checkpoint `content`, to the model's resolution."""
-    if not isinstance(model, ViT) or "pos_embed" not in state:
+    if not hasattr(model, "grid") or "pos_embed" not in state:
         return
     try:
         height, width = content["recipe"]["img_size"]

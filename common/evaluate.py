@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from common import checkpoint
 from common.data import Samples, eval_batches, make_loader, to_device
 from common.errors import UserError
-from common.images import eval_transform
+from common.images import decode, eval_transform
 from common.precision import Precision, check_amp
 from common.run import Run
 from common.sources import Source, open_data, open_images
@@ -126,6 +126,44 @@ def evaluate(
     return result
 
 
+def _as_trained(recipe, content: dict, args, saved: tuple[str, ...]):
+    """The recipe with the checkpoint's values of the fields `saved`, unless a flag says otherwise."""
+    before = content["recipe"] if isinstance(content.get("recipe"), dict) else {}
+    before = {k: before[k] for k in saved if getattr(args, k) is None and k in before}
+    return dataclasses.replace(recipe, **{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in before.items()})
+
+
+def trained_model(run: Run, make_model: Callable, *, saved: tuple[str, ...], adapt: Callable) -> tuple[torch.nn.Module, object, list[str]]:
+    """(model of --weights in eval mode on the device, recipe as it was trained, class names) for pictures and analyses.
+
+    Without --weights last.pt of --out is taken. Arguments: see evaluate_weights. Classes of an official checkpoint are
+    named by their numbers.
+    """
+    args = run.args
+    args.weights = args.weights or str(run.out / "last.pt")
+    content = checkpoint.load(args.weights, "--weights")
+    recipe = _as_trained(run.recipe, content, args, saved)
+    if isinstance(content.get("data"), dict):
+        classes = content["data"]["classes"]
+    else:
+        heads = [v for k, v in checkpoint.weights(content).items() if k.startswith(checkpoint.HEADS) and k.endswith(".weight")]
+        if not heads:
+            raise UserError(f"--weights {args.weights}: holds no classifier")
+        classes = [str(i) for i in range(len(heads[-1]))]
+    model = make_model(args, recipe, len(classes))
+    checkpoint.load_pretrained(model, args, run.method, new_head=False, say=run.say, adapt=adapt)
+    return model.to(run.device).eval(), recipe, classes
+
+
+def read_image(file: str, size: tuple[int, int], crop_ratio: float, flag: str) -> torch.Tensor:
+    """An image file as the network is tested on it: uint8 (3, *size). UserError, naming `flag`, if it cannot be read."""
+    try:
+        return eval_transform(decode(Path(file).read_bytes()), size, crop_ratio)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(f"{flag} {file}: {reason}") from None
+
+
 def evaluate_weights(run: Run, make_model: Callable, *, saved: tuple[str, ...], adapt: Callable, predict: Predict = _logits) -> None:
     """--eval: accuracy of --weights (or last.pt of --out) on --data's validation images and on each of --eval-data.
 
@@ -149,9 +187,7 @@ def evaluate_weights(run: Run, make_model: Callable, *, saved: tuple[str, ...], 
     for path in args.eval_data or []:
         sources[path] = run.first(lambda path=path: open_images(path, "--eval-data", classes, run.say))
     real = real_labels(args.real_labels, next(iter(sources.values()))) if args.real_labels else None
-    if isinstance(content.get("recipe"), dict):  # as it was trained, unless a flag says otherwise
-        before = {k: content["recipe"][k] for k in saved if getattr(args, k) is None and k in content["recipe"]}
-        recipe = dataclasses.replace(recipe, **{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in before.items()})
+    recipe = _as_trained(recipe, content, args, saved)
     state = checkpoint.weights(content, ema=args.use_ema)
     head = next((v for k, v in state.items() if k in ("head.weight", "fc.weight")), None)
     first = next(iter(sources.values()))

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,7 +26,7 @@ from common.run import Run
 def count(build: Callable[[], torch.nn.Module], img_size: tuple[int, int]) -> tuple[int, float]:
     """(parameters, GMACs of one image's forward pass); matrix products and convolutions count, nothing is computed."""
     with torch.device("meta"):
-        model = build().eval()
+        model = build().eval().requires_grad_(False)
         counter = FlopCounterMode(display=False)
         with counter, torch.no_grad():
             model(torch.empty(1, 3, *img_size))
@@ -116,18 +117,39 @@ def save_batch(path: str | Path, rows: list[tuple[str, torch.Tensor]], columns: 
     strips = []
     for title, batch in rows:
         grid = make_grid(batch[: 2 * columns].clamp(0, 255).round().to(torch.uint8).cpu(), nrow=columns, padding=2, pad_value=255)
-        picture = Image.fromarray(grid.permute(1, 2, 0).numpy())
-        strip = Image.new("RGB", (picture.width, picture.height + 14), "white")
-        strip.paste(picture, (0, 14))
-        ImageDraw.Draw(strip).text((3, 1), title, fill="black")
-        strips.append(strip)
-    sheet = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), "white")
-    top = 0
-    for strip in strips:
-        sheet.paste(strip, (0, top))
-        top += strip.height
+        strips.append((title, [Image.fromarray(grid.permute(1, 2, 0).numpy())]))
+    save_sheet(path, strips)
+
+
+def save_sheet(path: str | Path, rows: list[tuple[str, list[Image.Image]]], gap: int = 4) -> None:
+    """PNG of rows of pictures, each row below its title."""
+    width = max(max(sum(p.width + gap for p in pictures) - gap, 7 * len(title) + 6) for title, pictures in rows)
+    sheet = Image.new("RGB", (width, sum(14 + max(p.height for p in pictures) for _, pictures in rows)), "white")
+    draw, top = ImageDraw.Draw(sheet), 0
+    for title, pictures in rows:
+        draw.text((3, top + 1), title.encode("ascii", "replace").decode(), fill="black")
+        left = 0
+        for picture in pictures:
+            sheet.paste(picture, (left, top + 14))
+            left += picture.width + gap
+        top += 14 + max(p.height for p in pictures)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
+
+
+CIVIDIS = ((0, 34, 78), (10, 52, 112), (53, 69, 108), (79, 87, 108), (102, 105, 112), (124, 123, 120), (148, 142, 119), (174, 162, 113), (200, 184, 102), (228, 206, 82), (254, 232, 56))  # fmt: skip
+
+
+def cividis(values: torch.Tensor) -> Image.Image:
+    """(H, W) in 0..1 -> a picture in the colours of the cividis map, eleven of them, linear in between."""
+    colours, x = np.array(CIVIDIS), values.clamp(0, 1).cpu().double().numpy()
+    channels = [np.interp(x, np.linspace(0, 1, len(colours)), colours[:, c]) for c in range(3)]
+    return Image.fromarray(np.stack(channels, axis=2).round().astype(np.uint8))
+
+
+def save_json(path: str | Path, content) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def read_log(path: str | Path) -> list[dict]:
@@ -144,31 +166,37 @@ def read_log(path: str | Path) -> list[dict]:
 def save_curves(path: str | Path, log: str | Path, panels: list[list[str]]) -> None:
     """PNG with one panel per list of keys, each key's value over the epochs of a log.jsonl."""
     records = [r for r in read_log(log) if "epoch" in r and "status" not in r]
+    curves = [{k: [(r["epoch"], r[k]) for r in records if isinstance(r.get(k), (int, float))] for k in keys} for keys in panels]
+    save_plot(path, curves, "epoch")
+
+
+def save_plot(path: str | Path, panels: list[dict[str, list[tuple[float, float]]]], x_label: str) -> None:
+    """PNG with one panel per dictionary: name of a curve to its points (x, y), x from 0."""
     width, height, left, colours = 420, 260, 52, ("#1f5fa8", "#c8551b", "#3c8a3c", "#7a4ea3")
     sheet = Image.new("RGB", (width * len(panels), height), "white")
     draw = ImageDraw.Draw(sheet)
-    for panel, keys in enumerate(panels):
-        curves = {k: [(r["epoch"], r[k]) for r in records if isinstance(r.get(k), (int, float))] for k in keys}
-        values = [v for curve in curves.values() for _, v in curve]
-        if not values:
+    for panel, curves in enumerate(panels):
+        points = [p for curve in curves.values() for p in curve]
+        if not points:
             continue
+        values = [y for _, y in points]
         low, high = min(values), max(max(values), min(values) + 1e-9)
-        last = max(1, max(r["epoch"] for r in records))
+        last = max(1, max(x for x, _ in points))
         x0, y0, x1, y1 = panel * width + left, 24, panel * width + width - 14, height - 28
 
-        def place(epoch, value):
-            return x0 + (x1 - x0) * epoch / last, y1 - (y1 - y0) * (value - low) / (high - low)
+        def place(x, y):
+            return x0 + (x1 - x0) * x / last, y1 - (y1 - y0) * (y - low) / (high - low)
 
         draw.rectangle((x0, y0, x1, y1), outline="#999999")
         for share in (0, 0.5, 1):
             draw.text((panel * width + 4, y1 - (y1 - y0) * share - 6), f"{low + share * (high - low):.4g}", fill="black")
             draw.text((x0 + (x1 - x0) * share - 6, y1 + 4), f"{share * last:.3g}", fill="black")
-        draw.text((x1 - 36, y1 + 14), "epoch", fill="black")
-        for i, (key, curve) in enumerate(curves.items()):
-            draw.text((x0 + 8 + 110 * i, 6), key, fill=colours[i])
-            points = [place(*p) for p in curve]
-            if len(points) > 1:
-                draw.line(points, fill=colours[i], width=2)
-            for x, y in points:
+        draw.text((x1 - 6 * len(x_label), y1 + 14), x_label, fill="black")
+        for i, (name, curve) in enumerate(curves.items()):
+            draw.text((x0 + 8 + 110 * i, 6), name, fill=colours[i])
+            places = [place(*p) for p in curve]
+            if len(places) > 1:
+                draw.line(places, fill=colours[i], width=2)
+            for x, y in places:
                 draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=colours[i])
     sheet.save(path)

@@ -1,6 +1,6 @@
 """Timings of our pieces against the straightforward ones, interleaved in one run on one thread.
 
-    python tests/benchmarks.py [loader FOLDER_OF_JPEGS] [optimizers] [drop_path] [index]
+    python tests/benchmarks.py [loader FOLDER_OF_JPEGS] [optimizers] [drop_path] [talking_heads] [index]
 
 Every figure is a ratio (above 1: ours is faster): the median over rounds in which both are run in turn. FOLDER_OF_JPEGS holds
 photographs at any depth, about ImageNet's size. The baselines are the official pipelines, built here from torchvision, PIL and
@@ -24,6 +24,7 @@ from torch import nn
 from torchvision import transforms as T
 from torchvision.datasets import ImageFolder
 
+import cait
 import deit
 import deit3
 from common import data, evaluate, images, sources
@@ -190,6 +191,36 @@ def drop_path() -> None:
         compare(f"ViT-S blocks, drop rate {rate}: masked / kept only", *[lambda s=s: s(x).sum().backward() for s in stacks], rounds=9)
 
 
+class PermutedHeads(cait.Attention):
+    """Talking heads as they are usually written: the maps are permuted for a Linear over the heads, and back."""
+
+    def forward(self, x):
+        B, N, C = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
+        maps = (q * (C // self.heads) ** -0.5) @ k.transpose(-2, -1)
+        maps = self.proj_l(maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).softmax(dim=-1)
+        maps = self.proj_w(maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.proj((maps @ v).transpose(1, 2).reshape(B, N, C))
+
+
+def talking_heads() -> None:
+    """Forward and backward pass of the attention and of a whole model."""
+
+    def step(module, x):
+        return lambda: module(x).sum().backward()
+
+    for name, batch, size in (("cait_xxs24", 8, 224), ("cait_s24", 4, 224), ("cait_xxs24", 2, 384)):
+        dim, heads = cait.MODELS[name]["dim"], cait.MODELS[name]["heads"]
+        x = torch.randn(batch, (size // 16) ** 2, dim)
+        title = f"talking heads, {name} at {size}: permute and Linear / ours"
+        compare(title, step(PermutedHeads(dim, heads), x), step(cait.Attention(dim, heads), x))
+    ours, permuted = cait.build_model("cait_xxs24", drop_path=0.0), cait.build_model("cait_xxs24", drop_path=0.0)
+    for block in permuted.blocks:
+        block.attn.__class__ = PermutedHeads
+    images = torch.randn(4, 3, 224, 224)
+    compare("cait_xxs24, whole training step: permute and Linear / ours", step(permuted, images), step(ours, images), rounds=5)
+
+
 def index() -> None:
     """Listing 60,000 files: torchvision's ImageFolder against our cached index; reading members of a tar against files."""
     import os
@@ -224,6 +255,6 @@ if __name__ == "__main__":
     wanted = sys.argv[1:]
     if "loader" in wanted:
         loader(wanted[wanted.index("loader") + 1])
-    for part in (optimizers, drop_path, index):
+    for part in (optimizers, drop_path, talking_heads, index):
         if not wanted or part.__name__ in wanted:
             part()
