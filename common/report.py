@@ -122,17 +122,18 @@ def save_batch(path: str | Path, rows: list[tuple[str, torch.Tensor]], columns: 
 
 
 def save_sheet(path: str | Path, rows: list[tuple[str, list[Image.Image]]], gap: int = 4) -> None:
-    """PNG of rows of pictures, each row below its title."""
+    """PNG of rows of pictures, each row below its title, if it has one."""
     width = max(max(sum(p.width + gap for p in pictures) - gap, 7 * len(title) + 6) for title, pictures in rows)
-    sheet = Image.new("RGB", (width, sum(14 + max(p.height for p in pictures) for _, pictures in rows)), "white")
+    heights = [(14 if title else gap, max(p.height for p in pictures)) for title, pictures in rows]
+    sheet = Image.new("RGB", (width, sum(map(sum, heights))), "white")
     draw, top = ImageDraw.Draw(sheet), 0
-    for title, pictures in rows:
+    for (title, pictures), (above, height) in zip(rows, heights):
         draw.text((3, top + 1), title.encode("ascii", "replace").decode(), fill="black")
         left = 0
         for picture in pictures:
-            sheet.paste(picture, (left, top + 14))
+            sheet.paste(picture, (left, top + above))
             left += picture.width + gap
-        top += 14 + max(p.height for p in pictures)
+        top += above + height
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
 

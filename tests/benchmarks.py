@@ -1,6 +1,6 @@
 """Timings of our pieces against the straightforward ones, interleaved in one run on one thread.
 
-    python tests/benchmarks.py [loader FOLDER_OF_JPEGS] [optimizers] [drop_path] [talking_heads] [index]
+    python tests/benchmarks.py [loader FOLDER_OF_JPEGS] [optimizers] [drop_path] [talking_heads] [cross_patch] [index]
 
 Every figure is a ratio (above 1: ours is faster): the median over rounds in which both are run in turn. FOLDER_OF_JPEGS holds
 photographs at any depth, about ImageNet's size. The baselines are the official pipelines, built here from torchvision, PIL and
@@ -27,6 +27,7 @@ from torchvision.datasets import ImageFolder
 import cait
 import deit
 import deit3
+import resmlp
 from common import data, evaluate, images, sources
 from common.optim import EMA, Lamb, param_groups
 
@@ -221,6 +222,30 @@ def talking_heads() -> None:
     compare("cait_xxs24, whole training step: permute and Linear / ours", step(permuted, images), step(ours, images), rounds=5)
 
 
+class TransposedCrossPatch(resmlp.CrossPatch):
+    """The layer across patches as a Linear on the transposed maps."""
+
+    def forward(self, x):
+        return nn.functional.linear(x.transpose(1, 2), self.weight, self.bias).transpose(1, 2)
+
+
+def cross_patch() -> None:
+    """ResMLP's layer across patches, and inference without affine maps."""
+    x = torch.randn(16, 196, 384, requires_grad=True)
+    ours, usual = resmlp.CrossPatch(196, 196), TransposedCrossPatch(196, 196)
+    compare("cross-patch layer, S: transposed Linear / ours", lambda: usual(x).sum().backward(), lambda: ours(x).sum().backward())
+    for name, batch in (("resmlp_s12", 8), ("resmlp_s12", 1), ("resmlp_s24", 4)):
+        model, images = resmlp.build_model(name).eval(), torch.randn(batch, 3, 224, 224)
+        fused = resmlp.fuse(model)
+        with torch.inference_mode():
+            compare(
+                f"{name}, inference, batch {batch}: as trained / fused",
+                lambda m=model, i=images: m(i),
+                lambda m=fused, i=images: m(i),
+                rounds=15,
+            )
+
+
 def index() -> None:
     """Listing 60,000 files: torchvision's ImageFolder against our cached index; reading members of a tar against files."""
     import os
@@ -255,6 +280,6 @@ if __name__ == "__main__":
     wanted = sys.argv[1:]
     if "loader" in wanted:
         loader(wanted[wanted.index("loader") + 1])
-    for part in (optimizers, drop_path, talking_heads, index):
+    for part in (optimizers, drop_path, talking_heads, cross_patch, index):
         if not wanted or part.__name__ in wanted:
             part()

@@ -28,8 +28,8 @@ from PIL import Image  # noqa: E402
 
 torch.set_num_threads(1)
 
-SCRIPTS = ["deit", "cait", "deit3"]  # in the order of the papers
-NANO = {"deit": "deit_nano", "cait": "cait_nano", "deit3": "vit_nano"}  # the model of each that serves tests
+SCRIPTS = ["deit", "cait", "resmlp", "deit3"]  # in the order of the papers
+NANO = {"deit": "deit_nano", "cait": "cait_nano", "resmlp": "resmlp_nano", "deit3": "vit_nano"}  # the model of each that serves tests
 
 
 def reference(name: str):

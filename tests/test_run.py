@@ -285,6 +285,7 @@ def test_F6_F7_F8_ranks_and_accumulation_do_not_change_the_result(command, tmp_p
 
 # What each other script adds to a step: there too ranks, accumulation and a kill do not change the result.
 METHODS = {
+    "resmlp": ["--model", "resmlp_nano", "--augment", "rand", "--lr", 2e-3],
     "cait": ["--model", "cait_nano", "--augment", "rand", "--distillation", "hard", "--teacher-weights", "TEACHER"],
     "deit": [
         "--model",

@@ -1,0 +1,276 @@
+"""resmlp.py against the official models' numbers and Table 4.3, its equations written out, and as a whole."""
+
+import hashlib
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import NANO, SMALL, fill, filled_images, load, log_of, reference
+from PIL import Image
+from test_cli import refused
+from torch.utils.flop_counter import FlopCounterMode
+
+import common.shapes
+import resmlp
+from common.optim import param_groups
+from common.report import count
+
+MODELS = reference("resmlp")
+slow = pytest.mark.slow
+
+
+# ---- Architecture ------------------------------------------------------------------------------------------------------
+
+
+def on_meta(case: dict) -> torch.nn.Module:
+    with torch.device("meta"):
+        return resmlp.build_model(case["model"], img_size=case["img_size"], patch_size=case["patch_size"])
+
+
+@pytest.mark.parametrize("variant", MODELS)
+def test_state_dict_parameters_and_gmacs_are_the_official_ones(variant):
+    case = MODELS[variant]
+    model = on_meta(case)
+    keys = {k: list(v.shape) for k, v in model.state_dict().items()}
+    assert hashlib.sha256(json.dumps(keys, separators=(",", ":")).encode()).hexdigest() == case["state_dict_sha256"]
+    assert sum(p.numel() for p in model.parameters()) == case["n_params"]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(torch.empty(1, 3, case["img_size"], case["img_size"], device="meta"))
+    assert counter.get_total_flops() / 2e9 == pytest.approx(case["gmacs"], rel=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["12", "36", pytest.param("b24", marks=slow)])
+def test_logits_equal_the_official_ones_fused_or_not(variant):
+    case = MODELS[variant]
+    model = resmlp.build_model(case["model"], img_size=case["img_size"], patch_size=case["patch_size"]).eval()
+    fill(model)
+    images = filled_images(2, case["img_size"])
+    with torch.no_grad():
+        for logits in (model(images), resmlp.fuse(model)(images)):
+            rms = logits.pow(2).mean().sqrt()
+            assert (logits[:, :10] - torch.tensor(case["logits"])).abs().max() <= 3e-5 * rms
+            assert logits.norm().item() == pytest.approx(case["logits_norm"], rel=3e-5)
+
+
+def test_a_fresh_model_has_the_official_distribution():
+    torch.manual_seed(0)
+    state = resmlp.build_model("resmlp_s12").state_dict()
+    for key, (mean, std) in MODELS["12"]["init_stats"].items():
+        tensor = state[key].double()
+        error = 6 * max(std, 1e-12) / math.sqrt(tensor.numel())  # six standard errors of a mean
+        assert tensor.mean().item() == pytest.approx(mean, abs=2 * error + 1e-8), key
+        assert tensor.std(correction=0).item() == pytest.approx(std, abs=error + 1e-9, rel=0.01), key
+
+
+@pytest.mark.parametrize("variant", MODELS)
+def test_weight_decay_groups_are_the_official_ones(variant):
+    model = on_meta(MODELS[variant])
+    plain, decayed = param_groups(model, 0.2)
+    names = {id(p): n for n, p in model.named_parameters()}
+    listed = "\n".join(sorted(names[id(p)] for p in plain["params"]))
+    assert hashlib.sha256(listed.encode()).hexdigest() == MODELS[variant]["no_decay_sha256"]
+    assert len(plain["params"]) + len(decayed["params"]) == len(names)
+
+
+TABLE_4_3 = [  # model, option, parameters (millions), FLOPs (billions)
+    ("resmlp_s12", {}, 15.4, 3.0),
+    ("resmlp_s24", {}, 30.0, 6.0),
+    ("resmlp_b24", {}, 115.7, 23.0),
+    ("resmlp_s12", {"norm": "layernorm"}, 15.4, 3.0),
+    ("resmlp_s12", {"pooling": "class-mlp"}, 17.7, 3.0),
+    ("resmlp_s12", {"communication": "none"}, 14.9, 2.8),
+    ("resmlp_s12", {"communication": "mlp"}, 18.6, 4.3),
+    ("resmlp_s12", {"communication": "conv"}, 30.8, 6.0),
+    ("resmlp_s12", {"communication": "depthwise"}, 14.9, 2.8),
+    ("resmlp_s12", {"communication": "separable"}, 16.7, 3.2),
+    ("resmlp_s12", {"patch_size": 14}, 15.6, 4.0),
+    ("resmlp_s12", {"patch_size": 8}, 22.1, 14.0),
+    ("resmlp_b24", {"patch_size": 8}, 129.1, 100.2),
+]
+
+
+@pytest.mark.parametrize("name, option, millions, flops", TABLE_4_3, ids=str)
+def test_parameters_and_flops_of_table_4_3(name, option, millions, flops):
+    parameters, gmacs = count(lambda: resmlp.build_model(name, **option), (224, 224))
+    assert parameters / 1e6 == pytest.approx(millions, abs=0.051)  # the table prints one decimal
+    assert gmacs == pytest.approx(flops, abs=0.06)  # and it counts a little more than matrix products and convolutions
+
+
+def test_the_layer_is_equations_4_2_and_4_3():
+    torch.manual_seed(0)
+    block = resmlp.Block(8, (2, 3), "linear", "affine", 0.3, 0.0)
+    with torch.no_grad():
+        for p in block.parameters():
+            p.copy_(torch.randn_like(p))
+    X, A = torch.randn(1, 6, 8), block.attn.weight
+
+    def aff(norm, x):
+        return x @ torch.diag(norm.alpha) + norm.beta
+
+    D = X[0] + (A @ aff(block.norm1, X[0]) + block.attn.bias[:, None]) @ torch.diag(block.gamma_1)
+    B, C = block.mlp.fc1, block.mlp.fc2
+    Y = D + (F.gelu(aff(block.norm2, D) @ B.weight.T + B.bias) @ C.weight.T + C.bias) @ torch.diag(block.gamma_2)
+    assert torch.allclose(block(X)[0], Y, rtol=1e-4, atol=1e-3)
+
+
+def test_initial_scale_follows_the_depth_as_in_cait():
+    assert [resmlp.initial_scale(d) for d in (12, 18, 24, 36)] == [0.1, 0.1, 1e-5, 1e-6]
+    assert resmlp.build_model("resmlp_nano", 3, 32).blocks[0].gamma_1.unique().item() == pytest.approx(0.1)
+
+
+def test_class_mlp_aggregates_tokens_linearly_and_freezes_the_patches():
+    torch.manual_seed(0)
+    layer = resmlp.ClassMLP(8, 7, "affine", 0.5)
+    token, patches = torch.randn(2, 1, 8), torch.randn(2, 6, 8)
+    z = torch.cat([token, patches], 1)
+    mean = torch.einsum("t,btc->bc", layer.attn.weight[0], z)[:, None] + layer.attn.bias
+    after = token + 0.5 * mean
+    assert torch.allclose(layer(token, patches), after + 0.5 * layer.mlp(after), atol=1e-6)
+
+
+def test_communication_by_convolution_is_local_and_none_is_absent():
+    x = torch.zeros(1, 25, 8)
+    x[0, 12] = 1  # the centre of a 5 x 5 grid
+    for kind in ("conv", "depthwise", "separable"):
+        layer = resmlp.CrossPatchConv(kind, 8, (5, 5))
+        with torch.no_grad():
+            for module in layer:
+                module.bias.zero_()
+        reached = layer(x)[0].abs().sum(1).view(5, 5) > 0
+        assert reached[1:4, 1:4].all() and reached.sum() == 9
+    bag = resmlp.build_model("resmlp_nano", 5, 32, communication="none").eval()
+    one, two = torch.randn(1, 3, 32, 32), torch.randn(1, 3, 32, 32)
+    swapped = torch.cat([one[..., 16:], one[..., :16]], dim=-1)  # a bag of patches: their order does not matter
+    assert torch.allclose(bag(one), bag(swapped), atol=1e-5) and not torch.allclose(bag(one), bag(two), atol=1e-5)
+    full = resmlp.build_model("resmlp_nano", 5, 32).eval()
+    assert not torch.allclose(full(one), full(swapped), atol=1e-5)
+
+
+# ---- Fusing ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_fused_network_equals_the_one_it_replaces():
+    torch.manual_seed(0)
+    model = resmlp.build_model("resmlp_nano", 7, (32, 64)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 1:
+                p.add_(torch.randn_like(p) * 0.3)
+    fused, images = resmlp.fuse(model), torch.randn(3, 3, 32, 64)
+    with torch.no_grad():
+        a, b = model(images), fused(images)
+    assert (a - b).abs().max() <= 1e-5 * a.abs().max()
+    assert not any(isinstance(m, resmlp.Affine) for m in fused.modules())
+    for option in ({"norm": "layernorm"}, {"communication": "conv"}, {"communication": "none"}, {"pooling": "class-mlp"}):
+        with pytest.raises(ValueError, match="only for affine maps"):
+            resmlp.fuse(resmlp.build_model("resmlp_nano", 7, 32, **option))
+
+
+# ---- Resolution --------------------------------------------------------------------------------------------------------
+
+
+def test_interpolated_cross_patch_layers_keep_a_smooth_images_response():
+    """On inputs that vary slowly over the grid the interpolated matrix does what the old one did on the old grid."""
+    torch.manual_seed(0)
+    old, new = (6, 6), (9, 9)
+    y, x = (torch.linspace(0, 1, 6) + 0 * g for g in torch.zeros(2))
+    place = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).view(36, 2)
+    A = torch.exp(-((place[:, None] - place[None]) ** 2).sum(-1) / 0.1)  # a smooth kernel
+    bigger = resmlp.resize_across(resmlp.resize_across(A, 0, old, new), 1, old, new) * (36 / 81)
+    assert bigger.shape == (81, 81)
+    smooth = torch.cos(3 * place[:, :1])
+    expected = resmlp.resize_across(A @ smooth, 0, old, new)
+    found = bigger @ resmlp.resize_across(smooth, 0, old, new)
+    assert (found - expected).abs().max() < 0.06 * expected.abs().max()
+    assert torch.allclose(bigger.sum(1), resmlp.resize_across(A.sum(1), 0, old, new), rtol=0.05)
+
+
+def test_another_resolution_warns_that_it_is_lossy(here, folder, tmp_path):
+    small = [*SMALL, "--data", folder, "--epochs", 1, "--warmup-epochs", 0, "--patch-size", 8]
+    assert here("resmlp", "--model", NANO["resmlp"], *small, "--out", tmp_path / "o").status == 0
+    flags = ["--model", NANO["resmlp"], "--weights", tmp_path / "o/last.pt", "--data", folder, "--device", "cpu"]
+    result = here("resmlp", *flags, "--eval", "--img-size", 48)
+    assert result.status == 0 and "interpolated from 4 x 4 to 6 x 6 patches; this is lossy" in result.out, result
+    same = here("resmlp", *flags, "--eval")
+    assert "interpolated" not in same.out and f"top1 {log_of(tmp_path / 'o')[-2]['val_top1']:.5g}" in same.out
+    class_mlp = [*small, "--pooling", "class-mlp", "--out", tmp_path / "c"]
+    assert here("resmlp", "--model", NANO["resmlp"], *class_mlp).status == 0
+    flags[3] = tmp_path / "c/last.pt"
+    assert "lossy" in here("resmlp", *flags, "--eval", "--img-size", 48).out
+    assert here("resmlp", "--model", NANO["resmlp"], *small, "--communication", "mlp", "--out", tmp_path / "m").status == 0
+    flags[3] = tmp_path / "m/last.pt"
+    refused(here("resmlp", *flags, "--eval", "--img-size", 48), "an MLP across patches cannot be interpolated")
+
+
+# ---- Recipe ------------------------------------------------------------------------------------------------------------
+
+
+def test_recipes_of_section_4_3():
+    r = resmlp.paper_recipe("in1k")
+    assert (r.epochs, r.optimizer, r.lr, r.weight_decay, r.batch_size, r.repeats, r.augment) == (400, "lamb", 5e-3, 0.2, 1024, 3, "rand")
+    r = resmlp.paper_recipe("old_fashioned")
+    assert (r.epochs, r.optimizer, r.lr, r.batch_size, r.schedule, r.augment, r.mixup) == (90, "sgd", 0.1, 256, "waterfall", "none", 0)
+    assert resmlp.paper_recipe("in21k").epochs == 60
+    assert resmlp.paper_recipe("transfer", data="cifar10:/d").lr == 5e-5
+
+
+def test_the_waterfall_falls_at_thirds(here, folder, tmp_path):
+    flags = ["--model", NANO["resmlp"], *SMALL, "--data", folder, "--recipe", "old_fashioned", "--epochs", 6, "--out", tmp_path / "o"]
+    assert here("resmlp", *flags, "--warmup-epochs", 0, "--val-data", "none", "--lr", 0.01).status == 0
+    rates = [r["lr"] for r in log_of(tmp_path / "o") if "train_loss" in r]
+    assert rates == pytest.approx([1e-2, 1e-3, 1e-3, 1e-4, 1e-4, 1e-4])  # at the end of each epoch
+
+
+@pytest.mark.parametrize(
+    "option", [{}, {"norm": "layernorm"}, {"pooling": "class-mlp"}, {"patch-size": 16}, *({"communication": c} for c in resmlp.COMMUNICATION[1:])], ids=str
+)  # fmt: skip
+def test_every_ablation_trains_and_is_evaluated_as_trained(here, folder, tmp_path, option):
+    flags = [x for k, v in option.items() for x in (f"--{k}", v)]
+    small = [*SMALL, "--data", folder, "--epochs", 1, "--warmup-epochs", 0, "--drop-path", 0.1, "--out", tmp_path / "o"]
+    assert here("resmlp", "--model", NANO["resmlp"], *small, *flags).status == 0
+    result = here("resmlp", "--model", NANO["resmlp"], "--eval", "--data", folder, "--weights", tmp_path / "o/last.pt", "--device", "cpu")
+    assert f"top1 {log_of(tmp_path / 'o')[-2]['val_top1']:.5g}" in result.out, result
+
+
+def test_distillation_on_the_one_head(here, folder, tmp_path):
+    small = [*SMALL, "--data", folder, "--epochs", 1, "--warmup-epochs", 0]
+    assert here("resmlp", "--model", NANO["resmlp"], *small, "--out", tmp_path / "t").status == 0
+    teacher = ["--distillation", "hard", "--teacher-weights", tmp_path / "t/last.pt"]
+    result = here("resmlp", "--model", NANO["resmlp"], *small, *teacher, "--out", tmp_path / "s")
+    assert result.status == 0 and "teacher  resmlp resmlp_nano" in result.out, result
+
+
+# ---- Pictures ----------------------------------------------------------------------------------------------------------
+
+
+def test_filters_and_sparsity(here, tmp_path, monkeypatch):
+    monkeypatch.setattr(common.shapes, "TRAIN_IMAGES", 64)
+    monkeypatch.setattr(common.shapes, "VAL_IMAGES", 24)
+    flags = ["--model", NANO["resmlp"], "--recipe", "shapes", "--epochs", 1, "--warmup-epochs", 0, "--workers", 0, "--device", "cpu"]
+    assert here("resmlp", *flags, "--img-size", 64, "--out", tmp_path / "o").status == 0
+    flags = ["--model", NANO["resmlp"], "--weights", tmp_path / "o/last.pt", "--device", "cpu", "--filters", tmp_path / "f"]
+    assert here("resmlp", *flags).status == 0
+    assert sorted(p.name for p in (tmp_path / "f").iterdir()) == [*(f"layer_0{i}.png" for i in range(4)), "sparsity.json", "sparsity.png"]
+    state = load(tmp_path / "o/last.pt")["model"]
+
+    # The picture: 6 x 6 tiles of 8 x 8 weights, 4 pixels each; tile (i, j) is the row of A of the patch (1 + i, 1 + j).
+    sheet = np.array(Image.open(tmp_path / "f/layer_02.png")).astype(int)
+    brightness = sheet.sum(2)
+    A = state["blocks.2.attn.weight"].view(8, 8, 8, 8)
+    for i, j in ((0, 0), (2, 5), (5, 3)):
+        top, left = 14 + i * (32 + 4), j * (32 + 4)
+        tile = brightness[top : top + 32, left : left + 32]
+        assert all((tile[4 * y : 4 * y + 4, 4 * x : 4 * x + 4] == tile[4 * y, 4 * x]).all() for y in range(8) for x in range(8))
+        weights, shown = A[1 + i, 1 + j], torch.from_numpy(tile[::4, ::4].copy())
+        order = weights.flatten().argsort()
+        assert (shown.flatten()[order].diff() >= -2).all()  # cividis grows brighter with the weight, but for rounding
+
+    found = json.loads((tmp_path / "f/sparsity.json").read_text())
+    for name, key in (("A", "attn"), ("B", "mlp.fc1"), ("C", "mlp.fc2")):
+        W = state[f"blocks.1.{key}.weight"].abs()
+        assert found[name][1] == pytest.approx((W < 0.05 * W.max()).float().mean().item(), abs=1e-6) and len(found[name]) == 4
+    refused(here("resmlp", *flags, "--layers", 4), "--layers 4: this model has the layers 0 to 3")
+    refused(here("resmlp", "--layers", 4), "--layers: has no effect without --filters")
