@@ -347,7 +347,7 @@ class ResMLP(nn.Module):
             x = block(x)
         if not hasattr(self, "cls_token"):
             return self.head(self.norm(x).mean(dim=1))
-        token = self.cls_token.expand(len(x), -1, -1)
+        token = self.cls_token.repeat(len(x), 1, 1)
         for block in self.blocks_token_only:
             token = block(token, x)
         return self.head(self.norm(token)[:, 0])

@@ -149,7 +149,8 @@ def trained_model(run: Run, make_model: Callable, *, saved: tuple[str, ...], ada
         heads = [v for k, v in checkpoint.weights(content).items() if k.startswith(checkpoint.HEADS) and k.endswith(".weight")]
         if not heads:
             raise UserError(f"--weights {args.weights}: holds no classifier")
-        classes = [str(i) for i in range(len(heads[-1]))]
+        one_each = len(heads) > 1 and all(len(v) == 1 for v in heads)  # a classifier of its own for every class
+        classes = [str(i) for i in range(len(heads) if one_each else len(heads[-1]))]
     model = make_model(args, recipe, len(classes))
     checkpoint.load_pretrained(model, args, run.method, new_head=False, say=run.say, adapt=adapt)
     return model.to(run.device).eval(), recipe, classes

@@ -34,6 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from common import checkpoint
+from common.batchnorm import synchronise
 from common.cli import differences
 from common.errors import RunError, UserError
 
@@ -312,9 +313,10 @@ class Run:
     # -- starting
 
     def prepare(self, model: nn.Module, micro_batch: int) -> nn.Module:
-        """The model as it is trained: compiled if asked for, wrapped for several ranks."""
+        """The model as it is trained: BatchNorm synchronised, compiled if asked for, wrapped for several ranks."""
         if micro_batch == 1 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
             raise UserError("--micro-batch 1: this model's BatchNorm needs at least 2 images per forward pass")
+        model = synchronise(model, self.device)
         if self.args.compile:
             cuda = self.device.type == "cuda"
             if importlib.util.find_spec("triton") is None if cuda else not any(map(shutil.which, ("c++", "g++", "clang++"))):

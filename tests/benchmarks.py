@@ -1,6 +1,6 @@
 """Timings of our pieces against the straightforward ones, interleaved in one run on one thread.
 
-    python tests/benchmarks.py [loader FOLDER_OF_JPEGS] [optimizers] [drop_path] [talking_heads] [cross_patch] [index]
+    python tests/benchmarks.py [loader FOLDER_OF_JPEGS] [optimizers] [drop_path] [talking_heads] [cross_patch] [column] [memory] [index]
 
 Every figure is a ratio (above 1: ours is faster): the median over rounds in which both are run in turn. FOLDER_OF_JPEGS holds
 photographs at any depth, about ImageNet's size. The baselines are the official pipelines, built here from torchvision, PIL and
@@ -16,9 +16,11 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import numpy as np
 import torch
+from conftest import PeakMemory
 from PIL import Image, ImageFilter
 from torch import nn
 from torchvision import transforms as T
@@ -27,6 +29,7 @@ from torchvision.datasets import ImageFolder
 import cait
 import deit
 import deit3
+import patchconvnet
 import resmlp
 from common import data, evaluate, images, sources
 from common.optim import EMA, Lamb, param_groups
@@ -246,6 +249,43 @@ def cross_patch() -> None:
             )
 
 
+class TransposedBlock(patchconvnet.Block):
+    """The column's block on tokens (B, N, C), transposed to (B, C, H, W) and back around its convolutions."""
+
+    def forward(self, x):
+        B, H, W, C = x.shape
+        y = self.norm1(x.reshape(B, H * W, C)).transpose(1, 2).reshape(B, C, H, W).contiguous()
+        first, gelu, depthwise, _, se, last = self.attn.qkv_pos
+        y = gelu(depthwise(gelu(first(y))))
+        y = y * torch.sigmoid(se.conv_expand(torch.relu(se.conv_reduce(y.mean((2, 3), keepdim=True)))))
+        return x + self.gamma_1 * last(y).flatten(2).transpose(1, 2).contiguous().view(B, H, W, C)
+
+
+def column() -> None:
+    """PatchConvNet's column in its layout and with transposes around every block."""
+    for size in (14, 24):
+        x = torch.randn(8, size, size, 384)
+        ours, usual = patchconvnet.Block(384, "layernorm", 1e-4, 0.0), TransposedBlock(384, "layernorm", 1e-4, 0.0)
+        title = f"PatchConvNet-S block at {16 * size}: with transposes / ours"
+        compare(title, lambda x=x, b=usual: b(x).sum().backward(), lambda x=x, b=ours: b(x).sum().backward())
+        with torch.inference_mode():
+            compare(f"{title}, inference", lambda x=x, b=usual: b(x), lambda x=x, b=ours: b(x))
+
+
+def memory() -> None:
+    """Peak memory of one image's inference against resolution (Figure 5.3), weights not counted; the ViT writes its
+    attention maps out. On meta tensors: nothing is computed."""
+    for size in (224, 384, 512, 768, 1024):
+        row = []
+        for build in (lambda: patchconvnet.build_model("patchconvnet_s60"), lambda size=size: deit.build_model("deit_s", img_size=size)):
+            with torch.device("meta"), torch.no_grad():
+                model = build().eval()
+                with PeakMemory(model) as peak:
+                    model(torch.empty(1, 3, size, size))
+            row.append(peak.peak / 2**20)
+        print(f"peak memory at {size:4d}: PatchConvNet-S60 {row[0]:7.1f} MiB, DeiT-S {row[1]:7.1f} MiB")
+
+
 def index() -> None:
     """Listing 60,000 files: torchvision's ImageFolder against our cached index; reading members of a tar against files."""
     import os
@@ -280,6 +320,6 @@ if __name__ == "__main__":
     wanted = sys.argv[1:]
     if "loader" in wanted:
         loader(wanted[wanted.index("loader") + 1])
-    for part in (optimizers, drop_path, talking_heads, cross_patch, index):
+    for part in (optimizers, drop_path, talking_heads, cross_patch, column, memory, index):
         if not wanted or part.__name__ in wanted:
             part()

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import weakref
 import zlib
 from pathlib import Path
 
@@ -25,11 +26,19 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
 
 torch.set_num_threads(1)
 
-SCRIPTS = ["deit", "cait", "resmlp", "deit3"]  # in the order of the papers
-NANO = {"deit": "deit_nano", "cait": "cait_nano", "resmlp": "resmlp_nano", "deit3": "vit_nano"}  # the model of each that serves tests
+SCRIPTS = ["deit", "cait", "resmlp", "patchconvnet", "deit3"]  # in the order of the papers
+NANO = {
+    "deit": "deit_nano",
+    "cait": "cait_nano",
+    "resmlp": "resmlp_nano",
+    "patchconvnet": "patchconvnet_nano",
+    "deit3": "vit_nano",
+}  # the model of each that serves tests
 
 
 def reference(name: str):
@@ -92,6 +101,29 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     """Peak signal-to-noise ratio of two 8-bit images, dB."""
     error = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
     return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+
+
+class PeakMemory(TorchDispatchMode):
+    """Most bytes that tensors held at one time inside the block, a model's weights not counted; works on meta tensors too."""
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.live = self.peak = 0
+        self.sizes = {t.untyped_storage()._cdata: 0 for t in (*model.parameters(), *model.buffers())}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self.sizes:
+                self.sizes[storage._cdata] = storage.nbytes()
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self._free, storage._cdata)
+        return out
+
+    def _free(self, key: int) -> None:
+        self.live -= self.sizes.pop(key)
 
 
 class FixedDraws:

@@ -285,6 +285,7 @@ def test_F6_F7_F8_ranks_and_accumulation_do_not_change_the_result(command, tmp_p
 
 # What each other script adds to a step: there too ranks, accumulation and a kill do not change the result.
 METHODS = {
+    "patchconvnet": ["--model", "patchconvnet_nano", "--augment", "rand", "--lr", 2e-3],
     "resmlp": ["--model", "resmlp_nano", "--augment", "rand", "--lr", 2e-3],
     "cait": ["--model", "cait_nano", "--augment", "rand", "--distillation", "hard", "--teacher-weights", "TEACHER"],
     "deit": [
@@ -317,6 +318,16 @@ def test_F7_F8_ranks_accumulation_and_kills_do_not_change_the_result_of_any_meth
     assert status_of(child(flags("killed", "--save-steps", 1), script=script, patch=kill)) == -signal.SIGKILL
     assert status_of(child(flags("killed", "--save-steps", 1, "--resume"), script=script)) == 0
     assert same_training(tmp_path / "one", tmp_path / "killed")
+
+
+def test_batchnorms_statistics_are_those_of_all_ranks(command, tmp_path):
+    flags = ["--model", "patchconvnet_nano", "--norm", "batchnorm", "--lr", 2e-3]
+    assert status_of(child(command("one", *flags), script="patchconvnet")) == 0
+    for world in (2, 4):
+        assert ranks(world, command(f"of{world}", *flags), tmp_path, script="patchconvnet") == [0] * world
+        assert close(tmp_path / "one", tmp_path / f"of{world}", 1e-4), world
+    saved = load(tmp_path / "of2/last.pt")["model"]
+    assert saved.keys() == load(tmp_path / "one/last.pt")["model"].keys() and saved["blocks.0.norm1.num_batches_tracked"] == 12
 
 
 def test_F9_a_run_resumes_on_another_number_of_ranks(command, tmp_path):

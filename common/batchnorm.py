@@ -1,0 +1,56 @@
+"""BatchNorm whose statistics are those of all ranks' images: on a GPU torch's own, which has no CPU version, else this one."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class SumOverRanks(torch.autograd.Function):
+    """The sum of a tensor over all ranks; its gradient is the sum of the ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        return SumOverRanks.forward(ctx, gradient.contiguous())
+
+
+class SyncedBatchNorm(_BatchNorm):
+    """BatchNorm over all axes but the second, and over all ranks; a drop-in for what it replaces (same state dict)."""
+
+    def _check_input_dim(self, x: torch.Tensor) -> None:
+        pass
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return super().forward(x)
+        axes, shape = [d for d in range(x.ndim) if d != 1], [1, -1] + [1] * (x.ndim - 2)
+        count = torch.full((1,), x.numel() / x.shape[1], dtype=x.dtype, device=x.device)
+        *sums, count = SumOverRanks.apply(torch.cat([x.sum(axes), count])).split([x.shape[1], 1])
+        mean = sums[0] / count
+        centred = x - mean.view(shape)
+        variance = SumOverRanks.apply(centred.square().sum(axes)) / count
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        return centred * (self.weight * torch.rsqrt(variance + self.eps)).view(shape) + self.bias.view(shape)
+
+
+def synchronise(model: nn.Module, device: torch.device) -> nn.Module:
+    """`model` with every BatchNorm synchronised; parameters, buffers and their names stay the same objects and names."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return model
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in model.modules():
+        if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d):
+            module.__class__ = SyncedBatchNorm
+    return model
