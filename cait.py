@@ -919,7 +919,7 @@ def analyse(args, recipe: Recipe, paper: Recipe) -> None:
         return normalize(torch.stack(images).to(run.device))
 
     if args.branch_norms:
-        source = open_data(args.data, val_data=args.val_data, classes=classes, splits=("val",), say=run.say)["val"]
+        source = open_data(args.data, val_data=args.val_data, splits=("val",), say=run.say)["val"]
         chosen = range(0, len(source), -(-len(source) // 64))
         ratios = branch_norms(model, batch([eval_transform(source.read(i), recipe.img_size, recipe.eval_crop_ratio) for i in chosen]))
         save_json(run.out / "branch_norms.json", ratios)

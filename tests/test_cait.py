@@ -138,6 +138,27 @@ def test_talking_heads_are_two_mixings_around_the_softmax():
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item()), name
 
 
+def test_state_kept_for_the_backward_pass_is_three_maps():
+    """12 h bytes per pair of tokens in float32, and what grows linearly; one layer's input with gradient checkpointing."""
+
+    def kept(module, x) -> int:
+        sizes = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t, lambda t: t):  # fmt: skip
+            module(x)
+        return sum(sizes.values())
+
+    attention = cait.Attention(48, 4)
+    few, many = (kept(attention, torch.randn(1, n, 48, requires_grad=True)) for n in (200, 400))
+    pairs = 400**2 - 200**2
+    assert 12 * 4 * pairs <= many - few <= 12 * 4 * pairs + 200 * 48 * 4 * 16
+    model = cait.build_model("cait_nano", 5, 160)  # 400 patches, 3 blocks
+    images, amounts = torch.randn(1, 3, 160, 160), []
+    for on in (False, True):
+        model.grad_checkpoint = on
+        amounts.append(kept(model, images))
+    assert amounts[0] > 3 * 12 * 2 * 400**2 and amounts[1] < 0.2 * amounts[0]
+
+
 @pytest.mark.parametrize("class_in_keys", [True, False])
 def test_class_attention_is_full_attentions_first_row(class_in_keys):
     """Eq. 3.8-3.13: row 0 of the self-attention of z = [class, patches] with the same matrices."""
