@@ -94,7 +94,8 @@ class GlobalBatches(Sampler[list]):
 
 # ---- Loading -------------------------------------------------------------------------------------------------------------
 
-Transform = Callable[[torch.Tensor, random.Random], tuple[torch.Tensor, tuple[float, ...]]]
+Images = torch.Tensor | tuple[torch.Tensor, ...]
+Transform = Callable[[torch.Tensor, random.Random], tuple[Images, tuple[float, ...]]]
 
 
 class Samples(Dataset):
@@ -102,14 +103,15 @@ class Samples(Dataset):
 
     transform(image, rng) -> (uint8 (3, h, w), parameters of what is left to the device). rng is seeded by the key.
     Items: (images uint8 (B, 3, h, w) channels-last, parameters float32 (B, P), labels int64 (B,), indices int64 (B,)),
-    or a string naming the image that could not be read.
+    or a string naming the image that could not be read. A transform that makes several crops returns a tuple of tensors
+    (n, 3, h, w), one per size; images is then a tuple of (B, n, 3, h, w).
     """
 
     def __init__(self, source: Source, transform: Transform, seed: int):
         self.source, self.transform, self.seed = source, transform, seed
 
     def __getitems__(self, keys: list[tuple[int, int, int]]) -> tuple | str:
-        batch, parameters, decoded = None, [], {}
+        batches, parameters, decoded = None, [], {}
         for i, (epoch, index, repeat) in enumerate(keys):
             if index not in decoded:
                 try:
@@ -117,14 +119,18 @@ class Samples(Dataset):
                 except (OSError, ValueError) as error:
                     return f"{self.source.name(index)}: {' '.join(str(error).split())}"
             rng = random.Random((((self.seed << 32) + epoch) << 40) + (index << 8) + repeat)
-            image, extra = self.transform(decoded[index], rng)
-            if batch is None:
-                batch = torch.empty((len(keys), *image.shape[1:], 3), dtype=torch.uint8)
-            batch[i] = image.permute(1, 2, 0)
+            crops, extra = self.transform(decoded[index], rng)
+            several = isinstance(crops, tuple)
+            crops = [crop.movedim(-3, -1) for crop in (crops if several else (crops,))]
+            if batches is None:
+                batches = [torch.empty((len(keys), *crop.shape), dtype=torch.uint8) for crop in crops]
+            for batch, crop in zip(batches, crops):
+                batch[i] = crop
             parameters.append(extra)
         indices = torch.tensor([index for _, index, _ in keys])
         labels = torch.from_numpy(self.source.labels[indices.numpy()])
-        return batch.permute(0, 3, 1, 2), torch.tensor(parameters, dtype=torch.float32), labels, indices
+        images = tuple(batch.movedim(-1, -3) for batch in batches)
+        return images if several else images[0], torch.tensor(parameters, dtype=torch.float32), labels, indices
 
     def __len__(self) -> int:
         return len(self.source)
@@ -164,7 +170,7 @@ class TrainingData:
 
     def __init__(self, run: Run, recipe, transform: Transform):
         args = run.args
-        self.group = min(recipe.mix_group, recipe.batch_size)
+        self.group = min(recipe.mix_group if hasattr(recipe, "mix_group") else 1, recipe.batch_size)  # 1: nothing is mixed
         self.micro_batch, self.accumulation = split_batch(recipe.batch_size, run.world, args.micro_batch, self.group)
         splits = ("train",) if args.val_data == "none" else ("train", "val")
         found = run.first(
@@ -206,13 +212,18 @@ class TrainingData:
         if isinstance(batch, str):
             raise RunError(f"cannot read {batch}")
         images, parameters, labels, indices = batch
-        return (images.to(self.device), parameters, labels.to(self.device), indices), range(len(keys) // self.group)
+        return (moved(images, self.device), parameters, moved(labels, self.device), indices), range(len(keys) // self.group)
 
 
 def eval_batches(length: int, batch_size: int, world_size: int, rank: int) -> list[list]:
     """Every image exactly once over all ranks; the last batches may be smaller, and ranks may differ by one image."""
     keys = [(0, index, 0) for index in range(rank, length, world_size)]
     return [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]
+
+
+def moved(images: Images, device: torch.device) -> Images:
+    """Images on the device, without waiting for the copy."""
+    return images.to(device, non_blocking=True) if isinstance(images, torch.Tensor) else tuple(moved(i, device) for i in images)
 
 
 def to_device(loader: DataLoader, device: torch.device) -> Iterator[tuple[torch.Tensor, ...]]:
@@ -231,7 +242,7 @@ def to_device(loader: DataLoader, device: torch.device) -> Iterator[tuple[torch.
             if stream is not None:
                 images, parameters, labels, indices = batch
                 with torch.cuda.stream(stream):
-                    batch = images.to(device, non_blocking=True), parameters, labels.to(device, non_blocking=True), indices
+                    batch = moved(images, device), parameters, moved(labels, device), indices
             yield batch
 
     try:
@@ -243,7 +254,7 @@ def to_device(loader: DataLoader, device: torch.device) -> Iterator[tuple[torch.
         while ahead is not None:
             current = ahead
             torch.cuda.current_stream(device).wait_stream(stream)
-            for tensor in (current[0], current[2]):
+            for tensor in (*(current[0] if isinstance(current[0], tuple) else current[:1]), current[2]):
                 tensor.record_stream(torch.cuda.current_stream(device))
             ahead = next(iterator, None)
             yield current

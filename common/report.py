@@ -112,6 +112,14 @@ def show_batch(path: str | Path, data: TrainingData, prepare: Callable) -> None:
     save_batch(path, [("before mixing", denormalize(before)), ("after mixing: what the network is fed", denormalize(after))])
 
 
+def show_crops(path: str | Path, data: TrainingData) -> None:
+    """PNG of the run's first 8 images' crops: one row of pictures per crop."""
+    images = data.first_images(8)[0][0]
+    crops = [crop[:8].cpu() for batch in images for crop in batch.unbind(1)]
+    rows = [[Image.fromarray(c.permute(1, 2, 0).contiguous().numpy()) for c in crop] for crop in crops]
+    save_sheet(path, [(f"crop {i + 1} of {len(rows)}", row) for i, row in enumerate(rows)])
+
+
 def save_batch(path: str | Path, rows: list[tuple[str, torch.Tensor]], columns: int = 8) -> None:
     """PNG with one titled grid per row entry; images (B, 3, H, W) with values 0..255."""
     strips = []

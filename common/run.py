@@ -252,6 +252,14 @@ class Run:
         dist.all_gather_object(gathered, items)
         return [item for part in gathered for item in part]
 
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Every rank's tensor (n, ...), rank 0's first: (world n, ...), the same on all ranks. No gradient."""
+        if self.world == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.world)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
     def first(self, action: Callable):
         """action() of every rank, rank 0's before the others': what it builds (an index), they find."""
         result = []
@@ -325,9 +333,9 @@ class Run:
                 )
             model.compile()
         if self.world > 1:
-            model = DistributedDataParallel(
-                model, device_ids=[self.device.index] if self.device.type == "cuda" else None, gradient_as_bucket_view=True
-            )
+            # Buffers are equal on all ranks by themselves: BatchNorm's statistics are synchronised, memories gathered.
+            device_ids = [self.device.index] if self.device.type == "cuda" else None
+            model = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False)
         return model
 
     def start(self, *, model: nn.Module, optimizer, precision, ema=None, data: dict, extra: dict[str, object] | None = None) -> None:

@@ -31,12 +31,13 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 
 torch.set_num_threads(1)
 
-SCRIPTS = ["deit", "cait", "resmlp", "patchconvnet", "deit3"]  # in the order of the papers
+SCRIPTS = ["deit", "cait", "resmlp", "patchconvnet", "trex", "deit3"]  # in the order of the papers
 NANO = {
     "deit": "deit_nano",
     "cait": "cait_nano",
     "resmlp": "resmlp_nano",
     "patchconvnet": "patchconvnet_nano",
+    "trex": "resnet_nano",
     "deit3": "vit_nano",
 }  # the model of each that serves tests
 
@@ -188,6 +189,7 @@ def own_cache(tmp_path_factory, monkeypatch):
 # The smallest run that uses every part: LAMB, accumulation, mixing, 3-Augment.
 SMALL = "--recipe shapes --img-size 32 --batch-size 16 --mix-group 4 --epochs 2 --warmup-epochs 1 --mixup 0.8 --cutmix 1.0 --workers 0 --device cpu".split()  # fmt: skip
 TINY = ["--model", NANO["deit3"], *SMALL]
+WITHOUT_MIXING = "--recipe shapes --img-size 32 --batch-size 16 --epochs 2 --warmup-epochs 1 --workers 0 --device cpu".split()
 
 
 class Result:

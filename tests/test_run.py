@@ -330,6 +330,29 @@ def test_batchnorms_statistics_are_those_of_all_ranks(command, tmp_path):
     assert saved.keys() == load(tmp_path / "one/last.pt")["model"].keys() and saved["blocks.0.norm1.num_batches_tracked"] == 12
 
 
+def test_trex_ranks_fill_one_memory_and_a_kill_changes_nothing(folder, tmp_path):
+    flags = "--model resnet_nano --recipe shapes --img-size 32 --local-size 32 --warmup-epochs 0 --memory-size 40 --workers 0 --device cpu".split()  # fmt: skip
+
+    def run(out, *extra):
+        return [*flags, "--data", folder, "--out", tmp_path / out, *extra]
+
+    # Two steps of 32 images: more of them only blow up rounding, as this rate and so small a network do.
+    two_steps = ["--batch-size", 32, "--epochs", 1]
+    assert status_of(child(run("one", *two_steps), script="trex")) == 0
+    one = load(tmp_path / "one/last.pt")["model"]
+    for world in (2, 4):
+        assert ranks(world, run(f"of{world}", *two_steps), tmp_path, script="trex") == [0] * world
+        other = load(tmp_path / f"of{world}/last.pt")["model"]
+        assert torch.equal(one["memory.labels"], other["memory.labels"]) and one["memory.ptr"] == other["memory.ptr"] == 64 % 40
+        assert all(torch.allclose(one[k], other[k], atol=2e-4) for k in one), world
+    eight = ["--batch-size", 8, "--epochs", 2, "--save-steps", 1]
+    assert status_of(child(run("whole", *eight), script="trex")) == 0
+    kill = at_steps(lambda: os.kill(os.getpid(), signal.SIGKILL), [5])
+    assert status_of(child(run("killed", *eight), script="trex", patch=kill)) == -signal.SIGKILL
+    assert status_of(child(run("killed", *eight, "--resume"), script="trex")) == 0
+    assert same_training(tmp_path / "whole", tmp_path / "killed")  # memory and averaged network included
+
+
 def test_F9_a_run_resumes_on_another_number_of_ranks(command, tmp_path):
     stop = at_steps(lambda: os.kill(os.getpid(), signal.SIGTERM), [5])
     assert status_of(child(command("one"))) == 0
