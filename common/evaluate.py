@@ -1,14 +1,16 @@
-"""Evaluation: top-1, top-5 and loss, exact over any number of ranks; accuracy against ImageNet-Real's labels."""
+"""Evaluation: top-1, top-5 and loss, exact over any number of ranks; ImageNet-Real's labels; fixed features."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -223,3 +225,89 @@ def real_labels(file: str, source: Source) -> list[list[int]]:
             raise UserError(f"--real-labels {file}: no entry for {source.name(i)}; files must keep their names ILSVRC2012_val_NNNNNNNN")
         found.append(labels[number])
     return found
+
+
+# ---- Fixed features: kNN, retrieval, linear classifier -----------------------------------------------------------------
+
+
+@torch.no_grad()
+def knn_probabilities(
+    queries: torch.Tensor, keys: torch.Tensor, labels: torch.Tensor, k: int, sigma: float, num_classes: int, chunk: int = 1024
+) -> torch.Tensor:
+    """Class probabilities of queries (B, D) by their k nearest of keys (M, D) with labels (M,): (B, C), thesis Eq. 2.6.
+
+    Neighbours by cosine, each with weight exp(cos / sigma); a class without a neighbour gets exactly 0. Nothing needs to
+    be normalised; memory is bounded by chunk x M numbers.
+    """
+    keys, found = F.normalize(keys, dim=1), []
+    for part in F.normalize(queries, dim=1).split(chunk):
+        cosine, nearest = (part @ keys.T).topk(min(k, len(keys)), dim=1)
+        weights = (cosine / sigma).softmax(dim=1)  # the same as exponentials over their sum, without their size
+        found.append(weights.new_zeros(len(part), num_classes).scatter_add_(1, labels[nearest], weights))
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def mean_average_precision(
+    queries: torch.Tensor, query_labels: torch.Tensor, gallery: torch.Tensor, gallery_labels: torch.Tensor, chunk: int = 256
+) -> float:
+    """Mean over queries (B, D) of the average precision of the gallery (M, D) ranked by cosine, in 0..1; exact.
+
+    AP: mean over the relevant items (same label) of the precision at their rank; of equal scores the last rank counts, as
+    in scikit-learn. Queries without a relevant item are left out. The gallery's scores are sorted, not its indices, and
+    only the relevant ones are looked up in them; memory is bounded by chunk x M numbers.
+    """
+    order = gallery_labels.argsort(stable=True)  # one slice per class
+    gallery, sorted_labels = F.normalize(gallery[order], dim=1), gallery_labels[order]
+    first = torch.searchsorted(sorted_labels, query_labels)
+    last = torch.searchsorted(sorted_labels, query_labels, right=True)
+    total, count, M = 0.0, 0, len(gallery)
+    for part, starts, ends in zip(F.normalize(queries, dim=1).split(chunk), first.split(chunk), last.split(chunk)):
+        scores = part @ gallery.T
+        # numpy sorts values alone, which torch does not; on a GPU the difference does not matter.
+        ranked = scores.sort(dim=1).values if scores.is_cuda else torch.from_numpy(np.sort(scores.numpy(), axis=1))
+        for row, ascending, a, b in zip(scores, ranked, starts.tolist(), ends.tolist()):
+            if a == b:
+                continue
+            relevant = row[a:b].sort().values.contiguous()
+            ranks = M - torch.searchsorted(ascending, relevant)  # items with at least this score
+            found = (b - a) - torch.searchsorted(relevant, relevant)  # relevant ones among them
+            total += (found.double() / ranks).mean().item()
+            count += 1
+    return total / max(count, 1)
+
+
+def logistic_regression(
+    features: torch.Tensor, labels: torch.Tensor, num_classes: int, C: float = 1.0, max_steps: int = 2000
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weight (num_classes, D), bias (num_classes,)) at the minimum of C sum_i CE_i + ||weight||^2 / 2, features (M, D).
+
+    scikit-learn's objective for more than two classes (for two it fits one vector: its optimum at C is this one's at C / 2):
+    the bias is not penalised, the losses are summed. By L-BFGS in float64, until no step improves; of bias, unique up to a constant, the one whose mean is 0 is returned.
+    """
+    x, D = features.double(), features.shape[1]
+    parameters = torch.zeros(num_classes, D + 1, dtype=torch.float64, device=x.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [parameters], max_iter=max_steps, max_eval=2 * max_steps, history_size=20, tolerance_grad=1e-9, tolerance_change=1e-14, line_search_fn="strong_wolfe"
+    )  # fmt: skip
+    scale = 1 / (C * len(x))  # the mean form, whose size depends on neither C nor M
+
+    def objective() -> torch.Tensor:
+        optimizer.zero_grad()
+        weight, bias = parameters[:, :D], parameters[:, D]
+        loss = F.cross_entropy(x @ weight.T + bias, labels) + 0.5 * scale * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(objective)
+    weight, bias = parameters.detach()[:, :D], parameters.detach()[:, D]
+    return weight.to(features.dtype), (bias - bias.mean()).to(features.dtype)
+
+
+def log_odds(accuracy: float) -> float:
+    """log(p / (1 - p)) of an accuracy p in 0..1 (Kornblith et al.); infinite at 0 and 1."""
+    if not 0 <= accuracy <= 1:
+        raise ValueError(f"accuracy {accuracy}: must lie in 0..1")
+    if accuracy in (0, 1):
+        return math.copysign(math.inf, accuracy - 0.5)
+    return math.log(accuracy / (1 - accuracy))

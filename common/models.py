@@ -29,7 +29,10 @@ def from_checkpoint(content: dict, where: str, img_size: tuple[int, int], say: C
         raise UserError(f"{where}: was written by {method}.py, which does not lie beside common/")
     script = importlib.import_module(method)
     known = {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in content["recipe"].items()}
-    recipe = script.Recipe(**{**known, "img_size": tuple(img_size)})
+    try:
+        recipe = script.Recipe(**{**known, "img_size": tuple(img_size)})
+    except TypeError as error:
+        raise UserError(f"{where}: was written by another version of {method}.py ({error})") from None
     args = argparse.Namespace(model=content["model_name"], grad_checkpoint=False)
     model = script.make_model(args, recipe, len(content["data"]["classes"]))
     state = checkpoint.weights(content)

@@ -31,6 +31,7 @@ import deit
 import deit3
 import patchconvnet
 import resmlp
+import trex
 from common import data, evaluate, images, sources
 from common.optim import EMA, Lamb, param_groups
 
@@ -113,6 +114,20 @@ def loader(folder: str) -> None:
     compare("RandAugment, erasing: official / worker's side", official(randaugment), ours(nine))
     compare("RandAugment, erasing: official / finished float batch", official(randaugment), finished(ours(nine)))
     compare("RandAugment, erasing: three repeats, finished float batch", official(randaugment), finished(ours(nine, 3)))
+
+    def nine_times(file):
+        crops = []
+        for i in range(9):
+            size, scale, blur, solarize = (224, (0.25, 1.0), 0.2, 0.2) if i == 0 else (96, (0.05, 0.25), 0.5, 0.0)
+            image = Image.open(io.BytesIO(file)).convert("RGB")
+            image = T.RandomHorizontalFlip()(T.RandomResizedCrop(size, scale, interpolation=bicubic)(image))
+            crops.append(normalize(T.ToTensor()(trex.colours(image, random, blur, solarize))))
+        return crops
+
+    some = files[:25]
+    multi = data.Samples(source, trex.TrainTransform(trex.Recipe()), 0)
+    keys = [(0, i, 0) for i in range(len(some))]
+    compare("t-ReX's nine crops: decoded nine times / ours, once", lambda: [nine_times(f) for f in some], lambda: multi.__getitems__(keys))
 
     in1k = deit3.TrainTransform(deit3.Recipe())
     compare("3-Augment, RRC: official / worker's side", official(three), ours(in1k))

@@ -505,6 +505,8 @@ def test_teachers_of_other_scripts_and_classes(here, folder, tmp_path):
     renamed = write_folder(tmp_path / "renamed", classes=("ant", "bee", "cow", "dog"))
     refused(here("deit", *flags, "--data", renamed), "its class 2 is 'cat', the data's is 'cow'")
     content = torch.load(tmp_path / "t/last.pt", weights_only=True)
+    torch.save({**content, "recipe": {**content["recipe"], "glow": 1}}, tmp_path / "t/newer.pt")
+    refused(here("deit", *flags[:-1], tmp_path / "t/newer.pt"), "newer.pt: was written by another version of deit3.py")
     torch.save({**content, "method": "os"}, tmp_path / "t/foreign.pt")
     refused(here("deit", *flags[:-1], tmp_path / "t/foreign.pt"), "was written by os.py, which does not lie beside common/")
 
