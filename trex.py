@@ -39,7 +39,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.transforms.v2 import functional as adjust
 
-# ---- Recipe: sections 3 and 4 of the paper -----------------------------------------------------------------------------
+# ---- Recipe ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ RECIPES = {
     ),
 }
 
-# ---- Architecture: section 3.1 -----------------------------------------------------------------------------------------
+# ---- Architecture ------------------------------------------------------------------------------------------------------
 
 MODELS = {  # encoders of torchvision's, with the width of their features
     "resnet18": 512,
@@ -156,7 +156,7 @@ class Network(nn.Module):
 
 
 class MemoryBank(nn.Module):
-    """OCM (section 3.3): the last `size` projections of the averaged network, as they are, and their labels."""
+    """Online class prototypes (OCM): the last `size` projections of the averaged network, as they are, and their labels."""
 
     def __init__(self, dim: int, size: int, num_classes: int):
         super().__init__()
@@ -251,7 +251,7 @@ def encoder_weights(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
-# ---- Augmentation: multi-crop (section 3.2) ----------------------------------------------------------------------------
+# ---- Augmentation: multi-crop ------------------------------------------------------------------------------------------
 #
 # All of it runs in the loader's processes, on the crops: an image is decoded once for its nine.
 
