@@ -216,8 +216,8 @@ class TReX(nn.Module):
 
     def forward(self, crops: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
         z = self.model([crops] if isinstance(crops, torch.Tensor) else crops)
-        prototypes = (self.memory if hasattr(self, "memory") else self.clf).prototypes()
         with torch.autocast("cuda" if z.is_cuda else "cpu", enabled=False):  # cosines over 0.1 in 16 bits would be steps of 0.04
+            prototypes = (self.memory if hasattr(self, "memory") else self.clf).prototypes()
             return F.normalize(z.float(), dim=1) @ prototypes.float().T / self.temperature
 
     @torch.no_grad()

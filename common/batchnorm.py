@@ -31,17 +31,18 @@ class SyncedBatchNorm(_BatchNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:
             return super().forward(x)
+        dtype, x = x.dtype, x.float()
         axes, shape = [d for d in range(x.ndim) if d != 1], [1, -1] + [1] * (x.ndim - 2)
         count = torch.full((1,), x.numel() / x.shape[1], dtype=x.dtype, device=x.device)
-        *sums, count = SumOverRanks.apply(torch.cat([x.sum(axes), count])).split([x.shape[1], 1])
-        mean = sums[0] / count
+        total, count = SumOverRanks.apply(torch.cat([x.sum(axes), count])).split([x.shape[1], 1])
+        mean = total / count
         centred = x - mean.view(shape)
         variance = SumOverRanks.apply(centred.square().sum(axes)) / count
         with torch.no_grad():
             self.num_batches_tracked.add_(1)
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-        return centred * (self.weight * torch.rsqrt(variance + self.eps)).view(shape) + self.bias.view(shape)
+        return (centred * (self.weight * torch.rsqrt(variance + self.eps)).view(shape) + self.bias.view(shape)).to(dtype)
 
 
 def synchronise(model: nn.Module, device: torch.device) -> nn.Module:
