@@ -733,10 +733,7 @@ def parse_args(argv: list[str] | None = None):
     from common import cli
 
     parser = cli.make_parser("cait", __doc__, Recipe, RECIPES, model="cait_s24", recipe="in1k")
-    parser.add_argument("--teacher", metavar="NAME", help=f"a classifier of torchvision's; default: {TEACHER} (section 3.7)")
-    parser.add_argument(
-        "--teacher-weights", metavar="FILE", help="of that classifier, or a checkpoint of any script here; default: torchvision's weights"
-    )
+    cli.add_teacher_flags(parser, TEACHER)
     parser.add_argument(
         "--grad-checkpoint", action="store_true", help="recompute activations in the backward pass: less memory for one more forward pass"
     )
@@ -753,10 +750,7 @@ def parse_args(argv: list[str] | None = None):
     if args.lr is None:
         recipe = dataclasses.replace(recipe, lr=paper.lr * recipe.batch_size / paper.batch_size)
     cli.check_recipe(recipe)
-    if recipe.distillation == "none":
-        cli.refuse(args, ("teacher", "teacher_weights"), "has no effect without a teacher; add --distillation hard")
-    elif args.teacher is not None:
-        cli.check_choice("--teacher", args.teacher, torchvision.models.list_models(torchvision.models))
+    cli.check_teacher(args, recipe.distillation)
     if args.model not in MODELS:
         cli.refuse(args, ("drop_path", "branches", "epsilon", "class_in_keys"), "not for torchvision's models; leave it out")
     return args, recipe, paper

@@ -572,10 +572,7 @@ def parse_args(argv: list[str] | None = None):
     from common import cli
 
     parser = cli.make_parser("deit", __doc__, Recipe, RECIPES, model="deit_b", recipe="in1k")
-    parser.add_argument("--teacher", metavar="NAME", help=f"a classifier of torchvision's; default: {TEACHER} (section 3.4.2)")
-    parser.add_argument(
-        "--teacher-weights", metavar="FILE", help="of that classifier, or a checkpoint of any script here; default: torchvision's weights"
-    )
+    cli.add_teacher_flags(parser, TEACHER)
     args = parser.parse_args(argv)
     cli.check_names(args, MODELS, RECIPES)
     paper = paper_recipe(args.recipe, args.model, distillation=args.distillation, data=args.data or "")
@@ -583,10 +580,9 @@ def parse_args(argv: list[str] | None = None):
     if args.lr is None:  # section 3.4.5: in proportion to the batch
         recipe = dataclasses.replace(recipe, lr=paper.lr * recipe.batch_size / paper.batch_size)
     cli.check_recipe(recipe)
+    cli.check_teacher(args, recipe.distillation)
     if recipe.distillation == "none":
-        cli.refuse(args, ("alpha", "tau", "teacher", "teacher_weights"), "has no effect without a teacher; add --distillation hard or soft")
-    elif args.teacher is not None:
-        cli.check_choice("--teacher", args.teacher, torchvision.models.list_models(torchvision.models))
+        cli.refuse(args, ("alpha", "tau"), "has no effect without a teacher; add --distillation hard or soft")
     if recipe.distillation == "hard":
         cli.refuse(args, ("tau",), "hard distillation has no temperature; use --distillation soft")
     if args.model not in MODELS:

@@ -261,7 +261,7 @@ class MLP(nn.Module):
 
 
 class LearnedAggregation(nn.Module):
-    """Cross-attention of class tokens (B, T, C) to keys and values z (B, L, C): (B, T, C)."""
+    """Cross-attention of class tokens (B, T, C) to the keys and values (B, h, L, C/h) of z (B, L, C): (B, T, C)."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -276,14 +276,19 @@ class LearnedAggregation(nn.Module):
         """(B, L, C) -> (B, h, L, C/h)"""
         return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
-    def weights(self, tokens: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    def keys(self, z: torch.Tensor) -> torch.Tensor:
+        return self.split(F.linear(z, self.k.weight))
+
+    def values(self, z: torch.Tensor) -> torch.Tensor:
+        return self.split(self.v(z))
+
+    def weights(self, tokens: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         """How much each of L counts for each token: (B, h, T, L)."""
-        q, k = self.split(self.q(tokens)), self.split(F.linear(z, self.k.weight))
+        q = self.split(self.q(tokens))
         return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1)
 
-    def forward(self, tokens: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        v = self.split(self.v(z))
-        return self.proj((self.weights(tokens, z).to(v.dtype) @ v).transpose(1, 2).flatten(2))
+    def forward(self, tokens: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return self.proj((self.weights(tokens, k).to(v.dtype) @ v).transpose(1, 2).flatten(2))
 
 
 class AggregationBlock(nn.Module):
@@ -303,15 +308,20 @@ class AggregationBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = MLP(dim)
 
-    def keys(self, tokens: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
+    def attended(self, tokens: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
         return self.norm1(patches if self.per_class else torch.cat([tokens, patches], dim=1))
 
     def weights(self, tokens: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
         """The share of each patch in the weighted sum, (B, h, T, N)."""
-        return self.attn.weights(self.norm1(tokens), self.keys(tokens, patches))[..., -patches.shape[1] :]
+        k = self.attn.keys(self.attended(tokens, patches))
+        return self.attn.weights(self.norm1(tokens), k)[..., -patches.shape[1] :]
 
     def forward(self, tokens: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
-        tokens = tokens + self.gamma_1 * self.attn(self.norm1(tokens), self.keys(tokens, patches))
+        z = self.attended(tokens, patches)
+        return self.aggregate(tokens, self.attn.keys(z), self.attn.values(z))
+
+    def aggregate(self, tokens: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        tokens = tokens + self.gamma_1 * self.attn(self.norm1(tokens), k, v)
         return tokens + self.gamma_2 * self.mlp(self.norm2(tokens))
 
 
@@ -384,12 +394,17 @@ class PatchConvNet(nn.Module):
         weight, bias = torch.cat([h.weight for h in self.head]), torch.cat([h.bias for h in self.head])  # (K, C), (K,)
         size = self.CLASSES_AT_ONCE
         pieces = zip(self.cls_token.split(size, dim=1), weight.split(size), bias.split(size))
+        pool = self.blocks_token_only[0]
+        z = pool.norm1(patches)
+        k, v = pool.attn.keys(z), pool.attn.values(z)  # of the patches alone: the same for all classes
         run = (lambda *a: checkpoint(self.class_logits, *a, use_reentrant=False)) if self.training else self.class_logits
-        return torch.cat([run(t, patches, w, b) for t, w, b in pieces], dim=1)
+        return torch.cat([run(t, k, v, w, b) for t, w, b in pieces], dim=1)
 
-    def class_logits(self, tokens: torch.Tensor, patches: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    def class_logits(
+        self, tokens: torch.Tensor, k: torch.Tensor, v: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+    ) -> torch.Tensor:
         """Logits (B, T) of T classes with tokens (1, T, C), each by its own classifier (T, C), (T,)."""
-        x = self.norm(self.blocks_token_only[0](tokens.repeat(len(patches), 1, 1), patches))
+        x = self.norm(self.blocks_token_only[0].aggregate(tokens.repeat(len(k), 1, 1), k, v))
         return torch.einsum("btc,tc->bt", x, weight.to(x.dtype)) + bias
 
 

@@ -731,10 +731,7 @@ def parse_args(argv: list[str] | None = None):
     from common import cli
 
     parser = cli.make_parser("resmlp", __doc__, Recipe, RECIPES, model="resmlp_s24", recipe="in1k")
-    parser.add_argument("--teacher", metavar="NAME", help=f"a classifier of torchvision's; default: {TEACHER} (section 4.3.1)")
-    parser.add_argument(
-        "--teacher-weights", metavar="FILE", help="of that classifier, or a checkpoint of any script here; default: torchvision's weights"
-    )
+    cli.add_teacher_flags(parser, TEACHER)
     parser.add_argument("--filters", metavar="FOLDER", help="write the cross-patch filters (Figure 4.2) and the sparsity (4.3) and stop")
     parser.add_argument("--layers", nargs="+", type=int, metavar="N", help="of --filters: these layers, the first is 0; default: all")
     args = parser.parse_args(argv)
@@ -742,10 +739,7 @@ def parse_args(argv: list[str] | None = None):
     paper = paper_recipe(args.recipe, data=args.data or "")
     recipe = cli.override(paper, args)
     cli.check_recipe(recipe)
-    if recipe.distillation == "none":
-        cli.refuse(args, ("teacher", "teacher_weights"), "has no effect without a teacher; add --distillation hard")
-    elif args.teacher is not None:
-        cli.check_choice("--teacher", args.teacher, torchvision.models.list_models(torchvision.models))
+    cli.check_teacher(args, recipe.distillation)
     if args.model not in MODELS:
         cli.refuse(args, ("drop_path", "patch_size", "norm", "pooling", "communication"), "not for torchvision's models; leave it out")
     if args.filters is None:

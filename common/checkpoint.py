@@ -146,13 +146,21 @@ HEADS = ("head.", "head_dist.", "fc.", "classifier.", "heads.")  # classifiers: 
 
 
 def load_pretrained(
-    model: torch.nn.Module, args, method: str, *, new_head: bool, say: Callable[[str], None], adapt: Callable | None = None
+    model: torch.nn.Module,
+    args,
+    method: str,
+    *,
+    new_head: bool,
+    say: Callable[[str], None],
+    adapt: Callable | None = None,
+    content: dict | None = None,
 ) -> None:
     """--weights into the model; a classifier for other classes is left fresh (only if new_head).
 
-    adapt(model, state, content, say) changes the state dict in place to fit the model's resolution; content is the whole file.
+    adapt(model, state, content, say) changes the state dict in place to fit the model's resolution; content is the whole file,
+    read here unless it is given.
     """
-    content = load(args.weights, "--weights")
+    content = load(args.weights, "--weights") if content is None else content
     if isinstance(content.get("model_name"), str) and content["model_name"] != args.model:
         raise UserError(
             f"--weights {args.weights}: holds {content.get('method')} {content['model_name']}, you asked for {method} {args.model}"

@@ -46,6 +46,13 @@ def make_parser(method: str, doc: str, recipe_class: type, recipes, *, model: st
     return parser
 
 
+def add_teacher_flags(parser: Parser, default: str) -> None:
+    parser.add_argument("--teacher", metavar="NAME", help=f"a classifier of torchvision's; default: {default}, as in the thesis")
+    parser.add_argument(
+        "--teacher-weights", metavar="FILE", help="of that classifier, or a checkpoint of any script here; default: torchvision's weights"
+    )
+
+
 def _add_run_flags(parser: Parser) -> None:
     data = parser.add_argument_group("data")
     data.add_argument("--data", metavar="DATA", help="shapes, FOLDER, FILE.tar or NAME:FOLDER (see common/sources.py); default: shapes")
@@ -201,6 +208,14 @@ def refuse(args: argparse.Namespace, flags: tuple[str, ...], why: str) -> None:
     for flag in flags:
         if getattr(args, flag) is not None:
             raise UserError(f"--{flag.replace('_', '-')}: {why}")
+
+
+def check_teacher(args: argparse.Namespace, distillation: str) -> None:
+    """UserError for an unknown --teacher, or for its flags where there is no distillation."""
+    if distillation == "none":
+        refuse(args, ("teacher", "teacher_weights"), "has no effect without a teacher; add --distillation hard")
+    elif args.teacher is not None:
+        check_choice("--teacher", args.teacher, torchvision.models.list_models(torchvision.models))
 
 
 def check_choice(flag: str, value: str, choices) -> None:

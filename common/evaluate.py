@@ -154,7 +154,7 @@ def trained_model(run: Run, make_model: Callable, *, saved: tuple[str, ...], ada
         one_each = len(heads) > 1 and all(len(v) == 1 for v in heads)  # a classifier of its own for every class
         classes = [str(i) for i in range(len(heads) if one_each else len(heads[-1]))]
     model = make_model(args, recipe, len(classes))
-    checkpoint.load_pretrained(model, args, run.method, new_head=False, say=run.say, adapt=adapt)
+    checkpoint.load_pretrained(model, args, run.method, new_head=False, say=run.say, adapt=adapt, content=content)
     return model.to(run.device).eval(), recipe, classes
 
 
@@ -195,7 +195,7 @@ def evaluate_weights(run: Run, make_model: Callable, *, saved: tuple[str, ...], 
     head = next((v for k, v in state.items() if k in ("head.weight", "fc.weight")), None)
     first = next(iter(sources.values()))
     model = make_model(args, recipe, len(first.classes) if head is None or args.data else len(head))
-    checkpoint.load_pretrained(model, args, run.method, new_head=False, say=run.say, adapt=adapt)
+    checkpoint.load_pretrained(model, args, run.method, new_head=False, say=run.say, adapt=adapt, content=content)
     model.to(run.device)
     autocast = Precision(run.amp, run.device).autocast
     for name, source in sources.items():
