@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import importlib
 import io
 import json
@@ -28,6 +29,7 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -83,6 +85,31 @@ def filled_images(batch: int, size: int) -> torch.Tensor:
         coarse = noise(f"image.{b}.{size}.coarse", 147).reshape(3, 7, 7)[:, grid[:, None], grid[None]]
         pictures.append(1.5 * coarse + noise(f"image.{b}.{size}.fine", 3 * size * size).reshape(3, size, size))
     return torch.from_numpy(np.stack(pictures).astype(np.float32))
+
+
+def check_architecture(model: torch.nn.Module, case: dict) -> None:
+    """A model on the meta device has the official state dict, parameters and GMACs."""
+    keys = {k: list(v.shape) for k, v in model.state_dict().items()}
+    assert hashlib.sha256(json.dumps(keys, separators=(",", ":")).encode()).hexdigest() == case["state_dict_sha256"]
+    assert sum(p.numel() for p in model.parameters()) == case["n_params"]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(torch.empty(1, 3, case["img_size"], case["img_size"], device="meta"))
+    assert counter.get_total_flops() / 2e9 == pytest.approx(case["gmacs"], rel=1e-5)
+
+
+def check_logits(logits: torch.Tensor, first_ten: list, norm: float) -> None:
+    """Logits (B, K) are the official ones, of which the first ten of each image and the norm of all are kept."""
+    rms = logits.pow(2).mean().sqrt()
+    assert (logits[:, :10] - torch.tensor(first_ten)).abs().max() <= 3e-5 * rms
+    assert logits.norm().item() == pytest.approx(norm, rel=3e-5)
+
+
+def check_distribution(tensor: torch.Tensor, mean: float, std: float, name: str, slack: float = 1e-9) -> None:
+    """A fresh tensor has the official mean and deviation, up to what a sample of its size may differ by."""
+    tensor = tensor.double()
+    error = 6 * max(std, 1e-12) / math.sqrt(tensor.numel())  # six standard errors of a mean
+    assert tensor.mean().item() == pytest.approx(mean, abs=2 * error + slack), name
+    assert tensor.std(correction=0).item() == pytest.approx(std, abs=error + 1e-9, rel=0.01), name
 
 
 def sine(spec: dict, dtype=torch.float64) -> torch.Tensor:

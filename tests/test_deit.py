@@ -1,7 +1,6 @@
 """deit.py against the official models' and components' numbers, against other libraries, and as a whole."""
 
 import hashlib
-import json
 import math
 import random
 import sys
@@ -16,6 +15,9 @@ from conftest import (
     SMALL,
     TINY,
     FixedDraws,
+    check_architecture,
+    check_distribution,
+    check_logits,
     fill,
     filled_images,
     finish,
@@ -30,7 +32,6 @@ from conftest import (
 )  # fmt: skip
 from PIL import Image
 from test_cli import refused
-from torch.utils.flop_counter import FlopCounterMode
 
 import common.shapes
 import deit
@@ -55,19 +56,7 @@ def on_meta(case: dict) -> torch.nn.Module:
 
 @pytest.mark.parametrize("variant", MODELS)
 def test_state_dict_parameters_and_gmacs_are_the_official_ones(variant):
-    case = MODELS[variant]
-    model = on_meta(case)
-    keys = {k: list(v.shape) for k, v in model.state_dict().items()}
-    assert hashlib.sha256(json.dumps(keys, separators=(",", ":")).encode()).hexdigest() == case["state_dict_sha256"]
-    assert sum(p.numel() for p in model.parameters()) == case["n_params"]
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(torch.empty(1, 3, case["img_size"], case["img_size"], device="meta"))
-    assert counter.get_total_flops() / 2e9 == pytest.approx(case["gmacs"], rel=1e-5)
-
-
-def close(logits: torch.Tensor, first_ten, norm: float) -> bool:
-    rms = logits.pow(2).mean().sqrt()
-    return (logits[:, :10] - torch.tensor(first_ten)).abs().max() <= 3e-5 * rms and logits.norm().item() == pytest.approx(norm, rel=3e-5)
+    check_architecture(on_meta(MODELS[variant]), MODELS[variant])
 
 
 @pytest.mark.parametrize("variant", MODELS)
@@ -77,10 +66,10 @@ def test_logits_equal_the_official_ones_of_every_head(variant):
     fill(model)
     images = filled_images(2, case["img_size"])
     with torch.no_grad():
-        assert close(model(images), case["logits"], case["logits_norm"])
+        check_logits(model(images), case["logits"], case["logits_norm"])
         if model.distilled:
             for logits, head in zip(model.train()(images), ("head_cls_train", "head_dist_train")):
-                assert close(logits, case[head], case[f"{head}_norm"])
+                check_logits(logits, case[head], case[f"{head}_norm"])
 
 
 @pytest.mark.parametrize("variant", ["tiny", "tiny_distilled"])
@@ -89,10 +78,7 @@ def test_a_fresh_model_has_the_official_distribution(variant):
     torch.manual_seed(0)
     state = deit.build_model(case["model"]).state_dict()
     for key, (mean, std) in case["init_stats"].items():
-        tensor = state[key].double()
-        error = 6 * max(std, 1e-12) / math.sqrt(tensor.numel())  # six standard errors of a mean
-        assert tensor.mean().item() == pytest.approx(mean, abs=2 * error + 1e-9), key
-        assert tensor.std(correction=0).item() == pytest.approx(std, abs=error + 1e-9, rel=0.01), key
+        check_distribution(state[key], mean, std, key)
 
 
 @pytest.mark.parametrize("variant", MODELS)

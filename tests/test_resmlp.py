@@ -2,16 +2,14 @@
 
 import hashlib
 import json
-import math
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import NANO, SMALL, fill, filled_images, load, log_of, reference
+from conftest import NANO, SMALL, check_architecture, check_distribution, check_logits, fill, filled_images, load, log_of, reference
 from PIL import Image
 from test_cli import refused
-from torch.utils.flop_counter import FlopCounterMode
 
 import common.shapes
 import resmlp
@@ -32,14 +30,7 @@ def on_meta(case: dict) -> torch.nn.Module:
 
 @pytest.mark.parametrize("variant", MODELS)
 def test_state_dict_parameters_and_gmacs_are_the_official_ones(variant):
-    case = MODELS[variant]
-    model = on_meta(case)
-    keys = {k: list(v.shape) for k, v in model.state_dict().items()}
-    assert hashlib.sha256(json.dumps(keys, separators=(",", ":")).encode()).hexdigest() == case["state_dict_sha256"]
-    assert sum(p.numel() for p in model.parameters()) == case["n_params"]
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(torch.empty(1, 3, case["img_size"], case["img_size"], device="meta"))
-    assert counter.get_total_flops() / 2e9 == pytest.approx(case["gmacs"], rel=1e-5)
+    check_architecture(on_meta(MODELS[variant]), MODELS[variant])
 
 
 @pytest.mark.parametrize("variant", ["12", "36", pytest.param("b24", marks=slow)])
@@ -50,19 +41,14 @@ def test_logits_equal_the_official_ones_fused_or_not(variant):
     images = filled_images(2, case["img_size"])
     with torch.no_grad():
         for logits in (model(images), resmlp.fuse(model)(images)):
-            rms = logits.pow(2).mean().sqrt()
-            assert (logits[:, :10] - torch.tensor(case["logits"])).abs().max() <= 3e-5 * rms
-            assert logits.norm().item() == pytest.approx(case["logits_norm"], rel=3e-5)
+            check_logits(logits, case["logits"], case["logits_norm"])
 
 
 def test_a_fresh_model_has_the_official_distribution():
     torch.manual_seed(0)
     state = resmlp.build_model("resmlp_s12").state_dict()
     for key, (mean, std) in MODELS["12"]["init_stats"].items():
-        tensor = state[key].double()
-        error = 6 * max(std, 1e-12) / math.sqrt(tensor.numel())  # six standard errors of a mean
-        assert tensor.mean().item() == pytest.approx(mean, abs=2 * error + 1e-8), key
-        assert tensor.std(correction=0).item() == pytest.approx(std, abs=error + 1e-9, rel=0.01), key
+        check_distribution(state[key], mean, std, key, slack=1e-8)
 
 
 @pytest.mark.parametrize("variant", MODELS)
