@@ -605,7 +605,7 @@ def train(args, recipe: Recipe, paper: Recipe) -> None:
     from common.checkpoint import load_pretrained
     from common.data import TrainingData
     from common.evaluate import eval_loader, evaluate, normalize
-    from common.models import load_teacher
+    from common.models import load_teacher, on_meta
     from common.optim import EMA, cosine_lr, make_optimizer
     from common.precision import Precision, check_amp
     from common.report import describe, save_curves, show_batch
@@ -613,8 +613,7 @@ def train(args, recipe: Recipe, paper: Recipe) -> None:
 
     run = Run("deit", args, recipe, paper)
     check_amp(run.amp, run.device)
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        make_model(args, recipe, 2)  # a size that does not fit is told before the data is scanned
+    on_meta(lambda: make_model(args, recipe, 2))  # a size that does not fit is told before the data is scanned
     teacher = None
     if recipe.distillation != "none" and not args.show_batch:
         teacher = run.first(lambda: load_teacher(args.teacher, args.teacher_weights, TEACHER, recipe.img_size, run.say))

@@ -717,6 +717,7 @@ def train(args, recipe: Recipe, paper: Recipe) -> None:
     from common.checkpoint import load_pretrained
     from common.data import TrainingData
     from common.evaluate import eval_loader, evaluate, normalize
+    from common.models import on_meta
     from common.optim import cosine_lr, make_optimizer
     from common.precision import Precision, check_amp
     from common.report import describe, save_curves, show_batch
@@ -724,8 +725,7 @@ def train(args, recipe: Recipe, paper: Recipe) -> None:
 
     run = Run("patchconvnet", args, recipe, paper)
     check_amp(run.amp, run.device)
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        make_model(args, recipe, 2)  # a size that does not fit is told before the data is scanned
+    on_meta(lambda: make_model(args, recipe, 2))  # a size that does not fit is told before the data is scanned
     data = TrainingData(run, recipe, TrainTransform(recipe))
     num_classes = len(data.classes)
 

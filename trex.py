@@ -220,6 +220,10 @@ class TReX(nn.Module):
             prototypes = (self.memory if hasattr(self, "memory") else self.clf).prototypes()
             return F.normalize(z.float(), dim=1) @ prototypes.float().T / self.temperature
 
+    def transfer_features(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, D) of the encoder: what linear classifiers on other data sets are given; the projector is thrown away."""
+        return self.model.encoder(images)
+
     @torch.no_grad()
     def average(self, momentum: float) -> None:
         """model_ema <- momentum model_ema + (1 - momentum) model, parameters only."""

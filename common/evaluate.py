@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from common import checkpoint
 from common.data import Samples, eval_batches, make_loader, to_device
@@ -231,27 +233,85 @@ def real_labels(file: str, source: Source) -> list[list[int]]:
 
 
 @torch.no_grad()
+def extract(
+    embed: Callable[[torch.Tensor], torch.Tensor],
+    source: Source,
+    size: tuple[int, int],
+    crop_ratio: float,
+    run: Run,
+    *,
+    batch_size: int = 64,
+    title: str = "features",
+) -> torch.Tensor:
+    """embed(normalised images (B, 3, *size)) -> (B, D) of every image of `source`, in its order: float32 (N, D), on all ranks.
+
+    Each rank computes its share; whoever calls puts the network into eval mode.
+    """
+    if len(source) < run.world:
+        raise UserError(f"{len(source)} images are too few for {run.world} ranks; start fewer")
+    loader, parts = eval_loader(source, size, crop_ratio, batch_size, run), []
+    autocast = Precision(run.amp, run.device).autocast
+    with tqdm(total=len(source), desc=title, unit="img", leave=False, disable=run.rank > 0 or not sys.stderr.isatty()) as bar:
+        for images, *_ in to_device(loader, run.device):
+            with autocast():
+                parts.append(embed(normalize(images)).float())
+            bar.update(len(images) * run.world)
+    mine = torch.cat(parts)
+    most = -(-len(source) // run.world)
+    shares = run.gather(F.pad(mine, (0, 0, 0, most - len(mine)))).view(run.world, most, -1)
+    return shares.transpose(0, 1).reshape(run.world * most, -1)[: len(source)]  # rank r holds every world-th image from r on
+
+
+def _rows(collection: int) -> int:
+    """Queries that are compared with a collection at a time: 2^27 scores, half a GiB."""
+    return max(1, 2**27 // max(1, collection))
+
+
+@torch.no_grad()
+def nearest(queries: torch.Tensor, keys: torch.Tensor, k: int, chunk: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(cosines, indices), each (B, k), of the k nearest of keys (M, D) to queries (B, D), nearest first.
+
+    Nothing needs to be normalised; memory is bounded by chunk x M numbers.
+    """
+    keys = F.normalize(keys, dim=1)
+    parts = F.normalize(queries, dim=1).split(chunk or _rows(len(keys)))
+    found = [(part @ keys.T).topk(min(k, len(keys)), dim=1) for part in parts]
+    return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
+
+
+def vote(cosines: torch.Tensor, labels: torch.Tensor, sigma: float, num_classes: int) -> torch.Tensor:
+    """Class probabilities (B, C) by the neighbours' cosines and labels, both (B, k): weights exp(cos / sigma), thesis Eq. 2.6."""
+    weights = (cosines / sigma).softmax(dim=1)  # the same as exponentials over their sum, without their size
+    return weights.new_zeros(len(weights), num_classes).scatter_add_(1, labels, weights)
+
+
+@torch.no_grad()
 def knn_probabilities(
-    queries: torch.Tensor, keys: torch.Tensor, labels: torch.Tensor, k: int, sigma: float, num_classes: int, chunk: int = 1024
+    queries: torch.Tensor, keys: torch.Tensor, labels: torch.Tensor, k: int, sigma: float, num_classes: int, chunk: int | None = None
 ) -> torch.Tensor:
     """Class probabilities of queries (B, D) by their k nearest of keys (M, D) with labels (M,): (B, C), thesis Eq. 2.6.
 
     Neighbours by cosine, each with weight exp(cos / sigma); a class without a neighbour gets exactly 0. Nothing needs to
     be normalised; memory is bounded by chunk x M numbers.
     """
-    keys, found = F.normalize(keys, dim=1), []
-    for part in F.normalize(queries, dim=1).split(chunk):
-        cosine, nearest = (part @ keys.T).topk(min(k, len(keys)), dim=1)
-        weights = (cosine / sigma).softmax(dim=1)  # the same as exponentials over their sum, without their size
-        found.append(weights.new_zeros(len(part), num_classes).scatter_add_(1, labels[nearest], weights))
-    return torch.cat(found)
+    cosines, indices = nearest(queries, keys, k, chunk)
+    return vote(cosines, labels[indices], sigma, num_classes)
 
 
 @torch.no_grad()
 def mean_average_precision(
-    queries: torch.Tensor, query_labels: torch.Tensor, gallery: torch.Tensor, gallery_labels: torch.Tensor, chunk: int = 256
+    queries: torch.Tensor,
+    query_labels: torch.Tensor,
+    gallery: torch.Tensor,
+    gallery_labels: torch.Tensor,
+    chunk: int | None = None,
+    *,
+    offsets: torch.Tensor | None = None,
+    groups: torch.Tensor | None = None,
 ) -> float:
     """Mean over queries (B, D) of the average precision of the gallery (M, D) ranked by cosine, in 0..1; exact.
+
+    offsets (B, G) and groups (M,), numbers below G: offsets[query, group of the item] is added to the cosine.
 
     AP: mean over the relevant items (same label) of the precision at their rank; of equal scores the last rank counts, as
     in scikit-learn. Queries without a relevant item are left out. The gallery's scores are sorted, not its indices, and
@@ -259,14 +319,17 @@ def mean_average_precision(
     """
     order = gallery_labels.argsort(stable=True)  # one slice per class
     gallery, sorted_labels = F.normalize(gallery[order], dim=1), gallery_labels[order]
-    first = torch.searchsorted(sorted_labels, query_labels)
-    last = torch.searchsorted(sorted_labels, query_labels, right=True)
-    total, count, M = 0.0, 0, len(gallery)
-    for part, starts, ends in zip(F.normalize(queries, dim=1).split(chunk), first.split(chunk), last.split(chunk)):
+    groups = groups if groups is None else groups[order]
+    first = torch.searchsorted(sorted_labels, query_labels).tolist()
+    last = torch.searchsorted(sorted_labels, query_labels, right=True).tolist()
+    total, count, M, at = 0.0, 0, len(gallery), 0
+    for part in F.normalize(queries, dim=1).split(chunk or _rows(4 * M)):
         scores = part @ gallery.T
+        if offsets is not None:
+            scores += offsets[at : at + len(part)][:, groups]
         # numpy sorts values alone, which torch does not; on a GPU the difference does not matter.
         ranked = scores.sort(dim=1).values if scores.is_cuda else torch.from_numpy(np.sort(scores.numpy(), axis=1))
-        for row, ascending, a, b in zip(scores, ranked, starts.tolist(), ends.tolist()):
+        for row, ascending, a, b in zip(scores, ranked, first[at : at + len(part)], last[at : at + len(part)]):
             if a == b:
                 continue
             relevant = row[a:b].sort().values.contiguous()
@@ -274,6 +337,7 @@ def mean_average_precision(
             found = (b - a) - torch.searchsorted(relevant, relevant)  # relevant ones among them
             total += (found.double() / ranks).mean().item()
             count += 1
+        at += len(part)
     return total / max(count, 1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
 import zlib
 from collections.abc import Callable
@@ -18,16 +19,22 @@ from common.errors import UserError
 METHODS = Path(__file__).resolve().parent.parent  # the scripts lie beside common/
 
 
-def from_checkpoint(content: dict, where: str, img_size: tuple[int, int], say: Callable[[str], None]) -> nn.Module:
-    """The model that a script's checkpoint holds, for images of `img_size`; UserError if its script is not here.
+def find_script(method: str, where: str):
+    """The module of a method's script; UserError if it is not here."""
+    if not method.isidentifier() or not (METHODS / f"{method}.py").is_file():
+        raise UserError(f"{where}: needs {method}.py, which does not lie beside common/")
+    return importlib.import_module(method)
+
+
+def from_checkpoint(content: dict, where: str, img_size: tuple[int, int], say: Callable[[str], None], *, ema: bool = False) -> nn.Module:
+    """The model that a script's checkpoint holds, for images of `img_size`; UserError if its script is not here. ema: with the
+    averaged weights.
 
     A script offers Recipe, make_model(args, recipe, num_classes) and, if its weights depend on the resolution,
     fit_resolution(model, state, content, say).
     """
     method = content["method"]
-    if not method.isidentifier() or not (METHODS / f"{method}.py").is_file():
-        raise UserError(f"{where}: was written by {method}.py, which does not lie beside common/")
-    script = importlib.import_module(method)
+    script = find_script(method, where)
     known = {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in content["recipe"].items()}
     try:
         recipe = script.Recipe(**{**known, "img_size": tuple(img_size)})
@@ -35,29 +42,71 @@ def from_checkpoint(content: dict, where: str, img_size: tuple[int, int], say: C
         raise UserError(f"{where}: was written by another version of {method}.py ({error})") from None
     args = argparse.Namespace(model=content["model_name"], grad_checkpoint=False)
     model = script.make_model(args, recipe, len(content["data"]["classes"]))
-    state = checkpoint.weights(content)
+    state = checkpoint.weights(content, ema=ema)
     if hasattr(script, "fit_resolution"):
         script.fit_resolution(model, state, content, say)
     checkpoint.load_weights(model, state, where)
     return model
 
 
-def from_torchvision(name: str, content: dict | None, where: str) -> nn.Module:
-    """torchvision's classifier `name` with the weights of a file's `content`, or with torchvision's own, downloaded (None)."""
+def fingerprint(model: nn.Module) -> str:
+    """Of a model's structure and values: another one computes something else."""
+    sha = hashlib.sha256(repr(model).encode())
+    for name, tensor in model.state_dict().items():
+        sha.update(name.encode())
+        sha.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+    """build() without memory for its weights and without a draw of random numbers."""
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):
+                return build()
+        except NotImplementedError:  # torchvision's RegNets compute their widths with tensors
+            return build().to("meta")
+
+
+def from_torchvision(name: str, content: dict | None, where: str, flag: str, *, headless: bool = False) -> nn.Module:
+    """torchvision's classifier `name` with the weights of a file's `content`, or with torchvision's own, downloaded (None; `flag`
+    is what a message names instead). headless: the file may lack the classifier, which is then a fresh one."""
     if content is None:
         try:
             return torchvision.models.get_model(name, weights="DEFAULT")
         except (OSError, RuntimeError) as error:  # URLError is an OSError; RuntimeError: what came has another hash
-            raise UserError(
-                f"teacher {name}: its weights cannot be downloaded ({error}); fetch them yourself and pass --teacher-weights FILE"
-            ) from None
+            raise UserError(f"{name}: its weights cannot be downloaded ({error}); fetch them yourself and pass {flag} FILE") from None
     state = checkpoint.weights(content)
     head = [v for k, v in state.items() if k.startswith(checkpoint.HEADS) and k.endswith(".weight") and v.ndim > 1]
-    if not head:
+    if not head and not headless:
         raise UserError(f"{where}: holds neither a checkpoint of a script here nor weights of a torchvision classifier")
-    model = torchvision.models.get_model(name, weights=None, num_classes=len(head[-1]))
+    model = torchvision.models.get_model(name, weights=None, num_classes=len(head[-1]) if head else 1000)
+    if not head:
+        state |= {k: v for k, v in model.state_dict().items() if k.startswith(checkpoint.HEADS)}
     checkpoint.load_weights(model, state, f"{where}, as {name}")
     return model
+
+
+def classifier_inputs(model: nn.Module, where: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """images (B, 3, H, W) -> features (B, D) for other tasks: model.transfer_features(images) if it has that, else what its
+    classifier is given; of several classifiers the inputs side by side. UserError if there is none of the usual kind."""
+    if hasattr(type(model), "transfer_features"):
+        return model.transfer_features
+    heads = [getattr(model, name.removesuffix("."), None) for name in checkpoint.HEADS]
+    heads = [[m for m in head.modules() if isinstance(m, nn.Linear)][-1:] for head in heads if isinstance(head, nn.Module)]
+    found = [linear for head in heads for linear in head]
+    if not found or any(linear.out_features == 1 for linear in found):
+        raise UserError(f"{where}: has no linear classifier over one feature vector per image; choose another model")
+    inputs: list[torch.Tensor] = []
+    for linear in found:
+        linear.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
+
+    def embed(images: torch.Tensor) -> torch.Tensor:
+        inputs.clear()
+        model(images)
+        return torch.cat(inputs, dim=1)
+
+    return embed
 
 
 def load_teacher(name: str | None, file: str | None, default: str, img_size: tuple[int, int], say: Callable[[str], None]) -> Teacher:
@@ -77,7 +126,7 @@ def load_teacher(name: str | None, file: str | None, default: str, img_size: tup
         name, classes = f"{content['method']} {content['model_name']}", content["data"]["classes"]
     else:
         name = name or default
-        model = from_torchvision(name, content if file else None, f"{flag} {file}")
+        model = from_torchvision(name, content if file else None, f"{flag} {file}", flag)
     model.eval().requires_grad_(False)
     try:
         with torch.no_grad():

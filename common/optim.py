@@ -132,9 +132,9 @@ def cosine_lr(step: float, total: float, warmup: float, base_lr: float, min_lr: 
 
 
 def make_optimizer(name: str, model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """ "lamb", "adamw" or "sgd" (momentum 0.9) on the two groups of param_groups.
+    """ "lamb", "adamw", "sgd" (momentum 0.9) or "nesterov" (the same, Nesterov's) on the two groups of param_groups.
 
-    All three accept `grad_scale` and `found_inf`; common.precision clips, for all alike. eps is 1e-8, what the official
+    All accept `grad_scale` and `found_inf`; common.precision clips, for all alike. eps is 1e-8, what the official
     commands pass to both LAMB and AdamW.
     """
     groups = [group for group in param_groups(model, weight_decay) if group["params"]]
@@ -142,7 +142,7 @@ def make_optimizer(name: str, model: nn.Module, lr: float, weight_decay: float) 
         return Lamb(groups, lr=lr, eps=1e-8, max_grad_norm=None)
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, eps=1e-8, fused=True)
-    optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, fused=True)
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=name == "nesterov", fused=True)
     for group in groups:  # torch leaves the buffer uninitialised if found_inf skips the very first step
         for p in group["params"]:
             optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)

@@ -18,6 +18,7 @@ from torchvision.utils import make_grid
 from common.cli import differences
 from common.data import TrainingData
 from common.evaluate import denormalize
+from common.models import on_meta
 from common.optim import make_optimizer
 from common.precision import Precision, check_amp
 from common.run import Run
@@ -25,11 +26,9 @@ from common.run import Run
 
 def count(build: Callable[[], torch.nn.Module], img_size: tuple[int, int]) -> tuple[int, float]:
     """(parameters, GMACs of one image's forward pass); matrix products and convolutions count, nothing is computed."""
-    with torch.device("meta"):
-        model = build().eval().requires_grad_(False)
-        counter = FlopCounterMode(display=False)
-        with counter, torch.no_grad():
-            model(torch.empty(1, 3, *img_size))
+    model = on_meta(build).eval().requires_grad_(False)
+    with FlopCounterMode(display=False) as counter, torch.device("meta"), torch.no_grad():
+        model(torch.empty(1, 3, *img_size))
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops() / 2e9
 
 
@@ -209,3 +208,48 @@ def save_plot(path: str | Path, panels: list[dict[str, list[tuple[float, float]]
             for x, y in places:
                 draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=colours[i])
     sheet.save(path)
+
+
+def save_scatter(path: str | Path, points: dict[str, tuple[float, float]], x_label: str, y_label: str) -> None:
+    """PNG of named points (x, y); those on the upper right of the convex hull, which no mixture of others beats, are stars."""
+    width, height, x0, y0, x1, y1 = 640, 480, 64, 28, 480, 440
+    sheet = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    xy = np.array(list(points.values()), dtype=float)
+    low, high = xy.min(0), xy.max(0)
+    margin = np.where(high > low, 0.06 * (high - low), 0.5)
+    low, high = low - margin, high + margin
+    draw.rectangle((x0, y0, x1, y1), outline="#999999")
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        x, y = low + share * (high - low)
+        draw.text((x0 + (x1 - x0) * share - 12, y1 + 5), f"{x:.4g}", fill="black")
+        draw.text((6, y1 - (y1 - y0) * share - 6), f"{y:.3g}", fill="black")
+    draw.text((x0, y1 + 20), x_label, fill="black")
+    draw.text((6, 8), y_label, fill="black")
+    best = upper_right_hull(list(points.values()))
+    for name, point in points.items():
+        x = x0 + (x1 - x0) * (point[0] - low[0]) / (high[0] - low[0])
+        y = y1 - (y1 - y0) * (point[1] - low[1]) / (high[1] - low[1])
+        if point in best:
+            spikes = [
+                (x + r * math.sin(i * math.pi / 5), y - r * math.cos(i * math.pi / 5)) for i in range(10) for r in [9 if i % 2 == 0 else 4]
+            ]
+            draw.polygon(spikes, fill="#c8551b")
+        else:
+            draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill="#1f5fa8")
+        draw.text((x + 9, y - 12), name, fill="black")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+def upper_right_hull(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Corners of the convex hull from the highest point to the rightmost one."""
+    hull: list[tuple[float, float]] = []
+    for x, y in sorted(set(points), key=lambda p: (p[0], -p[1])):
+        if hull and hull[-1][0] == x:
+            continue
+        while len(hull) > 1 and (hull[-1][0] - hull[-2][0]) * (y - hull[-2][1]) >= (hull[-1][1] - hull[-2][1]) * (x - hull[-2][0]):
+            hull.pop()
+        hull.append((x, y))
+    top = max(range(len(hull)), key=lambda i: hull[i][1])
+    return hull[top:]

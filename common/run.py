@@ -618,6 +618,8 @@ class Run:
             self._unlock()
             os._exit(130)
         self.stop_signal = number
+        if not self.started:  # nothing to save yet, or ever
+            raise Stopped(int(number))
 
     def _stop(self) -> None:
         number = self.stop_signal or signal.SIGTERM

@@ -5,8 +5,9 @@ A `Source` knows its classes, labels and how to read image i. `--data` takes:
     FOLDER          with train/CLASS/... and val/CLASS/...
     FILE.tar        one archive holding train/CLASS/... and val/CLASS/..., or a tar of class tars (ImageNet's train
                     archive; give the validation set with --val-data); read in place
-    NAME:FOLDER     cifar10, cifar100, flowers102, cars, food101, aircraft, dtd, pets: the files as torchvision lays them
-                    out; inat2018, inat2019: the competition's files
+    NAME:FOLDER     cifar10, cifar100, flowers102, cars, food101, aircraft, dtd, pets, eurosat, sun397: the files as
+                    torchvision lays them out; inat2018, inat2019: the competition's files; cog1 to cog5: ImageNet-CoG's
+                    levels, ImageNet-21k's folders and the two split files
     ...@LEVEL       labels of another level: cifar100@coarse:FOLDER, inat2018@genus:FOLDER, shapes@coarse, or
                     FOLDER@coarse with --coarse-labels
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import re
 import tempfile
 from collections.abc import Callable
@@ -50,14 +52,13 @@ class Source:
         return len(self.labels)
 
     def at_level(self, level: str | None) -> Source:
-        """The same images with the labels of `level` (None or "fine": as they are)."""
-        if level in (None, "fine"):
+        """The same images with the labels of `level` (None: as they are)."""
+        if level is None or (level == "fine" and not self.levels):
             return self
+        self.levels.setdefault("fine", (self.classes, self.labels))
         if level not in self.levels:
-            have = ", ".join(["fine", *self.levels])
             hint = "; give --coarse-labels FILE" if level == "coarse" else ""
-            raise UserError(f"--data: no label level {level!r} here, there is: {have}{hint}")
-        self.levels["fine"] = (self.classes, self.labels)
+            raise UserError(f"--data: no label level {level!r} here, there is: {', '.join(sorted(self.levels))}{hint}")
         self.classes, self.labels = self.levels[level]
         return self
 
@@ -67,7 +68,18 @@ class Source:
 
     def read(self, index: int) -> torch.Tensor:
         """Image `index` as uint8 (3, H, W)."""
+        return images.decode(self.stored(index))
+
+    def stored(self, index: int) -> bytes:
+        """Image `index` as it is stored."""
         raise NotImplementedError
+
+    def content(self) -> str:
+        """Changes when a pixel of any image changes, or their order; reads them all, without decoding."""
+        sha = hashlib.sha256()
+        for i in range(len(self)):
+            sha.update(hashlib.sha256(self.stored(i)).digest())
+        return sha.hexdigest()
 
     def digest(self) -> str:
         """Changes when an image is added, removed, renamed or relabelled."""
@@ -95,6 +107,9 @@ class Shapes(Source):
     def read(self, index: int) -> torch.Tensor:
         return images.from_numpy(shapes.draw(self.split, int(index))[0])
 
+    def stored(self, index: int) -> bytes:
+        return shapes.draw(self.split, int(index))[0].tobytes()
+
 
 class Files(Source):
     """Image files below `root`; names: bytes array (N,) of paths relative to it."""
@@ -106,10 +121,10 @@ class Files(Source):
     def name(self, index: int) -> str:
         return os.path.join(self.root, os.fsdecode(bytes(self.names[index])))
 
-    def read(self, index: int) -> torch.Tensor:
+    def stored(self, index: int) -> bytes:
         fd = os.open(os.path.join(os.fsencode(self.root), bytes(self.names[index])), os.O_RDONLY)
         try:
-            return images.decode(_pread(fd, os.fstat(fd).st_size, 0))
+            return _pread(fd, os.fstat(fd).st_size, 0)
         finally:
             os.close(fd)
 
@@ -127,10 +142,10 @@ class TarMembers(Source):
     def name(self, index: int) -> str:
         return f"{self.path}: {os.fsdecode(bytes(self.names[index]))}"
 
-    def read(self, index: int) -> torch.Tensor:
+    def stored(self, index: int) -> bytes:
         if self.pid != os.getpid():  # each worker opens its own
             self.fd, self.pid = os.open(self.path, os.O_RDONLY), os.getpid()
-        return images.decode(_pread(self.fd, int(self.sizes[index]), int(self.offsets[index])))
+        return _pread(self.fd, int(self.sizes[index]), int(self.offsets[index]))
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "fd": None, "pid": None}
@@ -151,6 +166,9 @@ class Arrays(Source):
 
     def read(self, index: int) -> torch.Tensor:
         return images.from_numpy(self.pixels[index])
+
+    def stored(self, index: int) -> bytes:
+        return self.pixels[index].tobytes()
 
 
 def _pread(fd: int, size: int, offset: int) -> bytes:
@@ -444,9 +462,14 @@ def _scan_tar(path: str) -> list[np.ndarray]:
     return [np.array(names, dtype="S")[order], np.array(offsets, dtype=np.int64)[order], np.array(sizes, dtype=np.int64)[order]]
 
 
+def cache_folder() -> Path:
+    """Where what can be computed again is kept: touvron-methods in $XDG_CACHE_HOME (~/.cache)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "touvron-methods"
+
+
 def cached_index(key: list, build: Callable[[], list[np.ndarray]]) -> list[np.ndarray]:
-    """build(), kept in $XDG_CACHE_HOME (~/.cache) under a hash of `key`; where that cannot be written it is built again."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "touvron-methods"
+    """build(), kept in the cache under a hash of `key`; where that cannot be written it is built again."""
+    folder = cache_folder()
     file = folder / (hashlib.sha256(repr(key).encode()).hexdigest()[:24] + ".npz")
     try:
         with np.load(file, allow_pickle=False) as stored:
@@ -476,8 +499,7 @@ def _cifar(folder: str, split: str, name: str) -> Source:
         raise UserError(f"--data {name}:{folder}: {str(error).splitlines()[0]} Put torchvision's {cls.base_folder}/ there.") from None
     levels = None
     if name == "cifar100":
-        import pickle  # the official files are pickles; torchvision has just checked their MD5 sums
-
+        # The official files are pickles; torchvision has just checked their MD5 sums.
         with open(Path(folder) / cls.base_folder / split.replace("val", "test"), "rb") as f:
             coarse = pickle.load(f, encoding="latin1")["coarse_labels"]
         with open(Path(folder) / cls.base_folder / "meta", "rb") as f:
@@ -538,12 +560,84 @@ def _inaturalist(folder: str, split: str, name: str) -> Source:
     return Files(folder, names, [str(categories[i].get("name", i)) for i in ids], category, levels)
 
 
+def _eurosat(folder: str, split: str, name: str) -> Source:
+    """EuroSAT (arXiv:1709.00029) as torchvision lays it out: eurosat/2750/CLASS/*.jpg.
+
+    There is no official split. Here 30% of each class, drawn once and for all, are the test images: of the 27,000 images
+    8,100, as many as in the transfer benchmarks.
+    """
+    root = Path(folder) / "eurosat" / "2750"
+    if not root.is_dir():
+        raise UserError(f"--data {name}:{folder}: there is no folder {root} (EuroSAT's layout in torchvision is expected)")
+    whole, kept = open_images(str(root), f"--data {name}:{folder}"), []
+    for label in range(len(whole.classes)):
+        mine = np.flatnonzero(whole.labels == label)
+        order = np.random.RandomState(label).permutation(len(mine))  # RandomState: the same for ever
+        test = int(round(0.3 * len(mine)))
+        kept.append(np.sort(mine[order[test:] if split == "train" else order[:test]]))
+    kept = np.concatenate(kept)
+    return Files(root, whole.names[kept], whole.classes, whole.labels[kept])
+
+
+def _sun397(folder: str, split: str, name: str) -> Source:
+    """SUN397 as torchvision lays it out, SUN397/ClassName.txt and SUN397/a/abbey/*.jpg, with the first of the ten official
+    partitions, Training_01.txt and Testing_01.txt, in Partitions/, SUN397/ or the folder itself."""
+    root, file = Path(folder) / "SUN397", f"{'Training' if split == 'train' else 'Testing'}_01.txt"
+    lists = [p / file for p in (Path(folder) / "Partitions", root, Path(folder)) if (p / file).is_file()]
+    if not (root / "ClassName.txt").is_file() or not lists:
+        raise UserError(f"--data {name}:{folder}: SUN397/ClassName.txt and Partitions/{file} are expected there")
+    classes = (root / "ClassName.txt").read_text().split()
+    number = {c: i for i, c in enumerate(classes)}
+    names = lists[0].read_text().split()
+    unknown = [n for n in names if n.rpartition("/")[0] not in number]
+    if unknown:
+        raise UserError(f"{lists[0]}: {unknown[0]} is of no class of ClassName.txt")
+    labels = [number[n.rpartition("/")[0]] for n in names]
+    return Files(root, np.array([n.lstrip("/").encode() for n in names], dtype="S"), [c[1:] for c in classes], labels)
+
+
+COG_LEVELS, COG_SPLITS = "cog_levels_mapping_file.pkl", "cog_concepts_split_file.pkl"
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads containers, strings and numbers; anything that would run code is refused."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def _cog(folder: str, split: str, name: str) -> Source:
+    """One level of ImageNet-CoG (arXiv:2012.05649): ImageNet-21k's folders nXXXXXXXX/*.JPEG and the two split files, the levels'
+    concepts (five lists) and {concept: {"train": [file names], "test" or "val": [...]}}."""
+    tables = []
+    for file in (COG_LEVELS, COG_SPLITS):
+        try:
+            with open(Path(folder) / file, "rb") as f:
+                tables.append(_PlainUnpickler(f).load())
+        except (OSError, EOFError, pickle.UnpicklingError, ValueError, IndexError, KeyError) as error:
+            raise UserError(f"--data {name}:{folder}: {file} cannot be read ({error}); the official split file is expected there") from None
+    try:
+        by_level = list(tables[0].values()) if isinstance(tables[0], dict) else tables[0]
+        concepts, names, labels = sorted(by_level[int(name[-1]) - 1]), [], []
+        for label, concept in enumerate(concepts):
+            parts = tables[1][concept]
+            for image in parts["train"] if split == "train" else parts.get("test", parts.get("val")):
+                names.append(f"{concept}/{str(image).rpartition('/')[2]}".encode())
+                labels.append(label)
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise UserError(f"--data {name}:{folder}: {COG_LEVELS} and {COG_SPLITS} have not the expected form ({error!r})") from None
+    return Files(folder, np.array(names, dtype="S"), concepts, labels)
+
+
 NAMED: dict[str, Callable[[str, str], Source]] = {
     name: (lambda folder, split, make=make, name=name: make(folder, split, name))
     for make, names in {
         _cifar: ("cifar10", "cifar100"),
         _torchvision: ("flowers102", "cars", "food101", "aircraft", "dtd", "pets"),
         _inaturalist: ("inat2018", "inat2019"),
+        _eurosat: ("eurosat",),
+        _sun397: ("sun397",),
+        _cog: ("cog1", "cog2", "cog3", "cog4", "cog5"),
     }.items()
     for name in names
 }

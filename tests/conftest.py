@@ -33,9 +33,18 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 torch.set_num_threads(1)
 
-SCRIPTS = ["deit", "cait", "resmlp", "patchconvnet", "trex", "deit3"]  # in the order of the papers
+SCRIPTS = [
+    "deit",
+    "grafit",
+    "cait",
+    "resmlp",
+    "patchconvnet",
+    "trex",
+    "deit3",
+]  # in the order of the papers (Grafit borrows DeiT's augmentation)
 NANO = {
     "deit": "deit_nano",
+    "grafit": "regnet_nano",
     "cait": "cait_nano",
     "resmlp": "resmlp_nano",
     "patchconvnet": "patchconvnet_nano",

@@ -458,7 +458,7 @@ def test_a_teacher_that_cannot_serve_is_told_before_the_first_step(here, folder,
         raise URLError("no route to host")
 
     monkeypatch.setattr(torchvision.models, "get_model", no_network)
-    refused(here("deit", *DISTILLED, *run), "teacher regnet_y_16gf: its weights cannot be downloaded", "--teacher-weights FILE")
+    refused(here("deit", *DISTILLED, *run), "regnet_y_16gf: its weights cannot be downloaded", "--teacher-weights FILE")
     assert not (tmp_path / "o").exists()
 
 
@@ -494,7 +494,7 @@ def test_teachers_of_other_scripts_and_classes(here, folder, tmp_path):
     torch.save({**content, "recipe": {**content["recipe"], "glow": 1}}, tmp_path / "t/newer.pt")
     refused(here("deit", *flags[:-1], tmp_path / "t/newer.pt"), "newer.pt: was written by another version of deit3.py")
     torch.save({**content, "method": "os"}, tmp_path / "t/foreign.pt")
-    refused(here("deit", *flags[:-1], tmp_path / "t/foreign.pt"), "was written by os.py, which does not lie beside common/")
+    refused(here("deit", *flags[:-1], tmp_path / "t/foreign.pt"), "needs os.py, which does not lie beside common/")
 
 
 def test_eval_prints_every_head_on_every_set(here, folder, tmp_path):

@@ -1,0 +1,498 @@
+"""grafit.py: its equations against reference numbers, its parts against plain forms, and as a whole."""
+
+import functools
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from conftest import PeakMemory, load, log_of, reference, sine
+from PIL import Image
+from test_cli import refused
+
+import grafit
+from common.evaluate import extract, mean_average_precision
+from common.images import eval_transform, from_numpy
+from common.models import on_meta
+from common.optim import param_groups
+from common.report import count
+
+CASES = reference("grafit")
+QUERIES, MEMORY = sine(CASES["inputs"]["query_embeddings"]), sine(CASES["inputs"]["memory_embeddings"])
+LABELS = torch.tensor(CASES["inputs"]["memory_labels"])
+OWN = torch.tensor(CASES["knn_loss"]["own_index"])
+
+
+def wide(values) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+# ---- Losses and memory ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES["instance_loss"], ids=lambda c: f"T{c['T']}")
+def test_the_instance_loss_is_equation_2_1(case):
+    predictions = [sine(s).requires_grad_() for s in case["predictor_outputs_per_view"]]
+    targets = [sine(s).requires_grad_() for s in case["target_outputs_per_view"]]
+    loss = grafit.instance_loss(predictions, targets)
+    loss.backward()
+    assert loss.item() == pytest.approx(case["expected"]["mean"], abs=1e-9)
+    assert torch.allclose(predictions[0].grad, wide(case["expected"]["grad_of_mean_wrt_view0"]), atol=1e-9)
+    assert all(t.grad is None for t in targets)
+    swapped = grafit.instance_loss(predictions[::-1], targets[::-1])
+    assert swapped.item() == pytest.approx(loss.item(), abs=1e-12)  # symmetric over all ordered pairs
+    with pytest.raises(ValueError, match="at least 2"):
+        grafit.instance_loss(predictions[:1], targets[:1])
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 5])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+def test_the_knn_loss_is_equation_2_3(dtype, tolerance, chunk):
+    case = CASES["knn_loss"]
+    z = QUERIES.clone().to(dtype).requires_grad_()
+    memory = MEMORY.clone().to(dtype).requires_grad_()
+    loss = grafit.knn_loss(z, LABELS[OWN], memory, LABELS, OWN, case["sigma"], chunk)
+    (3 * loss).backward()
+    assert loss.item() == pytest.approx(case["expected"]["mean"], rel=tolerance)
+    expected = wide(case["expected"]["grad_of_mean_wrt_queries"]).to(dtype)
+    assert torch.allclose(z.grad / 3, expected, rtol=tolerance, atol=tolerance) and memory.grad is None
+
+
+@pytest.mark.parametrize("case", CASES["knn_loss_of_a_batch"]["cases"], ids=lambda c: str(c["sigma"]))
+def test_the_knn_loss_of_a_batch_against_itself(case):
+    x, labels = sine(CASES["knn_loss_of_a_batch"]["embeddings"]), torch.tensor(CASES["knn_loss_of_a_batch"]["labels"])
+    loss = grafit.knn_loss(x, labels, x, labels, torch.arange(len(x)), case["sigma"])
+    assert loss.item() == pytest.approx(case["mean"], rel=1e-9)
+
+
+def plain_knn_loss(z, labels, memory, memory_labels, own, sigma):
+    """The whole (B, M) matrix, in log space; images without a positive count 0."""
+    scores = F.normalize(z, dim=1) @ F.normalize(memory, dim=1).T / sigma
+    scores[torch.arange(len(z)), own] = -torch.inf
+    same = scores.masked_fill(labels[:, None] != memory_labels, -torch.inf).logsumexp(1)
+    return torch.where(same > -torch.inf, scores.logsumexp(1) - same, 0.0).mean()
+
+
+@pytest.mark.parametrize("sigma", [0.004, 0.02, 0.05, 1.0])
+@pytest.mark.parametrize("memory_dtype", [torch.float32, torch.float16])
+def test_the_knn_loss_equals_the_materialised_form_at_any_temperature(sigma, memory_dtype):
+    torch.manual_seed(0)
+    memory, labels = torch.randn(500, 16).to(memory_dtype), torch.randint(5, (500,))
+    own = torch.randperm(500)[:40]
+    z = (memory[own].float() + 0.3 * torch.randn(40, 16)).requires_grad_()
+    wide_z = z.detach().double().requires_grad_()
+    loss = grafit.knn_loss(z, labels[own], memory, labels, own, sigma, chunk=64)
+    expected = plain_knn_loss(wide_z, labels[own], memory.double(), labels, own, sigma)
+    loss.backward()
+    expected.backward()
+    assert torch.isfinite(loss) and loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert torch.allclose(z.grad.double(), wide_z.grad, rtol=1e-3, atol=1e-4 * wide_z.grad.abs().max())
+
+
+def test_an_image_without_another_of_its_label_counts_nothing():
+    torch.manual_seed(0)
+    memory, labels = torch.randn(6, 4), torch.tensor([0, 1, 1, 2, 2, 2])
+    z = memory[:3].clone().requires_grad_()
+    loss = grafit.knn_loss(z, labels[:3], memory, labels, torch.arange(3))
+    loss.backward()
+    assert torch.isfinite(loss) and not z.grad[0].any() and z.grad[1:].any()
+    assert loss.item() == pytest.approx(plain_knn_loss(z.detach(), labels[:3], memory, labels, torch.arange(3), 0.05).item(), rel=1e-4)
+
+
+def test_the_knn_loss_never_holds_batch_times_memory():
+    memory, labels = torch.randn(400_000, 8), torch.arange(400_000) % 7
+    z = torch.randn(64, 8, requires_grad=True)
+    with PeakMemory(torch.nn.Module()) as held:
+        grafit.knn_loss(z, labels[:64], memory, labels, torch.arange(64)).backward()
+    arguments = 400_000 * (8 * 4 + 8)
+    assert held.peak - arguments < 64 * 400_000 * 4 / 8, held.peak
+
+
+def test_the_memorys_update_is_the_mean_of_old_and_new():
+    memory = grafit.Memory(12, 6, torch.float64)
+    memory.embeddings.copy_(MEMORY)
+    memory.update(OWN, QUERIES)
+    for row, values in CASES["knn_loss"]["expected"]["memory_rows_after_update"].items():
+        assert torch.allclose(memory.embeddings[int(row)], wide(values), atol=1e-9)
+    others = [i for i in range(12) if i not in OWN.tolist()]
+    assert torch.equal(memory.embeddings[others], MEMORY[others])
+    before = memory.embeddings.clone()
+    memory.update(OWN, 2 * QUERIES.flip(0), skip=torch.tensor(1.0))
+    assert torch.equal(memory.embeddings, before)
+    memory.update(OWN, 2 * QUERIES.flip(0), skip=torch.tensor(0.0))
+    assert not torch.equal(memory.embeddings, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_an_image_that_occurs_twice_counts_once_in_any_order(dtype):
+    torch.manual_seed(0)
+    indices, g = torch.tensor([3, 1, 3, 0]), F.normalize(torch.randn(4, 8), dim=1)
+    one, other = grafit.Memory(5, 8, dtype), grafit.Memory(5, 8, dtype)
+    one.update(indices, g)
+    order = torch.tensor([2, 3, 0, 1])
+    other.update(indices[order], g[order])
+    assert one.embeddings.dtype == dtype and torch.allclose(one.embeddings, other.embeddings, atol=1e-7)
+    assert torch.allclose(one.embeddings[3].float(), (g[0] + g[2]) / 4, atol=1e-3)
+    assert not one.embeddings[2].any() and not one.embeddings[4].any()
+
+
+# ---- Retrieval and classification ------------------------------------------------------------------------------------------
+
+
+def test_conditional_scores_are_equation_2_5_and_rank_alike():
+    case = CASES["conditional_score"]
+    coarse, expected = torch.tensor(case["coarse_label_of_memory"]), case["expected"]
+    cosine = F.normalize(QUERIES, dim=1) @ F.normalize(MEMORY, dim=1).T
+    psi = grafit.conditional_scores(cosine, wide(expected["coarse_probabilities"]), coarse)
+    assert torch.allclose(psi, wide(expected["psi"]), atol=1e-9)
+    assert psi.argsort(1, descending=True).tolist() == expected["ranking_psi"]
+    oracle = F.one_hot(torch.tensor(case["oracle_coarse_label_of_queries"]), 3).double()
+    found = grafit.conditional_scores(cosine, oracle, coarse)
+    assert torch.isfinite(found).all() and found.argsort(1, descending=True).tolist() == expected["ranking_oracle"]
+    assert torch.isfinite(grafit.conditional_scores(cosine.float(), oracle.float(), coarse)).all()
+
+
+def average_precision(order: torch.Tensor, relevant: torch.Tensor) -> float:
+    hits = relevant[order].double()
+    return ((hits.cumsum(0) / torch.arange(1, len(hits) + 1)) * hits).sum().item() / hits.sum().item()
+
+
+def hierarchy(seed: int = 0):
+    """Queries and gallery of 12 fine in 3 coarse classes around centres: (queries, levels, gallery, levels)."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(3, 8, generator=generator).repeat_interleave(4, 0) + 0.7 * torch.randn(12, 8, generator=generator)
+    parts = []
+    for size in (60, 240):
+        fine = torch.randint(12, (size,), generator=generator)
+        parts += [
+            (centres[fine] + 0.8 * torch.randn(size, 8, generator=generator)).double(),
+            {"coarse": (list("abc"), fine // 4), "fine": (list("abcdefghijkl"), fine)},
+        ]
+    return parts
+
+
+def test_coarse_to_fine_equals_brute_force():
+    queries, query_levels, gallery, gallery_levels = hierarchy()
+    found = grafit.coarse_to_fine(queries, query_levels, gallery, gallery_levels, "coarse", 0.05)
+    cosine = F.normalize(queries, dim=1) @ F.normalize(gallery, dim=1).T
+    coarse, fine = gallery_levels["coarse"][1], gallery_levels["fine"][1]
+
+    def votes(k: int, labels, classes: int) -> torch.Tensor:
+        p = torch.zeros(len(queries), classes, dtype=torch.float64)
+        for i, row in enumerate(cosine):
+            for j in row.argsort(descending=True)[:k]:
+                p[i, labels[j]] += torch.exp(row[j] / 0.05)
+        return p / p.sum(1, keepdim=True)
+
+    for level, labels in (("coarse", coarse), ("fine", fine)):
+        right = votes(found[level]["k"], labels, 12).argmax(1) == query_levels[level][1]
+        assert found[level]["knn"] == pytest.approx(100 * right.double().mean().item(), abs=1e-6)
+    p = votes(found["coarse"]["k"], coarse, 3)
+    oracle = F.one_hot(query_levels["coarse"][1], 3).double()
+    for name, scores in (
+        ("map", cosine),
+        ("map_conditional", grafit.conditional_scores(cosine, p, coarse)),
+        ("map_oracle", grafit.conditional_scores(cosine, oracle, coarse)),
+    ):
+        for level, labels in (("coarse", coarse), ("fine", fine)):
+            by_hand = [average_precision(s.argsort(descending=True), labels == y) for s, y in zip(scores, query_levels[level][1])]
+            assert found[level][name] == pytest.approx(100 * np.mean(by_hand), abs=1e-6), (name, level)
+    assert found["coarse"]["map_oracle"] == pytest.approx(100)
+
+
+def test_the_number_of_neighbours_is_chosen_without_the_test_set():
+    queries, query_levels, gallery, gallery_levels = hierarchy()
+    one = grafit.coarse_to_fine(queries, query_levels, gallery, gallery_levels, "coarse", 0.05)
+    mixed = {name: (classes, labels[torch.randperm(60)]) for name, (classes, labels) in query_levels.items()}
+    other = grafit.coarse_to_fine(queries.flip(0), mixed, gallery, gallery_levels, "coarse", 0.05)
+    assert [m["k"] for m in one.values()] == [m["k"] for m in other.values()]
+    assert {m["k"] for m in one.values()} <= set(grafit.NEIGHBOURS)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, None])
+def test_chunks_do_not_change_a_conditional_ranking(chunk):
+    queries, query_levels, gallery, gallery_levels = hierarchy(1)
+    offsets = torch.randn(60, 3, dtype=torch.float64)
+    labels = query_levels["fine"][1], gallery, gallery_levels["fine"][1]
+    found = mean_average_precision(queries, *labels, chunk, offsets=offsets, groups=gallery_levels["coarse"][1])
+    scores = F.normalize(queries, dim=1) @ F.normalize(gallery, dim=1).T + offsets[:, gallery_levels["coarse"][1]]
+    by_hand = [average_precision(s.argsort(descending=True), labels[2] == y) for s, y in zip(scores, labels[0])]
+    assert found == pytest.approx(np.mean(by_hand), abs=1e-9)
+
+
+# ---- Network -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "resnext50_32x4d", "regnet_y_8gf"])
+def test_trunks_have_torchvisions_keys_and_the_stated_width(name):
+    model, theirs = on_meta(lambda: grafit.build_model(name)), on_meta(lambda: torchvision.models.get_model(name))
+    keys = {k.removeprefix("trunk."): v.shape for k, v in model.state_dict().items() if k.startswith("trunk.")}
+    assert keys == {k: v.shape for k, v in theirs.state_dict().items() if not k.startswith("fc.")}
+    assert theirs.fc.in_features == grafit.MODELS[name]
+
+
+def test_regnet_y_4gf_which_torchvision_lacks_has_its_papers_size():
+    """20.6 M with a classifier of 1000 (arXiv:2003.13678, Table 4), 21 M in Table 2.15; 4.0 GMACs."""
+    trunk = on_meta(lambda: grafit.make_trunk("regnet_y_4gf"))
+    assert (sum(p.numel() for p in trunk.parameters()) + 1089 * 1000) / 1e6 == pytest.approx(20.6, abs=0.06)
+    assert count(lambda: grafit.make_trunk("regnet_y_4gf"), (224, 224))[1] == pytest.approx(4.0, abs=0.05)
+    state = grafit.make_trunk("regnet_nano").state_dict()
+    assert {k.split(".")[0] for k in state} == {k.split(".")[0] for k in trunk.state_dict()}
+
+
+def test_parameters_are_those_of_table_2_7():
+    """23.5 M of the trunk, 32.9 M with the MLP; the predictor and the target network do not count."""
+
+    def tested(projector: str) -> float:
+        with torch.device("meta"):
+            model = grafit.build_model("resnet50", projector=projector)
+        return sum(p.numel() for part in (model.trunk, model.projector) for p in part.parameters()) / 1e6
+
+    assert tested("mlp") == pytest.approx(32.9, abs=0.06)
+    assert tested("linear") == pytest.approx(23.5 + 2048 * 256 / 1e6, abs=0.05)
+
+
+@pytest.mark.parametrize("projector", ["mlp", "linear"])
+def test_in_eval_mode_the_model_gives_normalised_embeddings(projector):
+    torch.manual_seed(0)
+    model = grafit.build_model("resnet18", proj_dim=32, projector=projector).eval()
+    with torch.no_grad():
+        z = model(torch.randn(2, 3, 64, 64))
+    assert z.shape == (2, 32) and torch.allclose(z.norm(dim=1), torch.ones(2), atol=1e-6)
+    again = grafit.build_model("resnet18", proj_dim=32, projector=projector)
+    again.load_state_dict(model.state_dict(), strict=True)
+    with pytest.raises(KeyError):
+        grafit.build_model("resnet51")
+
+
+def test_the_target_is_an_average_without_gradient():
+    torch.manual_seed(0)
+    model = grafit.Grafit("regnet_nano", "grafit", proj_dim=16).train()
+    views = [torch.randn(4, 3, 32, 32) for _ in range(3)]
+    _, g, predictions = model(views)
+    targets = model.targets(views)
+    assert g.shape == (4, 16) and len(predictions) == len(targets) == 3
+    (grafit.instance_loss(predictions, targets) + g.sum()).backward()
+    assert all(p.grad is None and not p.requires_grad for p in model.target.parameters())
+    learned = [p for name, p in model.named_parameters() if not name.startswith("target.")]
+    assert all(p.grad is not None for p in learned)
+    names = {n for n, _ in model.named_parameters() if n.startswith("target.")}
+    assert names == {f"target.{n}" for n, _ in model.named_parameters() if n.startswith(("trunk.", "projector."))}
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    with torch.no_grad():
+        for p in learned:
+            p.add_(1)
+    model.average(0.9)
+    for name in names:
+        assert torch.allclose(dict(model.named_parameters())[name], before[name] + 0.1 * (before[name.removeprefix("target.")] + 1 - before[name]), atol=1e-6)  # fmt: skip
+    in_groups = {id(p) for group in param_groups(model, 1e-4) for p in group["params"]}
+    assert not in_groups & {id(p) for p in model.target.parameters()}
+
+
+@pytest.mark.parametrize("method", grafit.METHODS)
+def test_every_method_has_what_its_row_of_table_2_7_says_and_nothing_else(method):
+    supervised, instance, projector = grafit.METHODS[method]
+    model = grafit.Grafit("regnet_nano", method, num_classes=5, proj_dim=16)
+    parts = {name.split(".")[0] for name in model.state_dict()}
+    wanted = {"trunk": True, "fc": supervised == "ce", "projector": projector, "predictor": instance, "target": instance}
+    assert parts == {name for name, has in wanted.items() if has}
+    width = 16 if supervised == "knn" else 128
+    assert model.eval()(torch.randn(2, 3, 32, 32)).shape == (2, width)
+    logits, g, predictions = model.train()([torch.randn(2, 3, 32, 32)] * (2 if instance else 1))
+    assert (logits is None, g is None, predictions is None) == (supervised != "ce", supervised != "knn", not instance)
+
+
+def test_views_are_random_and_repeat_exactly():
+    image = from_numpy(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
+    transform = grafit.TrainTransform(grafit.Recipe(views=3, img_size=(32, 32), erasing=1.0))
+    (views,), parameters = transform(image, random.Random(1))
+    assert views.shape == (3, 3, 32, 32) and len(parameters) == 15 and not torch.equal(views[0], views[1])
+    (again,), same = transform(image, random.Random(1))
+    assert torch.equal(again, views) and same == parameters
+    (one,), _ = grafit.TrainTransform(grafit.Recipe(method="snca", img_size=(32, 32)))(image, random.Random(1))
+    assert len(one) == 1 and torch.equal(one[0], views[0])  # the supervised view is the first
+    (test,), _ = grafit.TrainTransform(grafit.RECIPES["fixres"])(image, random.Random(1))
+    assert torch.equal(test[0], eval_transform(image, (384, 384), 0.875))
+
+
+def test_the_recipe_of_sections_2_4_3_and_2_5():
+    r, cifar, transfer = grafit.RECIPES["grafit"], grafit.RECIPES["cifar"], grafit.RECIPES["transfer"]
+    assert (r.epochs, r.batch_size, r.lr, r.optimizer, r.views, r.sigma) == (600, 1024, 0.4, "nesterov", 4, 0.05)
+    assert (r.instance_weight, r.proj_dim, r.img_size) == (1.0, 256, (224, 224))
+    assert (cifar.views, cifar.img_size, cifar.epochs, cifar.lr) == (8, (32, 32), 600, 0.4)
+    assert (transfer.epochs, transfer.lr, transfer.batch_size, transfer.trainable, transfer.classifier) == (
+        240,
+        0.01,
+        512,
+        "classifier",
+        "mlp",
+    )
+    assert grafit.parse_args(["--batch-size", "256"])[1].lr == pytest.approx(0.1)
+    for data, epochs in (("flowers102:/x", 1000), ("cars:/x", 1000), ("food101:/x", 300), ("inat2018@genus:/x", 300)):
+        assert grafit.paper_recipe("transfer_full", data).epochs == epochs and grafit.paper_recipe("transfer", data).epochs == 240
+
+
+# ---- Runs --------------------------------------------------------------------------------------------------------------------
+
+SMALL = "--model regnet_nano --recipe shapes --img-size 32 --batch-size 16 --mix-group 4 --epochs 2 --warmup-epochs 1 --workers 0 --device cpu".split()  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def coarse(tmp_path_factory):
+    file = tmp_path_factory.mktemp("coarse") / "coarse.json"
+    file.write_text(json.dumps({"ant": "insect", "bee": "insect", "cat": "mammal", "dog": "mammal"}))
+    return file
+
+
+@pytest.fixture(scope="session")
+def trained(folder, coarse, tmp_path_factory):
+    """{"coarse" and "fine": output folder of a Grafit trained with these labels}."""
+    from test_run import child, status_of
+
+    out = tmp_path_factory.mktemp("grafit")
+    for level in ("coarse", "fine"):
+        flags = [*SMALL, "--data", f"{folder}@{level}", "--coarse-labels", coarse, "--out", out / level]
+        assert status_of(child(flags, script="grafit", log=out / f"{level}.log")) == 0, (out / f"{level}.log").read_text()
+    return {level: out / level for level in ("coarse", "fine")}
+
+
+def test_a_run_is_evaluated_at_every_level_and_eval_repeats_it(here, trained, folder, coarse):
+    results = json.loads((trained["coarse"] / "results.json").read_text())
+    assert list(results) == ["coarse"] and list(results["coarse"]) == ["coarse", "fine"]
+    assert all(0 <= m[key] <= 100 for m in results["coarse"].values() for key in grafit.METRICS)
+    assert results["coarse"]["coarse"]["map_oracle"] == pytest.approx(100)
+    log = log_of(trained["coarse"])
+    assert [r["val_knn"] for r in log if "val_knn" in r] and log[-1]["status"] == "completed"
+    assert load(trained["coarse"] / "last.pt")["memory"]["embeddings"].norm(dim=1).max() > 0.5
+    data = ["--data", folder, "--coarse-labels", coarse, "--device", "cpu", "--workers", 0]
+    both = ["--weights", trained["coarse"] / "last.pt", "--also", trained["fine"] / "last.pt"]
+    out = trained["coarse"].parent / "matrix"
+    result = here("grafit", "--model", "regnet_nano", "--eval", *both, *data, "--out", out)
+    assert result.status == 0, result
+    matrix = json.loads((out / "matrix.json").read_text())
+    assert list(matrix) == ["coarse", "fine"]  # a column per level of training
+    for level in ("coarse", "fine"):
+        own = json.loads((trained[level] / "results.json").read_text())[level]
+        assert matrix[level] == own
+    row = next(line for line in result.out.splitlines() if line.startswith("  test fine"))
+    assert [float(x) for x in row.split()[2:]] == [pytest.approx(matrix[c]["fine"]["knn"], abs=0.006) for c in ("coarse", "fine")]
+
+
+def frame(picture: Image.Image, column: int, top: int) -> tuple:
+    return picture.getpixel((column * 108 + 1, top + 1))
+
+
+def test_retrieve_draws_frames_by_the_finest_level_that_is_right(here, trained, folder, coarse, tmp_path):
+    data = ["--data", folder, "--coarse-labels", coarse, "--device", "cpu", "--workers", 0]
+    outside = tmp_path / "other.png"
+    Image.new("RGB", (50, 70), "red").save(outside)
+    flags = ["--weights", trained["coarse"] / "last.pt", *data, "--out", tmp_path / "o"]
+    query = sorted((folder / "val/bee").iterdir())[0]
+    result = here("grafit", "--model", "regnet_nano", "--retrieve", query, "5", outside, *flags)
+    assert result.status == 0, result
+    sheet = Image.open(tmp_path / "o/retrieved.png")
+    # By hand: the ten nearest training images of the query and the level at which they are right.
+    from common.sources import open_data
+
+    splits = open_data(str(folder), coarse_labels=str(coarse))
+    index = next(i for i in range(len(splits["val"])) if splits["val"].name(i) == str(query))
+    content = load(trained["coarse"] / "last.pt")
+    model = grafit.Grafit("regnet_nano", "grafit", proj_dim=64).eval()
+    model.load_state_dict(content["model"])
+
+    class Alone:
+        world, rank, workers, device, amp = 1, 0, 0, torch.device("cpu"), "fp32"
+        gather = staticmethod(lambda x: x)
+
+    gallery, queries = (extract(model, splits[s], (32, 32), 1.0, Alone) for s in ("train", "val"))
+    nearest = (queries[index] @ gallery.T).argsort(descending=True)[:10]
+    fine, levels = splits["train"].labels[nearest], splits["train"].levels["coarse"][1][nearest]
+    seen = [frame(sheet, 1 + i, 14) for i in range(10)]
+    for colour, f, c in zip(seen, fine, levels):
+        red, green, blue = colour
+        if f == splits["val"].labels[index]:
+            assert green > red
+        elif c == splits["val"].levels["coarse"][1][index]:
+            assert red > green > blue + 20  # orange
+        else:
+            assert red > 150 > green
+    third = 14 + 2 * (104 + 14)
+    assert frame(sheet, 1, third) == (150, 150, 150)  # nothing is known of an image from outside
+    refused(here("grafit", "--model", "regnet_nano", "--retrieve", "999", *flags), "--retrieve 999", "20 validation images")
+    refused(here("grafit", "--model", "regnet_nano", "--retrieve", tmp_path / "none.jpg", *flags), "none.jpg")
+
+
+@pytest.mark.parametrize("method", ["ce", "instance", "ce_instance", "snca_fc", "grafit_fc"])
+def test_every_other_method_trains(here, folder, coarse, tmp_path, method):
+    flags = [*SMALL, "--method", method, "--data", f"{folder}@coarse", "--coarse-labels", coarse, "--epochs", 6, "--out", tmp_path / "o"]
+    result = here("grafit", *flags)
+    assert result.status == 0, result
+    losses = [r["train_loss"] for r in log_of(tmp_path / "o") if "train_loss" in r]
+    assert losses[-1] < losses[0]
+    metrics = json.loads((tmp_path / "o/results.json").read_text())["coarse"]["fine"]
+    assert all(0 <= metrics[key] <= 100 for key in grafit.METRICS)
+
+
+def test_fine_tuning_takes_the_trunk_and_freezes_what_it_says(here, folder, trained, tmp_path):
+    start = load(trained["coarse"] / "last.pt")["model"]
+    run = functools.partial(here, "grafit", "--model", "regnet_nano", "--img-size", 32, "--batch-size", 16, "--mix-group", 4, "--epochs", 2, "--workers", 0, "--device", "cpu", "--data", folder)  # fmt: skip
+
+    def trunk(out) -> tuple[dict, dict]:
+        state = load(tmp_path / out / "last.pt")["model"]
+        changed = {k for k in start if k.startswith("trunk.") and not torch.equal(start[k], state[k])}
+        return state, changed
+
+    result = run("--recipe", "transfer", "--weights", trained["coarse"] / "last.pt", "--out", tmp_path / "frozen")
+    assert result.status == 0 and "trunk taken from the checkpoint; new: fc" in result.out, result
+    state, changed = trunk("frozen")
+    assert not changed and state["fc.3.weight"].shape == (4, 128)
+    # from torchvision's form of weights, all of it trained, with CutMix
+    plain = {k.removeprefix("trunk."): v for k, v in start.items() if k.startswith("trunk.")}
+    torch.save(plain, tmp_path / "plain.pth")
+    result = run("--recipe", "transfer_full", "--classifier", "linear", "--weights", tmp_path / "plain.pth", "--out", tmp_path / "full")
+    assert result.status == 0, result
+    state, changed = trunk("full")
+    assert changed == {k for k in start if k.startswith("trunk.")} and state["fc.weight"].shape == (4, 128)
+    # FixRes: classifier and BatchNorm
+    fixres = ["--recipe", "fixres", "--classifier", "linear", "--weights", tmp_path / "full/last.pt", "--out", tmp_path / "fixres"]
+    assert run(*fixres).status == 0
+    fixed = load(tmp_path / "fixres/last.pt")["model"]
+    moved = {k for k in state if not torch.equal(state[k], fixed[k])}
+    model = grafit.make_trunk("regnet_nano")
+    norms = {f"trunk.{n}.{k}" for n, m in model.named_modules() if isinstance(m, torch.nn.BatchNorm2d) for k in m.state_dict()}
+    assert moved == norms | {"fc.weight", "fc.bias"}
+    # its accuracy, by --eval too
+    top1 = [r["val_top1"] for r in log_of(tmp_path / "fixres") if "val_top1" in r][-1]
+    result = here("grafit", "--model", "regnet_nano", "--eval-data", folder / "val", "--weights", tmp_path / "fixres/last.pt", "--device", "cpu", "--workers", 0)  # fmt: skip
+    assert result.status == 0 and f"top1 {top1:.5g}" in result.out, result
+
+
+def test_wrong_use_is_refused(here, folder, trained, tmp_path):
+    refused(here("grafit", "--method", "triplet"), "--method triplet", "grafit_fc")
+    refused(here("grafit", "--method", "ce", "--views", 4), "--views", "no instance loss")
+    refused(here("grafit", "--cutmix", 1.0), "--cutmix", "method ce")
+    refused(here("grafit", "--classifier", "mlp"), "--classifier", "no classifier")
+    refused(here("grafit", "--method", "ce", "--memory-dtype", "fp16"), "--memory-dtype", "no memory")
+    refused(here("grafit", "--also", "x.pt"), "--also", "--eval")
+    refused(here("grafit", "--views", 1), "--views 1", "2 or more")
+    refused(here("grafit", "--model", "torchvision/resnet50"), "--model torchvision/resnet50")
+    weights = ["--model", "regnet_nano", "--weights", trained["coarse"] / "last.pt", "--device", "cpu"]
+    refused(here("grafit", "--eval", *weights, "--data", folder), "no label level")
+
+
+def test_on_shapes_coarse_labels_teach_grafit_more_of_the_fine_ones_than_cross_entropy(here, monkeypatch, tmp_path):
+    """3000 images, 3 coarse classes; told apart: 12."""
+    from common import shapes
+
+    monkeypatch.setattr(shapes, "TRAIN_IMAGES", 3000)
+    monkeypatch.setattr(shapes, "VAL_IMAGES", 600)
+    fine = {}
+    for method in ("ce", "grafit"):
+        flags = ["--model", "regnet_nano", "--recipe", "shapes", "--img-size", 32, "--data", "shapes@coarse", "--method", method]
+        assert here("grafit", *flags, "--workers", 0, "--device", "cpu", "--out", tmp_path / method).status == 0
+        fine[method] = json.loads((tmp_path / method / "results.json").read_text())["coarse"]["fine"]
+    assert fine["grafit"]["knn"] > fine["ce"]["knn"] + 10
+    assert fine["grafit"]["map_conditional"] > fine["ce"]["map_conditional"] + 3
