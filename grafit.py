@@ -82,7 +82,7 @@ class Recipe:
     memory_dtype: Annotated[str, "precision of the memory: fp32 or fp16", ("fp32", "fp16")] = "fp32"
     img_size: Annotated[tuple[int, int], "training and test resolution in pixels, S or HxW"] = (224, 224)
     repeats: Annotated[int, "repeated augmentation: times an image is taken in a row"] = 1
-    augment: Annotated[str, "rand (random crop, flip, RandAugment, erasing) or test (the test image: FixRes)", ("rand", "test")] = "rand"
+    augment: Annotated[str, "rand (random crop, flip, RandAugment), crop (crop and flip) or test (the test image: FixRes)", ("rand", "crop", "test")] = "rand"  # fmt: skip
     erasing: Annotated[float, "probability of random erasing"] = 0.25
     cutmix: Annotated[float, "alpha of cutmix's Beta law, with the method ce; 0: off"] = 0.0
     mix_group: Annotated[int, "images that share one cutmix draw"] = 64
@@ -310,7 +310,8 @@ class TrainTransform:
                 view = resize(image[:, top : top + height, left : left + width], self.size)
                 if rng.random() < 0.5:
                     view = view.flip(-1)
-                view = from_pil(rand_augment(to_pil(view), rng))
+                if self.augment == "rand":
+                    view = from_pil(rand_augment(to_pil(view), rng))
             views.append(view)
             box = erasing_box(*self.size, rng) if rng.random() < self.erasing else (0, 0, 0, 0)
             parameters += [*box, rng.getrandbits(24)]  # whole numbers up to 2^24 are exact in float32
@@ -764,7 +765,7 @@ def train(args, recipe: Recipe, paper: Recipe) -> None:
             run.after_step(stats, lr, lambda seen=seen: data.names(torch.cat(seen)))
         record, score = run.end_of_training_epoch() | {"lr": lr_at(epoch + 1)}, None
         if val_loader is not None and supervised == "ce":
-            metrics = evaluate(model, val_loader, run.device, precision.autocast, predict=predict, between=run.check_stop)
+            metrics = evaluate(model, val_loader, run.device, precision.autocast, predict=class_logits, between=run.check_stop)
             score = metrics["top1"]
             record |= {f"val_{k}": v for k, v in metrics.items()}
         elif val_loader is not None and memory is not None:  # as it is: embeddings of the last epochs
@@ -822,7 +823,7 @@ def trained_models(run) -> tuple[dict, list[tuple]]:
     return sources, found
 
 
-def predict(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
+def class_logits(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
     """The classifier's logits, for evaluation."""
     return {"": model.logits(images)}
 
@@ -840,7 +841,7 @@ def evaluate_only(args, recipe: Recipe, paper: Recipe) -> None:
     run = Run("grafit", args, recipe, paper)
     check_amp(run.amp, run.device)
     if args.eval_data or args.real_labels:
-        return evaluate_weights(run, make_model, saved=SAVED, adapt=None, predict=predict)
+        return evaluate_weights(run, make_model, saved=SAVED, adapt=None, predict=class_logits)
     sources, found = trained_models(run)
     results = {}
     for level, file, model, own in found:

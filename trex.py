@@ -74,6 +74,11 @@ RECIPES = {
     # The same with learned class weights instead of the memory.
     "trex_plain": Recipe(memory_size=0),
     "trex_star_plain": Recipe(global_scale=0.4, local_scale=0.4, hidden_layers=1, memory_size=0),
+    # Fine-tuning on other data sets, which the paper does not do (it fits linear classifiers: common/transfer.py): the settings
+    # of thesis section 2.4.6 for a ResNet-50, and a cosine softmax on the encoder in place of projector and memory.
+    "transfer": Recipe(
+        epochs=240, batch_size=512, lr=0.01, warmup_epochs=0, local_crops=0, global_scale=0.08, hidden_layers=0, memory_size=0
+    ),
     # Not of the paper: the built-in data set in minutes on two CPU cores.
     "shapes": Recipe(
         epochs=2,
@@ -363,6 +368,23 @@ def make_model(args, recipe: Recipe, num_classes: int) -> nn.Module:
     return TReX(args.model, num_classes, recipe.hidden_layers, recipe.memory_size, recipe.temperature)
 
 
+def take_encoder(model: nn.Module, state: dict, content: dict, say) -> None:
+    """Fits --weights to the model: the encoder is taken, also in torchvision's form; what else has another name or shape starts
+    afresh."""
+    if not any(k.startswith("model.encoder.") for k in state):
+        for key in list(state):
+            state[f"model.encoder.{key}"] = state.pop(key)
+    own = model.state_dict()
+    fresh = [k for k in own if not k.startswith("model.encoder.") and (k not in state or state[k].shape != own[k].shape)]
+    for key in [k for k in state if k not in own and not (k.startswith("model.encoder.") and "encoder.fc." not in k)]:
+        del state[key]
+    for key in fresh:  # the averaged network starts as a copy
+        twin = state.get(key.replace("model_ema.", "model.", 1))
+        state[key] = own[key] if twin is None or twin.shape != own[key].shape else twin
+    if fresh:
+        say(f"encoder taken from the checkpoint; new: {', '.join(sorted({'.'.join(k.split('.')[:2]) for k in fresh}))}")
+
+
 def train(args, recipe: Recipe, paper: Recipe) -> None:
     """The whole run: data, model, loop, evaluation by the prototypes after every epoch."""
     from common.checkpoint import load_pretrained
@@ -379,7 +401,7 @@ def train(args, recipe: Recipe, paper: Recipe) -> None:
     torch.manual_seed(args.seed)
     model = make_model(args, recipe, len(data.classes))
     if args.weights:
-        load_pretrained(model, args, run.method, new_head=True, say=run.say)
+        load_pretrained(model, args, run.method, new_head=True, say=run.say, adapt=take_encoder)
     model.to(run.device)
     optimizer = make_optimizer(recipe.optimizer, model, recipe.lr, recipe.weight_decay)
     precision = Precision(run.amp, run.device, accumulation=data.accumulation, clip_grad=recipe.clip_grad)

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import sys
@@ -351,6 +352,45 @@ def test_trex_ranks_fill_one_memory_and_a_kill_changes_nothing(folder, tmp_path)
     assert status_of(child(run("killed", *eight), script="trex", patch=kill)) == -signal.SIGKILL
     assert status_of(child(run("killed", *eight, "--resume"), script="trex")) == 0
     assert same_training(tmp_path / "whole", tmp_path / "killed")  # memory and averaged network included
+
+
+@pytest.mark.parametrize("method", ["grafit", "ce"])
+def test_grafits_memory_is_the_same_on_any_number_of_ranks_and_after_a_kill(folder, tmp_path, method):
+    flags = f"--model regnet_nano --recipe shapes --method {method} --img-size 32 --mix-group 4 --warmup-epochs 0 --workers 0 --device cpu".split()  # fmt: skip
+
+    def run(out, *extra):
+        return [*flags, "--data", folder, "--out", tmp_path / out, *extra]
+
+    # The first step, and the second from the same state: the temperature and so small a network blow up rounding between them.
+    two_steps = ["--batch-size", 32, "--epochs", 1, "--repeats", 2]  # images repeat within a batch
+    kill = at_steps(lambda: os.kill(os.getpid(), signal.SIGKILL), [1])
+    assert status_of(child(run("start", *two_steps, "--save-steps", 1), script="grafit", patch=kill)) == -signal.SIGKILL
+    found = {}
+    for world in (1, 2, 4):
+        shutil.copytree(tmp_path / "start", tmp_path / f"second{world}")
+        for out, extra in ((f"first{world}", ["--batch-size", 64]), (f"second{world}", ["--resume"])):
+            flags_here = run(out, *two_steps, *extra)
+            assert (ranks(world, flags_here, tmp_path, script="grafit") if world > 1 else [status_of(child(flags_here, script="grafit"))]) == [0] * world  # fmt: skip
+            found[out] = load(tmp_path / out / "last.pt")
+    for step in ("first", "second"):
+        one = found[f"{step}1"]
+        for world in (2, 4):
+            other = found[f"{step}{world}"]
+            assert all(torch.allclose(one["model"][k], other["model"][k], atol=5e-5) for k in one["model"]), (step, world)
+            if method == "grafit":
+                a, b = one["memory"]["embeddings"], other["memory"]["embeddings"]
+                assert torch.allclose(a, b, atol=1e-5) and 20 < (a.norm(dim=1) > 0).sum() < 64  # the images of this epoch
+            else:
+                assert one["memory"] is None
+    eight = ["--batch-size", 8, "--epochs", 2, "--save-steps", 1]
+    assert status_of(child(run("whole", *eight), script="grafit")) == 0
+    kill = at_steps(lambda: os.kill(os.getpid(), signal.SIGKILL), [5])
+    assert status_of(child(run("killed", *eight), script="grafit", patch=kill)) == -signal.SIGKILL
+    assert status_of(child(run("killed", *eight, "--resume"), script="grafit")) == 0
+    assert same_training(tmp_path / "whole", tmp_path / "killed")
+    memories = [load(tmp_path / out / "last.pt")["memory"] for out in ("whole", "killed")]
+    assert method == "ce" or torch.equal(memories[0]["embeddings"], memories[1]["embeddings"])
+    assert [json.loads((tmp_path / out / "results.json").read_text()) for out in ("whole",)] == [json.loads((tmp_path / "killed/results.json").read_text())]  # fmt: skip
 
 
 def test_F9_a_run_resumes_on_another_number_of_ranks(command, tmp_path):

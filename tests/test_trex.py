@@ -290,3 +290,41 @@ def test_wrong_use(here, tmp_path):
     refused(here("trex", "--model", "resnet51"), "--model resnet51", "resnet50")
     refused(here("trex", "--model", "resnet50", "--memory-size", -1), "--memory-size -1: must be 0")
     refused(here("trex", "--model", "resnet50", "--export", tmp_path / "e.pth", "--weights", tmp_path / "no.pt"), "no.pt: no such file")
+
+
+def test_fine_tuning_takes_the_encoder_of_a_checkpoint_or_of_torchvision(here, folder, tmp_path):
+    assert here("trex", *TREX, "--data", folder, "--epochs", 1, "--warmup-epochs", 0, "--out", tmp_path / "o").status == 0
+    start = load(tmp_path / "o/last.pt")["model"]
+    exported = tmp_path / "encoder.pth"
+    assert here("trex", "--model", NANO["trex"], "--weights", tmp_path / "o/last.pt", "--export", exported).status == 0
+    frozen = ["--lr", 1e-12, "--min-lr", 0, "--weight-decay", 0]
+    small = [
+        "--model",
+        NANO["trex"],
+        "--recipe",
+        "transfer",
+        "--img-size",
+        32,
+        "--batch-size",
+        16,
+        "--epochs",
+        1,
+        "--workers",
+        0,
+        "--device",
+        "cpu",
+    ]
+    for weights in (tmp_path / "o/last.pt", exported):
+        out = tmp_path / weights.stem
+        result = here("trex", *small, *frozen, "--data", folder, "--weights", weights, "--out", out)
+        assert result.status == 0 and "encoder taken from the checkpoint; new: clf.fc, model.head" in result.out, result
+        tuned = load(out / "last.pt")["model"]
+        learned = {k for k in tuned if k.startswith("model.encoder.") and k.endswith(("weight", "bias"))}
+        assert learned and all(torch.allclose(tuned[k], start[k], atol=1e-9) for k in learned)
+        assert tuned["model.head.layers.1.weight"].shape == (256, 512) and "memory.features" not in tuned
+    # into a full model: the averaged network is a copy
+    again = [*TREX, *frozen, "--hidden-layers", 2, "--data", folder, "--epochs", 1, "--warmup-epochs", 0]
+    assert here("trex", *again, "--weights", exported, "--out", tmp_path / "again").status == 0
+    state = load(tmp_path / "again/last.pt")["model"]
+    for key in (k for k in state if k.startswith("model_ema.") and k.endswith("weight")):
+        assert torch.allclose(state[key], state[key.replace("model_ema.", "model.")], atol=1e-9), key

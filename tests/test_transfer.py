@@ -1,0 +1,563 @@
+"""The transfer suite: features and their cache, classifiers, data sets in their real layouts, tables and correlations."""
+
+import json
+import math
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from conftest import NANO, SCRIPTS, SMALL, WITHOUT_MIXING, encoded, picture, write_folder
+from scipy import stats
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+from test_cli import refused
+
+from common import sources, transfer
+from common.errors import UserError
+from common.evaluate import log_odds
+from common.models import classifier_inputs, fingerprint
+from common.report import upper_right_hull
+from common.run import launch
+
+# ---- Features --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def suite(capfd, monkeypatch):
+    """suite("features", ...): `python -m common.transfer features ...` in this process; (status, stdout, stderr)."""
+    import signal
+    import sys
+
+    from conftest import Result
+
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["transfer", *map(str, arguments)])
+        capfd.readouterr()
+        status = 0
+        try:
+            launch(transfer.main)
+        except SystemExit as end:
+            status = end.code
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return Result(status, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def network(tmp_path_factory):
+    """A torchvision classifier's file."""
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp("network") / "squeeze.pth"
+    model = torchvision.models.get_model("mobilenet_v3_small", num_classes=7)
+    torch.save(model.state_dict(), file)
+    return file
+
+
+def flags(network, tmp_path, *sets, seeds=1) -> list:
+    return ["--model", "torchvision/mobilenet_v3_small", "--weights", network, "--img-size", 32, "--workers", 0, "--device", "cpu", "--seeds", seeds, "--out", tmp_path / "r.json", "--sets", *sets]  # fmt: skip
+
+
+def counted(monkeypatch) -> list:
+    """Titles of the extractions that are computed."""
+    calls, original = [], transfer.extract
+    monkeypatch.setattr(transfer, "extract", lambda *a, **k: calls.append(k["title"]) or original(*a, **k))
+    return calls
+
+
+def test_features_are_computed_once_and_again_when_images_or_network_change(suite, network, tmp_path, monkeypatch):
+    data = write_folder(tmp_path / "d", train=6, val=3)
+    calls = counted(monkeypatch)
+    assert suite("features", *flags(network, tmp_path, data)).status == 0 and len(calls) == 2
+    first = json.loads((tmp_path / "r.json").read_text())
+    result = suite("features", *flags(network, tmp_path, data))
+    assert result.status == 0 and len(calls) == 2 and result.out.count("from the cache") == 2
+    assert json.loads((tmp_path / "r.json").read_text()) == first
+    # another image under the same name and with the same labels
+    file = data / "train/ant/ant_000.jpg"
+    file.write_bytes(encoded(picture(3, 99)))
+    assert suite("features", *flags(network, tmp_path, data)).status == 0
+    assert len(calls) == 3 and calls[2].endswith("train")
+    # labels are not in the cache: a renamed class folder needs no new features
+    for split in ("train", "val"):
+        (data / split / "ant").rename(data / split / "aardvark")
+    assert suite("features", *flags(network, tmp_path, data)).status == 0 and len(calls) == 3
+    # another network, another resolution
+    state = torch.load(network, weights_only=True)
+    state["features.0.0.weight"][0, 0, 0, 0] += 1e-3
+    torch.save(state, tmp_path / "other.pth")
+    assert suite("features", *flags(tmp_path / "other.pth", tmp_path, data)).status == 0 and len(calls) == 5
+    assert suite("features", *flags(network, tmp_path, data), "--img-size", 40).status == 0 and len(calls) == 7
+    # a file that a crash cut short
+    for cached in (sources.cache_folder() / "features").glob("*.npy"):
+        cached.write_bytes(cached.read_bytes()[:200])
+    assert suite("features", *flags(network, tmp_path, data)).status == 0 and len(calls) == 9
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_features_of_every_scripts_checkpoint_are_what_its_classifier_is_given(here, suite, script, folder, tmp_path):
+    small = WITHOUT_MIXING if script in ("trex", "grafit") else SMALL
+    run = ["--model", NANO[script], *small, "--data", folder, "--epochs", 1, "--warmup-epochs", 0, "--out", tmp_path / "run"]
+    assert here(script, *run).status == 0
+    arguments = ["--weights", tmp_path / "run/last.pt", "--sets", folder, "--seeds", 1, "--workers", 0, "--device", "cpu"]
+    result = suite("features", *arguments, "--out", tmp_path / "r.json")
+    assert result.status == 0, result
+    row = json.loads((tmp_path / "r.json").read_text())
+    assert row["model"] == f"{script}/{NANO[script]}" and row["img_size"] == [32, 32] and row["measured"] == 1
+    found = row["sets"][str(folder)]
+    assert 0 <= found["accuracy"] <= 100 and found["classifier"] == "lbfgs" and found["test_images"] == 20
+    # by the classifier on top of them come the network's own answers
+    from common import checkpoint
+    from common.models import from_checkpoint
+
+    content = checkpoint.load(tmp_path / "run/last.pt", "")
+    model = from_checkpoint(content, "", (32, 32), print).eval()
+    images = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        features = classifier_inputs(model, "")(images)
+        if script == "trex":
+            again = F.normalize(model.model.head(features), dim=1) @ model.memory.prototypes().T / 0.1
+        elif script == "grafit":
+            again = F.normalize(model.projector(features), dim=1)
+        else:
+            again = model.head(features)
+        assert torch.allclose(again, model(images), atol=1e-5)
+
+
+def test_features_of_torchvisions_classifiers_and_of_official_weights(suite, folder, tmp_path):
+    for name, width in (("resnet18", 512), ("vgg11", 4096), ("vit_b_16", 768), ("swin_t", 768), ("regnet_y_400mf", 440)):
+        with torch.device("meta") if name == "vgg11" else torch.device("cpu"):
+            model = torchvision.models.get_model(name).eval()
+        device = next(model.parameters()).device
+        with torch.no_grad():
+            assert classifier_inputs(model, name)(torch.zeros(2, 3, 224, 224, device=device)).shape == (2, width), name
+    with pytest.raises(UserError, match="no linear classifier"):
+        classifier_inputs(torchvision.models.squeezenet1_0(), "squeezenet")
+    import deit3
+    import patchconvnet
+
+    with pytest.raises(UserError, match="no linear classifier over one feature"):
+        classifier_inputs(patchconvnet.build_model("patchconvnet_nano", 5, 32, class_tokens="per_class"), "per class")
+    model = deit3.build_model("vit_nano", 9, 32)
+    torch.save({"model": model.state_dict()}, tmp_path / "official.pth")
+    base = ["--sets", folder, "--seeds", 1, "--workers", 0, "--device", "cpu", "--img-size", 32, "--out", tmp_path / "r.json"]
+    result = suite("features", "--model", "deit3/vit_nano", "--weights", tmp_path / "official.pth", *base)
+    assert result.status == 0 and json.loads((tmp_path / "r.json").read_text())["fingerprint"] == fingerprint(model.eval())
+    # an encoder without classifier, in the form t-ReX's page shows
+    state = {k: v for k, v in torchvision.models.resnet18().state_dict().items() if not k.startswith("fc.")}
+    torch.save(state, tmp_path / "encoder.pth")
+    assert suite("features", "--model", "torchvision/resnet18", "--weights", tmp_path / "encoder.pth", *base).status == 0
+
+
+# ---- Classifiers -----------------------------------------------------------------------------------------------------------
+
+
+def digits() -> tuple:
+    x, y = load_digits(return_X_y=True)
+    x, y = torch.from_numpy(x).float() / 16, torch.from_numpy(y)
+    return x[:900], y[:900], x[900:], y[900:]
+
+
+def test_the_held_out_fifth_is_of_every_class_and_depends_on_the_seed_only():
+    labels = torch.tensor([0] * 50 + [1] * 5 + [2])
+    rest, held = transfer.held_out(labels, 0)
+    assert sorted([*rest.tolist(), *held.tolist()]) == list(range(56))
+    assert labels[held].bincount(minlength=3).tolist() == [10, 1, 0]
+    assert torch.equal(held, transfer.held_out(labels, 0)[1]) and not torch.equal(held, transfer.held_out(labels, 1)[1])
+
+
+def test_the_cost_is_the_best_on_the_held_out_fifth_and_the_classifier_the_optimum_on_all():
+    x, y, _, _ = digits()
+    rest, held = transfer.held_out(y, 0)
+    (weight, bias), chosen = transfer.fit_logistic(x, y, rest, held, 10, "top-1")
+    theirs = LogisticRegression(C=chosen["C"], tol=1e-10, max_iter=20000).fit(x.double().numpy(), y.numpy())
+    assert np.abs(weight.numpy() - theirs.coef_).max() <= 1e-2 * np.linalg.norm(theirs.coef_)
+    grid = [10.0**e for e in range(-5, 7)]
+    by_hand = {c: LogisticRegression(C=c, tol=1e-8, max_iter=5000).fit(x[rest].numpy(), y[rest].numpy()).score(x[held].numpy(), y[held].numpy()) for c in grid[1:7]}  # fmt: skip
+    mine = LogisticRegression(C=chosen["C"], tol=1e-8, max_iter=5000).fit(x[rest].numpy(), y[rest].numpy())
+    assert mine.score(x[held].numpy(), y[held].numpy()) >= max(by_hand.values()) - 1.5 / len(held)
+
+
+def test_no_figure_is_chosen_on_the_test_set():
+    """Shuffled test labels give chance, and the choices do not change."""
+    x, y, test_x, test_y = digits()
+    honest = transfer.assess(x, y, test_x, test_y, 10, "top-1", 2)
+    shuffled = test_y[torch.randperm(len(test_y), generator=torch.Generator().manual_seed(0))]
+    canary = transfer.assess(x, y, test_x, shuffled, 10, "top-1", 2)
+    assert honest["accuracy"] > 90 and honest["knn"] > 90 and honest["map"] > 50
+    assert abs(canary["accuracy"] - 10) < 5 and abs(canary["knn"] - 10) < 5
+    assert canary["map"] < 20  # not 10: a tenth of the queries name the cluster they lie in
+    assert canary["chosen"] == honest["chosen"] and canary["k"] == honest["k"]
+    assert honest["accuracy"] == pytest.approx(np.mean(honest["runs"])) and len(honest["runs"]) == 2
+    assert honest["deviation"] == pytest.approx(np.std(honest["runs"], ddof=1))
+
+
+def test_large_data_go_by_sgd_on_normalised_features(monkeypatch):
+    x, y, test_x, test_y = digits()
+    monkeypatch.setattr(transfer, "SGD_ABOVE", 1000)
+    monkeypatch.setattr(transfer, "SGD_DRAWS", 4)
+    seen, original = [], transfer.sgd_classifier
+
+    def short(features, labels, classes, lr, weight_decay, seed):
+        seen.append((features, lr, weight_decay))
+        return original(features, labels, classes, lr, weight_decay, seed, epochs=30, batch=128)
+
+    monkeypatch.setattr(transfer, "sgd_classifier", short)
+    found = transfer.assess(x, y, test_x, test_y, 10, "top-1", 1)
+    assert found["classifier"] == "sgd" and found["accuracy"] > 88
+    assert torch.allclose(seen[0][0].norm(dim=1), torch.ones(len(seen[0][0])), atol=1e-5)
+    assert len(seen) == 5 and len(seen[-1][0]) == 900 and len(seen[0][0]) == 900 - len(transfer.held_out(y, 0)[1])
+    assert all(0.1 <= lr <= 100 and 1e-12 <= wd <= 1e-4 for _, lr, wd in seen)
+    assert seen[-1][1:] in [s[1:] for s in seen[:-1]] and found["chosen"][0] == {"lr": seen[-1][1], "weight_decay": seen[-1][2]}
+
+
+def test_sgd_approaches_the_optimum_of_the_same_objective():
+    x, y, _, _ = digits()
+    x, decay = F.normalize(x, dim=1).double(), 1e-3
+
+    def objective(weight, bias) -> float:
+        return (F.cross_entropy(x @ weight.T.double() + bias.double(), y) + decay / 2 * weight.square().sum()).item()
+
+    weight, bias = transfer.sgd_classifier(x.float(), y, 10, 5.0, decay, 0, batch=900, epochs=600)
+    theirs = LogisticRegression(C=1 / (decay * len(x)), tol=1e-10, max_iter=20000).fit(x.numpy(), y.numpy())
+    best = objective(torch.from_numpy(theirs.coef_), torch.from_numpy(theirs.intercept_))
+    assert objective(weight, bias) == pytest.approx(best, rel=0.01)  # it decays the bias too, a little
+
+
+def test_accuracies():
+    predicted, labels = torch.tensor([0, 0, 1, 0, 2]), torch.tensor([0, 0, 0, 2, 2])
+    assert transfer.accuracy(predicted, labels, "top-1") == pytest.approx(3 / 5)
+    assert transfer.accuracy(predicted, labels, "per-class") == pytest.approx((2 / 3 + 1 / 2) / 2)  # class 1 does not occur
+
+
+# ---- Data sets: each in its real layout ---------------------------------------------------------------------------------------
+
+
+def image(label: int, index: int) -> bytes:
+    return encoded(picture(label % 4, index))
+
+
+def write(path, data: bytes | str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def make_eurosat(root):
+    for label, name in enumerate(("AnnualCrop", "Forest")):
+        for i in range(10):
+            write(root / f"eurosat/2750/{name}/{name}_{i + 1}.jpg", image(label, i))
+    return 2, 14, 6
+
+
+def make_sun397(root):
+    classes = ("/a/abbey", "/a/apartment_building/outdoor", "/b/bar")
+    write(root / "SUN397/ClassName.txt", "".join(f"{c}\n" for c in classes))
+    for split, count in (("Training", 3), ("Testing", 2)):
+        names = [f"{c}/sun_{split.lower()}_{i}.jpg" for c in classes for i in range(count)]
+        for i, name in enumerate(names):
+            write(root / f"SUN397{name}", image(i // count, i))
+        write(root / f"Partitions/{split}_01.txt", "".join(f"{n}\n" for n in names))
+    return 3, 9, 6
+
+
+def make_cog(root):
+    concepts = [[f"n0000{level}{i:03d}" for i in range(2)] for level in range(5)]
+    splits = {}
+    for level in concepts:
+        for label, concept in enumerate(level):
+            names = [f"{concept}_{i}.JPEG" for i in range(5)]
+            splits[concept] = {"train": names[:3], "test": names[3:]}
+            for i, name in enumerate(names):
+                write(root / concept / name, image(label, i))
+    write(root / sources.COG_LEVELS, pickle.dumps(concepts))
+    write(root / sources.COG_SPLITS, pickle.dumps(splits))
+    return 2, 6, 4
+
+
+def make_aircraft(root):
+    folder = root / "fgvc-aircraft-2013b/data"
+    write(folder / "variants.txt", "707-320\nA300B4\n")
+    for split, count in (("trainval", 4), ("test", 2)):
+        lines = []
+        for i in range(count):
+            name = f"{i + (100 if split == 'test' else 0):07d}"
+            write(folder / f"images/{name}.jpg", image(i % 2, i))
+            lines.append(f"{name} {('707-320', 'A300B4')[i % 2]}\n")
+        write(folder / f"images_variant_{split}.txt", "".join(lines))
+    return 2, 4, 2
+
+
+def make_dtd(root):
+    for split, count in (("train1", 1), ("val1", 1), ("test1", 1)):
+        lines = []
+        for label, name in enumerate(("banded", "dotted")):
+            for i in range(count):
+                file = f"{name}/{name}_{split}{i}.jpg"
+                write(root / f"dtd/dtd/images/{file}", image(label, i))
+                lines.append(f"{file}\n")
+        write(root / f"dtd/dtd/labels/{split}.txt", "".join(lines))
+    return 2, 4, 2
+
+
+def make_pets(root):
+    base = root / "oxford-iiit-pet"
+    for split, count in (("trainval", 2), ("test", 1)):
+        lines = []
+        for label, name in enumerate(("Abyssinian", "beagle")):
+            for i in range(count):
+                write(base / f"images/{name}_{split}{i}.jpg", image(label, i))
+                lines.append(f"{name}_{split}{i} {label + 1} 1 1\n")
+        write(base / f"annotations/{split}.txt", "".join(lines))
+    (base / "annotations/trimaps").mkdir()
+    return 2, 4, 2
+
+
+def make_food101(root):
+    meta = {"train": {}, "test": {}}
+    for label, name in enumerate(("apple_pie", "waffles")):
+        for split, count in (("train", 3), ("test", 1)):
+            meta[split][name] = [f"{name}/{split}{i}" for i in range(count)]
+            for i in range(count):
+                write(root / f"food-101/images/{name}/{split}{i}.jpg", image(label, i))
+    for split, content in meta.items():
+        write(root / f"food-101/meta/{split}.json", json.dumps(content))
+    return 2, 6, 2
+
+
+def make_flowers(root):
+    from scipy.io import savemat
+
+    base = root / "flowers-102"
+    for i in range(6):
+        write(base / f"jpg/image_{i + 1:05d}.jpg", image(i % 2, i))
+    savemat(base / "imagelabels.mat", {"labels": np.array([[1, 2, 1, 2, 1, 2]])})
+    savemat(base / "setid.mat", {"trnid": np.array([[1, 2]]), "valid": np.array([[3, 4]]), "tstid": np.array([[5, 6]])})
+    return 102, 4, 2  # torchvision names all 102
+
+
+def make_cars(root):
+    from scipy.io import savemat
+
+    base = root / "stanford_cars"
+    names = np.empty((1, 2), dtype=object)
+    names[0, :] = [np.array(["AM General Hummer"]), np.array(["Acura RL"])]
+    (base / "devkit").mkdir(parents=True)
+    savemat(base / "devkit/cars_meta.mat", {"class_names": names})
+    for split, file, count in (("train", "devkit/cars_train_annos.mat", 4), ("test", "cars_test_annos_withlabels.mat", 2)):
+        rows = np.zeros((1, count), dtype=[("fname", object), ("class", object)])
+        for i in range(count):
+            write(base / f"cars_{split}/{i:05d}.jpg", image(i % 2, i))
+            rows[0, i] = (f"{i:05d}.jpg", i % 2 + 1)
+        savemat(base / file, {"annotations": rows})
+    return 2, 4, 2
+
+
+def make_inat(root, year):
+    write(root / "categories.json", json.dumps([{"id": i, "name": f"species {i}", "genus": "g"} for i in range(2)]))
+    for split, count in (("train", 4), ("val", 2)):
+        images = [{"id": i, "file_name": f"train_val{year}/{split}{i}.jpg"} for i in range(count)]
+        for i in range(count):
+            write(root / f"train_val{year}/{split}{i}.jpg", image(i % 2, i))
+        annotations = [{"image_id": i, "category_id": i % 2} for i in range(count)]
+        write(root / f"{split}{year}.json", json.dumps({"images": images, "annotations": annotations}))
+    return 2, 4, 2
+
+
+LAYOUTS = {
+    **{f"cog{level}": make_cog for level in range(1, 6)},
+    "aircraft": make_aircraft,
+    "cars": make_cars,
+    "dtd": make_dtd,
+    "eurosat": make_eurosat,
+    "flowers102": make_flowers,
+    "pets": make_pets,
+    "food101": make_food101,
+    "sun397": make_sun397,
+    "inat2018": lambda root: make_inat(root, 2018),
+    "inat2019": lambda root: make_inat(root, 2019),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_each_data_set_is_read_from_its_real_layout(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("torchvision.datasets.Flowers102._check_integrity", lambda self: True)  # MD5 sums of the real files
+    classes, train, test = LAYOUTS[name](tmp_path)
+    found = sources.open_data(f"{name}:{tmp_path}")
+    assert len(found["train"].classes) == classes and found["train"].classes == found["val"].classes
+    assert (len(found["train"]), len(found["val"])) == (train, test)
+    for source in found.values():
+        assert set(source.labels.tolist()) == set(range(min(classes, 3 if name == "sun397" else 2)))
+        for i in range(len(source)):
+            # the band's height tells the class that was drawn
+            rows = source.read(i).float().mean((0, 2))
+            assert int(rows.unfold(0, 8, 8).mean(1).argmax()) == source.labels[i]
+
+
+def test_the_names_of_both_benchmarks():
+    assert len(transfer.GROUPS["trex"]) == 13 and len(transfer.GROUPS["thesis"]) == 6 and len(transfer.GROUPS["all"]) == 17
+    assert set(transfer.SETS) <= set(sources.NAMED) and set(LAYOUTS) | {"cifar10", "cifar100"} == set(transfer.SETS)
+    assert [name for name, (metric, _) in transfer.SETS.items() if metric == "per-class"] == ["aircraft", "flowers102", "pets"]
+    assert all(source for _, source in transfer.SETS.values())
+
+
+def test_eurosats_split_is_fixed_and_sun397s_is_the_first_partition(tmp_path):
+    make_eurosat(tmp_path)
+    one, two = (sources.open_data(f"eurosat:{tmp_path}") for _ in range(2))
+    names = {split: [s.name(i) for i in range(len(s))] for split, s in one.items()}
+    assert names == {split: [s.name(i) for i in range(len(s))] for split, s in two.items()}
+    assert not set(names["train"]) & set(names["val"]) and two["val"].labels.tolist() == [0] * 3 + [1] * 3
+    make_sun397(tmp_path)
+    assert "training" in sources.open_data(f"sun397:{tmp_path}")["train"].name(0)
+
+
+def test_split_files_that_could_run_code_are_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (print, ("run",))
+
+    make_cog(tmp_path)
+    write(tmp_path / sources.COG_SPLITS, pickle.dumps(Evil()))
+    with pytest.raises(UserError, match="asks for builtins.print"):
+        sources.open_data(f"cog1:{tmp_path}")
+    write(tmp_path / sources.COG_SPLITS, pickle.dumps({"n1": 3}))
+    with pytest.raises(UserError, match="not the expected form"):
+        sources.open_data(f"cog1:{tmp_path}")
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_data_set_that_is_not_there_is_named(name, tmp_path):
+    with pytest.raises(UserError, match=name):
+        sources.open_data(f"{name}:{tmp_path}")
+
+
+# ---- Tables ------------------------------------------------------------------------------------------------------------------
+
+
+def test_missing_sets_are_named_skipped_and_counted(suite, network, tmp_path):
+    make_eurosat(tmp_path / "root/eurosat")
+    make_pets(tmp_path / "root/pets")
+    (tmp_path / "root/dtd").mkdir()
+    result = suite("features", *flags(network, tmp_path, "eurosat", "pets", "dtd", "cars", seeds=2), "--root", tmp_path / "root")
+    assert result.status == 0, result
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert (found["measured"], found["asked"]) == (2, 4) and set(found["missing"]) == {"dtd", "cars"}
+    assert [r["metric"] for r in found["sets"].values()] == ["top-1", "per-class"]
+    rows = found["sets"].values()
+    for row in rows:
+        p, n = row["accuracy"] / 100, row["test_images"]
+        assert row["log_odds"] == pytest.approx(log_odds(min(max(p, 0.5 / n), 1 - 0.5 / n)))
+    assert found["mean_log_odds"] == pytest.approx(np.mean([r["log_odds"] for r in rows]))
+    text = (tmp_path / "r.txt").read_text()
+    assert text.strip() in result.out and "mean of 2 of 4 data sets" in text and "dtd            missing: --data dtd:" in text
+    refused(suite("features", *flags(network, tmp_path, "dtd", "cars"), "--root", tmp_path / "root"), "none of dtd, cars is there")
+    refused(suite("features", *flags(network, tmp_path, "cars")), "--sets cars", "--root")
+    refused(suite("features", *flags(network, tmp_path, "flowers"), "--root", tmp_path), "--sets flowers", "flowers102")
+
+
+def result_of(name: str, top1: float | None, accuracies: dict[str, float]) -> dict:
+    rows = {s: {"metric": "top-1", "test_images": 1000, "accuracy": a, "top1": a, "classifier": "lbfgs"} for s, a in accuracies.items()}
+    return transfer.summarise({"model": name, "weights": None, "pretraining_top1": top1, "seeds": 1, "sets": rows, "missing": {}})
+
+
+def test_the_mean_is_of_the_log_odds_and_a_perfect_score_stays_finite():
+    found = result_of("x", 70, {"a": 50.0, "b": 90.0, "c": 100.0})
+    expected = [0, math.log(9), math.log(999.5 / 0.5)]
+    assert [r["log_odds"] for r in found["sets"].values()] == pytest.approx(expected)
+    assert found["mean_log_odds"] == pytest.approx(np.mean(expected))
+
+
+def test_compare_adjusts_correlates_and_draws(suite, tmp_path):
+    rng = np.random.default_rng(0)
+    top1s, files = [60.0, 65.0, 70.0, 74.0, 79.0, 81.0], []
+    table = {}
+    for i, top1 in enumerate(top1s):
+        accuracies = {"a": 50 + 0.4 * top1 + rng.normal(), "b": 30 + 0.5 * top1 + 3 * rng.normal()}
+        table[f"net{i}"] = accuracies
+        extra = {"c": 50.0} if i else {}
+        (tmp_path / f"{i}.json").write_text(json.dumps(result_of(f"net{i}", top1, accuracies | extra)))
+        files.append(tmp_path / f"{i}.json")
+    result = suite("compare", *files, "--out", tmp_path / "o")
+    assert result.status == 0, result
+    found = json.loads((tmp_path / "o/compare.json").read_text())
+    assert found["sets"] == ["a", "b"] and found["left_out"] == ["c"] and "left out: c" in result.out
+    logit = np.array([[log_odds(a / 100) for a in row.values()] for row in table.values()])
+    adjusted = logit - logit.mean(0)
+    assert [n["mean_adjusted"] for n in found["networks"].values()] == pytest.approx(adjusted.mean(1).tolist())
+    x = np.array([log_odds(t / 100) for t in top1s])
+    for name, y in (("mean", adjusted.mean(1)), ("a", logit[:, 0]), ("b", logit[:, 1])):
+        for kind, theirs in (("pearson", stats.pearsonr), ("spearman", stats.spearmanr)):
+            entry = found["correlation"][name][kind]
+            assert entry["value"] == pytest.approx(theirs(x, y)[0])
+            low, high = entry["interval"]
+            assert -1 <= low <= entry["value"] <= high <= 1
+    errors = [n["standard_error"] for n in found["networks"].values()]
+    assert errors == pytest.approx((adjusted.std(1, ddof=1) / math.sqrt(2)).tolist())
+    from PIL import Image
+
+    sheet = np.array(Image.open(tmp_path / "o/compare.png").convert("RGB")).reshape(-1, 3).tolist()
+    assert sheet.count([200, 85, 27]) > 30 and sheet.count([31, 95, 168]) > 30  # stars on the hull, dots below it
+    refused(suite("compare", *files[:2], "--out", tmp_path / "o"), "at least 3")
+    (tmp_path / "no.json").write_text(json.dumps(result_of("n", None, {"a": 50.0})))
+    refused(suite("compare", *files, tmp_path / "no.json", "--out", tmp_path / "o"), "n: top-1 where it was trained is not known", "--top1")
+    (tmp_path / "bad.json").write_text("{}")
+    refused(suite("compare", tmp_path / "bad.json", "--out", tmp_path / "o"), "bad.json")
+
+
+def test_correlations_equal_scipys_with_ties_and_intervals_cover():
+    rng = np.random.default_rng(1)
+    x, y = rng.integers(0, 5, 40).astype(float), rng.integers(0, 5, 40).astype(float)
+    assert transfer.spearman(x, y) == pytest.approx(stats.spearmanr(x, y)[0])
+    assert transfer.pearson(x, y) == pytest.approx(stats.pearsonr(x, y)[0])
+    covered = 0
+    for _ in range(60):  # a known correlation of 0.8
+        x = rng.normal(size=40)
+        y = 0.8 * x + 0.6 * rng.normal(size=40)
+        low, high = transfer.bootstrap(transfer.pearson, x, y, draws=300)
+        covered += low <= 0.8 <= high
+    assert 48 <= covered <= 60
+    assert math.isnan(transfer.pearson(np.ones(3), x[:3]))
+
+
+def test_the_hull_is_what_no_mixture_beats():
+    points = [(1, 1), (2, 3), (3, 2.9), (4, 1), (3, 1), (2.5, 2.8)]
+    assert upper_right_hull(points) == [(2, 3), (3, 2.9), (4, 1)]
+    assert upper_right_hull([(1, 1)]) == [(1, 1)]
+
+
+def test_fine_tuned_runs_make_the_same_table(here, suite, folder, tmp_path):
+    for name in ("a", "b"):
+        run = ["--model", NANO["deit3"], *SMALL, "--data", folder, "--out", tmp_path / name]
+        assert here("deit3", *run).status == 0
+    shutil.copytree(tmp_path / "b", tmp_path / "c")
+    lines = (tmp_path / "c/log.jsonl").read_text().splitlines()
+    (tmp_path / "c/log.jsonl").write_text("\n".join(lines[:-1]))
+    pairs = [f"pets={tmp_path / 'a'}", f"dtd={tmp_path / 'b'}", f"cars={tmp_path / 'c'}", f"food101={tmp_path / 'none'}"]
+    result = suite("finetuned", *pairs, "--top1", 81.5, "--name", "vit", "--out", tmp_path / "ft.json")
+    assert result.status == 0, result
+    found = json.loads((tmp_path / "ft.json").read_text())
+    assert list(found["sets"]) == ["pets", "dtd"] and set(found["missing"]) == {"cars", "food101"} and found["pretraining_top1"] == 81.5
+    last = [json.loads(line) for line in (tmp_path / "a/log.jsonl").read_text().splitlines() if "val_top1" in line][-1]
+    assert found["sets"]["pets"]["accuracy"] == last["val_top1"] and "not complete" in found["missing"]["cars"]
+    refused(suite("finetuned", "pets", "--out", tmp_path / "x.json"), "DATASET=FOLDER")
+
+
+def test_wrong_use_is_refused(suite, network, tmp_path):
+    refused(suite(), "features, finetuned or compare")
+    base = ["--out", tmp_path / "r.json", "--device", "cpu"]
+    refused(suite("features", *base, "--sets", "shapes"), "--model", "torchvision/NAME")
+    refused(suite("features", *base, "--sets", "shapes", "--model", "torchvision/resnet51"), "resnet50")
+    refused(suite("features", *base, "--sets", "shapes", "--model", "vit/x", "--weights", network), "needs vit.py")
+    refused(suite("features", *base, "--sets", "shapes", "--model", "deit3/vit_x", "--weights", network), "vit_s")
+    refused(suite("features", *base, "--sets", "shapes", "--weights", network), "--model")
+    refused(suite("features", *base, "--seeds", 0), "--seeds 0")
+    refused(suite("features", "--sets", "shapes"), "--out")
+    refused(suite("features", *base, "--top1", 0.8, "--set", "shapes"), "--set")
+    refused(suite("features", *base, "--top1", 120), "--top1 120")
