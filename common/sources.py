@@ -55,10 +55,10 @@ class Source:
         """The same images with the labels of `level` (None: as they are)."""
         if level is None or (level == "fine" and not self.levels):
             return self
-        self.levels.setdefault("fine", (self.classes, self.labels))
+        self.levels = {"fine": (self.classes, self.labels)} | self.levels  # the first only the first time
         if level not in self.levels:
             hint = "; give --coarse-labels FILE" if level == "coarse" else ""
-            raise UserError(f"--data: no label level {level!r} here, there is: {', '.join(sorted(self.levels))}{hint}")
+            raise UserError(f"--data: no label level {level!r} here, there is: {', '.join(self.levels)}{hint}")
         self.classes, self.labels = self.levels[level]
         return self
 

@@ -1,6 +1,7 @@
 """Timings of our pieces against the straightforward ones, interleaved in one run on one thread.
 
     python tests/benchmarks.py [loader FOLDER_OF_JPEGS] [optimizers] [drop_path] [talking_heads] [cross_patch] [column] [memory] [index]
+        [neighbours] [retrieval]
 
 Every figure is a ratio (above 1: ours is faster): the median over rounds in which both are run in turn. FOLDER_OF_JPEGS holds
 photographs at any depth, about ImageNet's size. The baselines are the official pipelines, built here from torchvision, PIL and
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from conftest import PeakMemory
 from PIL import Image, ImageFilter
 from torch import nn
@@ -29,6 +31,7 @@ from torchvision.datasets import ImageFolder
 import cait
 import deit
 import deit3
+import grafit
 import patchconvnet
 import resmlp
 import trex
@@ -331,10 +334,48 @@ def index() -> None:
         )
 
 
+def neighbours() -> None:
+    """Grafit's kNN loss against the materialised one, forward and backward (batch 128, memory 40,000 x 256, 100 labels)."""
+    labels = torch.arange(40_000) % 100
+    bank, own = torch.randn(40_000, 256), torch.randperm(40_000)[:128]
+    z, rows = (bank[own] + torch.randn(128, 256)).requires_grad_(), torch.arange(128)
+
+    def materialised() -> None:
+        scores = F.normalize(z, dim=1) @ F.normalize(bank, dim=1).T / 0.05
+        scores = scores.index_put((rows, own), torch.tensor(-torch.inf))
+        log_p = scores.log_softmax(1).masked_fill(labels[own][:, None] != labels, -torch.inf)
+        (-log_p.logsumexp(1).mean()).backward()
+
+    compare(
+        "kNN loss: materialised log_softmax / in chunks",
+        materialised,
+        lambda: grafit.knn_loss(z, labels[own], bank, labels, own).backward(),
+    )
+
+
+def retrieval() -> None:
+    """Exact mean average precision of 100 queries in a collection of 50,000 (D 128, 100 labels): argsort against ours."""
+    for title, spread in (("good features", 1.0), ("random features", 100.0)):
+        centres, labels, asked = torch.randn(100, 128), torch.arange(50_000) % 100, torch.arange(100)
+        gallery = F.normalize(centres[labels] + spread * torch.randn(50_000, 128), dim=1)
+        queries = F.normalize(centres[asked] + spread * torch.randn(100, 128), dim=1)
+
+        def argsort(queries=queries, gallery=gallery, labels=labels, asked=asked) -> float:
+            order = (queries @ gallery.T).argsort(dim=1, descending=True)
+            hits = (labels[order] == asked[:, None]).double()
+            return ((hits.cumsum(1) / torch.arange(1, 50_001)) * hits).sum(1).div(hits.sum(1)).mean().item()
+
+        def ours(queries=queries, gallery=gallery, labels=labels, asked=asked) -> float:
+            return evaluate.mean_average_precision(queries, asked, gallery, labels)
+
+        assert abs(argsort() - ours()) < 1e-6
+        compare(f"mAP, {title}: argsort / ours", argsort, ours)
+
+
 if __name__ == "__main__":
     wanted = sys.argv[1:]
     if "loader" in wanted:
         loader(wanted[wanted.index("loader") + 1])
-    for part in (optimizers, drop_path, talking_heads, cross_patch, column, memory, index):
+    for part in (optimizers, drop_path, talking_heads, cross_patch, column, memory, index, neighbours, retrieval):
         if not wanted or part.__name__ in wanted:
             part()

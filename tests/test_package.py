@@ -76,6 +76,19 @@ def test_readmes_commands_are_accepted(script, line):
     assert args.list_models or recipe.epochs
 
 
+def test_readmes_commands_of_the_transfer_suite_are_accepted():
+    from common import transfer
+
+    blocks = "\n".join(re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.S)).splitlines()
+    lines = [shlex.split(line)[3:] for line in blocks if line.startswith("python -m common.transfer")]
+    assert {line[0] for line in lines} == {"features", "finetuned", "compare"}
+    for line in lines:
+        assert transfer.parse_args(line).out
+    for name, (metric, _) in transfer.SETS.items():  # the table says the metric of each
+        row = next(r for r in README.splitlines() if f"`{name}`" in r or (name.startswith("cog") and "`cog1` to `cog5`" in r))
+        assert ("mean per class" in row) == (metric == "per-class"), name
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_readme_has_a_command_for_every_recipe(script):
     lines = [line for name, line in commands() if name == script]
