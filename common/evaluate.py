@@ -285,6 +285,15 @@ def vote(cosines: torch.Tensor, labels: torch.Tensor, sigma: float, num_classes:
     return weights.new_zeros(len(weights), num_classes).scatter_add_(1, labels, weights)
 
 
+NEIGHBOURS = (10, 15, 20, 25, 30)  # k is chosen among these (thesis section 2.4.3)
+
+
+def knn_answers(cosines: torch.Tensor, labels: torch.Tensor, sigma: float, num_classes: int) -> dict[int, torch.Tensor]:
+    """{k: answers (B,)} of the kNN classifier for each k of NEIGHBOURS, from the nearest ones' cosines and labels, (B, 30)."""
+    parts = list(zip(cosines.split(1024), labels.split(1024)))  # votes are as wide as there are classes
+    return {k: torch.cat([vote(c[:, :k], y[:, :k], sigma, num_classes).argmax(1) for c, y in parts]) for k in NEIGHBOURS}
+
+
 @torch.no_grad()
 def knn_probabilities(
     queries: torch.Tensor, keys: torch.Tensor, labels: torch.Tensor, k: int, sigma: float, num_classes: int, chunk: int | None = None

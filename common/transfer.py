@@ -38,7 +38,7 @@ from tqdm import tqdm
 from common import checkpoint
 from common.cli import Parser, check_choice
 from common.errors import UserError
-from common.evaluate import extract, log_odds, logistic_regression, mean_average_precision, nearest, vote
+from common.evaluate import NEIGHBOURS, extract, knn_answers, log_odds, logistic_regression, mean_average_precision, nearest
 from common.models import classifier_inputs, find_script, fingerprint, from_checkpoint, from_torchvision
 from common.precision import check_amp
 from common.report import save_json, save_scatter
@@ -116,7 +116,7 @@ def cached_features(
 SGD_ABOVE = 2**28  # numbers in the training features, from which on the linear classifier is fitted by SGD
 COSTS = [10.0**e for e in range(-5, 7)]  # then half a decade around the best
 SGD_DRAWS = 30
-NEIGHBOURS, SIGMA = (10, 15, 20, 25, 30), 0.05  # thesis section 2.4.3
+SIGMA = 0.05  # of the kNN classifier: thesis section 2.4.3
 
 Linear = tuple[torch.Tensor, torch.Tensor]
 
@@ -211,12 +211,8 @@ def knn_accuracy(train, train_labels, test, test_labels, classes: int, metric: s
     """{"k", "accuracy"} of the kNN classifier (thesis Eq. 2.6), k chosen on the held-out fifth of the training set."""
 
     def answers(queries, keys, labels) -> dict[int, torch.Tensor]:
-        parts = {k: [] for k in NEIGHBOURS}
-        for part in queries.split(1024):
-            cosines, indices = nearest(part, keys, max(NEIGHBOURS))
-            for k in NEIGHBOURS:
-                parts[k].append(vote(cosines[:, :k], labels[indices[:, :k]], SIGMA, classes).argmax(1))
-        return {k: torch.cat(p) for k, p in parts.items()}
+        cosines, indices = nearest(queries, keys, max(NEIGHBOURS))
+        return knn_answers(cosines, labels[indices], SIGMA, classes)
 
     rest, held = (i.to(train.device) for i in held_out(train_labels.cpu(), 0))
     validation = answers(train[held], train[rest], train_labels[rest])

@@ -14,7 +14,7 @@ from PIL import Image
 from test_cli import refused
 
 import grafit
-from common.evaluate import extract, mean_average_precision
+from common.evaluate import NEIGHBOURS, extract, mean_average_precision
 from common.images import eval_transform, from_numpy
 from common.models import on_meta
 from common.optim import param_groups
@@ -209,7 +209,7 @@ def test_the_number_of_neighbours_is_chosen_without_the_test_set():
     mixed = {name: (classes, labels[torch.randperm(60)]) for name, (classes, labels) in query_levels.items()}
     other = grafit.coarse_to_fine(queries.flip(0), mixed, gallery, gallery_levels, "coarse", 0.05)
     assert [m["k"] for m in one.values()] == [m["k"] for m in other.values()]
-    assert {m["k"] for m in one.values()} <= set(grafit.NEIGHBOURS)
+    assert {m["k"] for m in one.values()} <= set(NEIGHBOURS)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, None])
@@ -423,6 +423,16 @@ def test_retrieve_draws_frames_by_the_finest_level_that_is_right(here, trained, 
     assert frame(sheet, 1, third) == (150, 150, 150)  # nothing is known of an image from outside
     refused(here("grafit", "--model", "regnet_nano", "--retrieve", "999", *flags), "--retrieve 999", "20 validation images")
     refused(here("grafit", "--model", "regnet_nano", "--retrieve", tmp_path / "none.jpg", *flags), "none.jpg")
+
+
+def test_levels_are_named_once_from_the_coarsest_and_known_by_their_classes():
+    class Data:
+        classes, labels = ["b", "a", "c"], np.array([0, 1, 2])  # iNaturalist: by number
+        levels = {"species": (["a", "b", "c"], np.array([1, 0, 2])), "kingdom": (["k"], np.zeros(3, int)), "genus": (["g", "h"], np.array([0, 0, 1]))}  # fmt: skip
+
+    assert list(grafit.levels(Data)) == ["kingdom", "genus", "species"]
+    assert grafit.level_trained(Data, ["b", "a", "c"]) == "species" and grafit.level_trained(Data, ["g", "h"]) == "genus"
+    assert grafit.level_trained(Data, ["x"]) is None
 
 
 @pytest.mark.parametrize("method", ["ce", "instance", "ce_instance", "snca_fc", "grafit_fc"])

@@ -153,3 +153,19 @@ def test_G3_overflow_in_fp16_skips_the_step_and_halves_the_scale(name):
 def test_loss_scale_grows_after_good_steps(monkeypatch):
     monkeypatch.setattr("common.precision.SCALE_GROWTH_STEPS", 2)
     assert run_steps("sgd", [1e-3, 1e-3], amp="fp16")[2].scale.item() == 2**17
+
+
+@pytest.mark.parametrize("name", ["sgd", "nesterov"])
+def test_sgd_is_torchs_from_the_first_step_on(name):
+    torch.manual_seed(0)
+    ours, theirs = nn.Linear(3, 2), nn.Linear(3, 2)
+    theirs.load_state_dict(ours.state_dict())
+    mine = make_optimizer(name, ours, 0.1, 0.0)
+    plain = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9, nesterov=name == "nesterov")
+    x = torch.randn(5, 3)
+    for _ in range(4):
+        for model, optimizer in ((ours, mine), (theirs, plain)):
+            model(x).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert torch.allclose(ours.weight, theirs.weight, atol=1e-6) and torch.allclose(ours.bias, theirs.bias, atol=1e-6)
