@@ -804,7 +804,7 @@ SAVED = ("method", "proj_dim", "classifier", "sigma", "img_size", "eval_crop_rat
 
 
 def trained_models(run) -> tuple[dict, list[tuple]]:
-    """({"train" and "val": Source}, [(name of the level trained at, file, model, recipe), ...]) of --weights and --also."""
+    """({"train" and "val": Source}, [(name of the level trained at, file, model, recipe, classes), ...]) of --weights and --also."""
     from common.errors import UserError
     from common.evaluate import trained_model
     from common.sources import open_data
@@ -818,7 +818,7 @@ def trained_models(run) -> tuple[dict, list[tuple]]:
         level = level_trained(sources["train"], classes)
         if level is None:
             raise UserError(f"{file}: trained on {len(classes)} classes, which no label level of --data {args.data} has")
-        found.append((level, file, model, recipe))
+        found.append((level, file, model, recipe, classes))
     return sources, found
 
 
@@ -828,12 +828,12 @@ def class_logits(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tens
 
 
 def evaluate_only(args, recipe: Recipe, paper: Recipe) -> None:
-    """--eval: kNN and retrieval of --weights and --also at every label level of --data, as a matrix; top-1 of a classifier.
+    """--eval: kNN and retrieval of --weights and --also at every label level of --data, as a matrix; a classifier's top-1 too.
 
-    With --eval-data or --real-labels: accuracy of the classifier on those.
+    With --eval-data or --real-labels: accuracy of the classifier on those alone.
     """
-    from common.evaluate import evaluate_weights
-    from common.precision import check_amp
+    from common.evaluate import eval_loader, evaluate, evaluate_weights
+    from common.precision import Precision, check_amp
     from common.report import save_json
     from common.run import Run
 
@@ -843,9 +843,13 @@ def evaluate_only(args, recipe: Recipe, paper: Recipe) -> None:
         return evaluate_weights(run, make_model, saved=SAVED, adapt=None, predict=class_logits)
     sources, found = trained_models(run)
     results = {}
-    for level, file, model, own in found:
+    for level, file, model, own, classes in found:
         column = level if level not in results else file
         results[column] = evaluate_levels(run, model, own, sources["train"], sources["val"], level)
+        if hasattr(model, "fc") and classes == sources["val"].classes:
+            loader = eval_loader(sources["val"], own.img_size, own.eval_crop_ratio, args.micro_batch or 64, run)
+            metrics = evaluate(model, loader, run.device, Precision(run.amp, run.device).autocast, predict=class_logits)
+            run.say(f"{file}: classifier  " + "  ".join(f"{k} {v:.5g}" for k, v in metrics.items()))
     run.say(matrices(results))
     if args.out and run.rank == 0:
         save_json(run.out / "matrix.json", results)
@@ -855,7 +859,7 @@ def retrieve(args, recipe: Recipe, paper: Recipe) -> None:
     """--retrieve: each query and its nearest training images by each network (Figures 2.6 to 2.9), framed in the colour of the
     finest level at which they have the query's label."""
     from common.errors import UserError
-    from common.evaluate import extract, nearest, normalize, read_image
+    from common.evaluate import extract, nearest, normalize, read_file
     from common.images import eval_transform, to_pil
     from common.report import save_sheet
     from common.run import Run
@@ -863,7 +867,8 @@ def retrieve(args, recipe: Recipe, paper: Recipe) -> None:
     run = Run("grafit", args, recipe, paper)
     sources, found = trained_models(run)
     source, val = sources["train"], sources["val"]
-    names = list(levels(source))[::-1]  # the finest first
+    own_levels, val_levels = levels(source), levels(val)
+    names = list(own_levels)[::-1]  # the finest first
     hues = [int(round(85 - 64 * i / max(1, len(names) - 1))) for i in range(len(names))]  # green to orange, of 255
     colours = [Image.new("HSV", (1, 1), (hue, 220, 200)).convert("RGB").getpixel((0, 0)) for hue in hues]
     wrong, unknown = (200, 30, 30), (150, 150, 150)
@@ -879,19 +884,18 @@ def retrieve(args, recipe: Recipe, paper: Recipe) -> None:
         return ImageOps.expand(to_pil(eval_transform(image, (96, 96), 1.0)), border=4, fill=colour)
 
     rows = []
-    for level, file, model, own in found:
+    for level, file, model, own, _ in found:
         gallery = extract(model, source, own.img_size, own.eval_crop_ratio, run, title="training images")
         for title, number, path in queries:
-            image = val.read(number) if path is None else read_image(path, own.img_size, own.eval_crop_ratio, "--retrieve")
-            if path is None:
-                image = eval_transform(image, own.img_size, own.eval_crop_ratio)
+            image = val.read(number) if path is None else read_file(path, "--retrieve")
+            seen = eval_transform(image, own.img_size, own.eval_crop_ratio)
             with torch.no_grad():
-                _, order = nearest(model(normalize(image[None].to(run.device))), gallery, 10)
+                _, order = nearest(model(normalize(seen[None].to(run.device))), gallery, 10)
             framed = []
             for index in order[0].tolist():
                 colour = unknown
                 if number is not None:
-                    same = [levels(val)[n][1][number] == levels(source)[n][1][index] for n in names]
+                    same = [val_levels[n][1][number] == own_levels[n][1][index] for n in names]
                     colour = next((c for c, right in zip(colours, same) if right), wrong)
                 framed.append(picture(source.read(index), colour))
             rows.append((f"{title}: {own.method}, trained on {level} labels ({file})", [picture(image, (0, 0, 0)), *framed]))

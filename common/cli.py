@@ -103,10 +103,10 @@ def _add_recipe_flags(parser: Parser, recipe_class: type) -> None:
     group = parser.add_argument_group("recipe (unset: the paper's value)")
     for name, hint in typing.get_type_hints(recipe_class, include_extras=True).items():
         kind, help_text = typing.get_args(hint)[:2]
-        group.add_argument("--" + name.replace("_", "-"), type=_converter(kind), metavar="X", help=help_text.replace("%", "%%"))
+        group.add_argument("--" + name.replace("_", "-"), type=converter(kind), metavar="X", help=help_text.replace("%", "%%"))
 
 
-def _converter(kind):
+def converter(kind):
     """str -> value of the annotated type; None is written "none", a size "224" or "224x160"."""
     options = typing.get_args(kind) or (kind,)
 

@@ -160,13 +160,18 @@ def trained_model(run: Run, make_model: Callable, *, saved: tuple[str, ...], ada
     return model.to(run.device).eval(), recipe, classes
 
 
-def read_image(file: str, size: tuple[int, int], crop_ratio: float, flag: str) -> torch.Tensor:
-    """An image file as the network is tested on it: uint8 (3, *size). UserError, naming `flag`, if it cannot be read."""
+def read_file(file: str, flag: str) -> torch.Tensor:
+    """An image file as uint8 (3, H, W). UserError, naming `flag`, if it cannot be read."""
     try:
-        return eval_transform(decode(Path(file).read_bytes()), size, crop_ratio)
+        return decode(Path(file).read_bytes())
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise UserError(f"{flag} {file}: {reason}") from None
+
+
+def read_image(file: str, size: tuple[int, int], crop_ratio: float, flag: str) -> torch.Tensor:
+    """An image file as the network is tested on it: uint8 (3, *size). UserError, naming `flag`, if it cannot be read."""
+    return eval_transform(read_file(file, flag), size, crop_ratio)
 
 
 def evaluate_weights(run: Run, make_model: Callable, *, saved: tuple[str, ...], adapt: Callable, predict: Predict = _logits) -> None:

@@ -36,7 +36,7 @@ import torchvision
 from tqdm import tqdm
 
 from common import checkpoint
-from common.cli import Parser, check_choice
+from common.cli import Parser, check_choice, converter
 from common.errors import UserError
 from common.evaluate import NEIGHBOURS, extract, knn_answers, log_odds, logistic_regression, mean_average_precision, nearest
 from common.models import classifier_inputs, find_script, fingerprint, from_checkpoint, from_torchvision
@@ -516,7 +516,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     one.add_argument("--sets", nargs="+", default=["all"], metavar="NAME", help=f"groups {', '.join(GROUPS)}; sets {', '.join(SETS)}; shapes, or what --data takes; default: all")  # fmt: skip
     one.add_argument("--seeds", type=int, default=5, metavar="N", help="splits the cost is chosen on; default: 5")
     one.add_argument(
-        "--img-size", type=int, nargs="+", metavar="S", help="test resolution, one or two numbers; default: the checkpoint's, or 224"
+        "--img-size", type=converter(tuple[int, int]), metavar="X", help="test resolution, S or HxW; default: the checkpoint's, or 224"
     )
     one.add_argument(
         "--eval-crop-ratio", type=float, metavar="X", help="share of the resized image that is kept; default: the checkpoint's, or 0.875"
@@ -543,9 +543,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.timeout = 600
         if args.seeds < 1:
             raise UserError(f"--seeds {args.seeds}: must be 1 or more")
-        if args.img_size is not None and (len(args.img_size) > 2 or min(args.img_size) < 1):
-            raise UserError(f"--img-size {' '.join(map(str, args.img_size))}: must be one or two numbers of 1 or more")
-        args.img_size = args.img_size and (args.img_size[0], args.img_size[-1])
+        if args.img_size is not None and min(args.img_size) < 1:
+            raise UserError(f"--img-size {args.img_size[0]}x{args.img_size[1]}: must be 1 or more")
     if args.command != "compare" and args.top1 is not None and not 0 < args.top1 < 100:
         raise UserError(f"--top1 {args.top1}: must lie between 0 and 100")
     if args.command != "compare" and Path(args.out).is_dir():

@@ -237,18 +237,18 @@ class Result:
 
 
 @pytest.fixture
-def here(capfd, monkeypatch):
-    """here("deit3", ARGUMENTS): `deit3.py ARGUMENTS` in this process; returns exit status and what it printed."""
+def launched(capfd, monkeypatch):
+    """launched(main, ARGV): main() in this process under that command line; returns exit status and what it printed."""
     from common.run import launch
 
     handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
 
-    def run(script: str, *arguments) -> Result:
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
+    def run(main, argv) -> Result:
+        monkeypatch.setattr(sys, "argv", list(map(str, argv)))
         capfd.readouterr()
         status = 0
         try:
-            launch(importlib.import_module(script).main)
+            launch(main)
         except SystemExit as end:
             status = end.code
         finally:
@@ -257,6 +257,12 @@ def here(capfd, monkeypatch):
         return Result(status, *capfd.readouterr())
 
     return run
+
+
+@pytest.fixture
+def here(launched):
+    """here("deit3", ARGUMENTS): `deit3.py ARGUMENTS` in this process."""
+    return lambda script, *arguments: launched(importlib.import_module(script).main, [f"{script}.py", *arguments])
 
 
 @pytest.fixture

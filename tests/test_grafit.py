@@ -478,6 +478,8 @@ def test_fine_tuning_takes_the_trunk_and_freezes_what_it_says(here, folder, trai
     top1 = [r["val_top1"] for r in log_of(tmp_path / "fixres") if "val_top1" in r][-1]
     result = here("grafit", "--model", "regnet_nano", "--eval-data", folder / "val", "--weights", tmp_path / "fixres/last.pt", "--device", "cpu", "--workers", 0)  # fmt: skip
     assert result.status == 0 and f"top1 {top1:.5g}" in result.out, result
+    result = here("grafit", "--model", "regnet_nano", "--eval", "--data", folder, "--weights", tmp_path / "fixres/last.pt", "--device", "cpu", "--workers", 0)  # fmt: skip
+    assert f"classifier  top1 {top1:.5g}" in result.out and "kNN, top-1" in result.out, result
 
 
 def test_wrong_use_is_refused(here, folder, trained, tmp_path):

@@ -21,35 +21,14 @@ from common.errors import UserError
 from common.evaluate import log_odds
 from common.models import classifier_inputs, fingerprint
 from common.report import upper_right_hull
-from common.run import launch
 
 # ---- Features --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def suite(capfd, monkeypatch):
-    """suite("features", ...): `python -m common.transfer features ...` in this process; (status, stdout, stderr)."""
-    import signal
-    import sys
-
-    from conftest import Result
-
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["transfer", *map(str, arguments)])
-        capfd.readouterr()
-        status = 0
-        try:
-            launch(transfer.main)
-        except SystemExit as end:
-            status = end.code
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-        return Result(status, *capfd.readouterr())
-
-    return run
+def suite(launched):
+    """suite("features", ...): `python -m common.transfer features ...` in this process."""
+    return lambda *arguments: launched(transfer.main, ["transfer", *arguments])
 
 
 @pytest.fixture(scope="session")
