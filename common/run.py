@@ -59,6 +59,7 @@ def launch(main: Callable[[], None]) -> None:
         status = end.code or 0
     except Stopped as stopped:
         status = 128 + stopped.args[0]
+        _kill_workers()  # in the middle of a batch they would complain that nobody listens
     except (UserError, RunError) as error:
         status = 2 if isinstance(error, UserError) else 1
         if "--debug" in sys.argv:

@@ -300,6 +300,15 @@ def write(result: dict, out: Path) -> None:
 # ---- Commands ------------------------------------------------------------------------------------------------------------
 
 
+def check_writable(folder: Path) -> None:
+    """Makes the folder; UserError if nothing can be written there: told before the work, not after it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"--out: {folder} cannot be written ({error.strerror})") from None
+
+
 def load_network(args, say) -> tuple[torch.nn.Module, str, tuple[int, int], float, float | None]:
     """(network in eval mode, its name, test resolution, crop ratio, its top-1 where it was trained) of --model and --weights."""
     content = checkpoint.load(args.weights, "--weights") if args.weights else None
@@ -480,7 +489,6 @@ def compare(args) -> None:
         "correlation": {"mean": correlations(adjusted.mean(1)), **{s: correlations(values[:, i]) for i, s in enumerate(everywhere)}},
     }
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     save_json(out / "compare.json", summary)
     text = comparison_table(summary)
     (out / "compare.txt").write_text(text + "\n", encoding="utf-8")
@@ -554,6 +562,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    check_writable(Path(args.out) if args.command == "compare" else Path(args.out).parent)
     {"features": features, "finetuned": finetuned, "compare": compare}[args.command](args)
 
 

@@ -2,15 +2,19 @@
 
 import json
 import math
+import os
 import pickle
 import shutil
+import signal
+import sys
+import time
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import NANO, SCRIPTS, SMALL, WITHOUT_MIXING, encoded, picture, write_folder
+from conftest import NANO, SCRIPTS, SMALL, WITHOUT_MIXING, encoded, finish, picture, start, write_folder
 from scipy import stats
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
@@ -540,3 +544,17 @@ def test_wrong_use_is_refused(suite, network, tmp_path):
     refused(suite("features", "--sets", "shapes"), "--out")
     refused(suite("features", *base, "--top1", 0.8, "--set", "shapes"), "--set")
     refused(suite("features", *base, "--top1", 120), "--top1 120")
+    refused(suite("features", "--weights", network, "--sets", "shapes", "--out", "/proc/none/r.json"), "--out", "cannot be written")
+    refused(suite("compare", network, "--out", "/proc/none"), "--out", "cannot be written")
+
+
+def test_ctrl_c_ends_at_once_without_half_a_result(network, tmp_path):
+    """While features are computed; nothing but the exit status tells of it."""
+    data = write_folder(tmp_path / "d", train=200, val=50)
+    arguments = ["-m", "common.transfer", "features", *flags(network, tmp_path, data), "--workers", 1, "--micro-batch", 1, "--img-size", 224]
+    process = start(sys.executable, *arguments)
+    assert "1 data sets" in process.stdout.readline()
+    time.sleep(1)
+    os.kill(process.pid, signal.SIGINT)
+    result = finish(process)
+    assert result.status == 130 and not result.err and not (tmp_path / "r.json").exists(), result
