@@ -571,3 +571,10 @@ def test_fine_tuning_from_64_to_96_pixels_with_distillation_improves(here, tmp_p
     after = log_of(tmp_path / "96")[-2]
     losses = [float(line.split("loss ")[1].split()[0]) for line in before.out.splitlines() if "loss" in line]
     assert after["val_loss"] < losses[0] - 0.1 and after["val_loss_class"] < losses[1] - 0.1, (before.out, after)
+
+
+def test_torchvisions_regnet_the_papers_teacher_is_trained_with_this_recipe(here, folder, tmp_path):
+    """Its constructor computes with tensors, which the meta device has no values for."""
+    flags = [*SMALL, "--data", folder, "--epochs", 1, "--warmup-epochs", 0, "--out", tmp_path / "o"]
+    result = here("deit", "--model", "torchvision/regnet_y_400mf", *flags)
+    assert result.status == 0 and "M parameters" in result.out and (tmp_path / "o/last.pt").exists(), result
