@@ -12,7 +12,7 @@ and mAP 42.9 (Grafit), 69.1 and 44.4 (Grafit FC), against 54.7 and 22.7 for cros
     python grafit.py --model resnet50 --data inat2018:/data --eval --weights runs/genus/last.pt --also runs/family/last.pt
 
 Checked here: Equations 2.1 to 2.6 with their gradients, memory updates, conditional ranking and average precision against
-reference numbers; the order of Table 2.4 on a part of CIFAR-100 (README). Not run here: the whole of CIFAR-100, ImageNet,
+reference numbers; three methods on a part of CIFAR-100 (README). Not run here: the whole of CIFAR-100, ImageNet,
 iNaturalist. There is no official code.
 
 Axes: B images, T views (augmentations) of each, D embedding, M training images, K classes, H x W pixels.
