@@ -656,17 +656,11 @@ def make_model(args, recipe: Recipe, num_classes: int) -> nn.Module:
 def take_trunk(model: nn.Module, state: dict, content: dict, say) -> None:
     """Fits --weights to a network that is to be trained: the trunk is taken, of torchvision's weights too, and what else has
     the same name and shape; the rest starts afresh."""
-    if not any(k.startswith("trunk.") for k in state):
-        for key in list(state):
-            state[f"trunk.{key}"] = state.pop(key)
-    own = model.state_dict()
-    fresh = [k for k in own if not k.startswith("trunk.") and (k not in state or state[k].shape != own[k].shape)]
-    for key in [k for k in state if k not in own and (not k.startswith("trunk.") or k.startswith("trunk.fc."))]:
-        del state[key]
-    state.update({k: own[k] for k in fresh})
-    parts = sorted({k.split(".")[0] for k in fresh})
-    if parts:
-        say(f"trunk taken from the checkpoint; new: {', '.join(parts)}")
+    from common.checkpoint import take_part
+
+    fresh = take_part(model, state, "trunk.")
+    if fresh:
+        say(f"trunk taken from the checkpoint; new: {', '.join(sorted({k.split('.')[0] for k in fresh}))}")
 
 
 def freeze(model: nn.Module, trainable: str) -> None:
@@ -873,12 +867,12 @@ def retrieve(args, recipe: Recipe, paper: Recipe) -> None:
     colours = [Image.new("HSV", (1, 1), (hue, 220, 200)).convert("RGB").getpixel((0, 0)) for hue in hues]
     wrong, unknown = (200, 30, 30), (150, 150, 150)
     paths = {str(Path(val.name(i)).resolve()): i for i in range(len(val))}
-    queries = []  # (title, number of the validation image or None, file or None)
+    queries = []  # (title, number of the validation image or None, image)
     for image in args.retrieve:
         number = int(image) if image.isdigit() else paths.get(str(Path(image).resolve()))
         if number is not None and number >= len(val):
             raise UserError(f"--retrieve {image}: there are {len(val)} validation images, numbered from 0")
-        queries.append((image, number, None if image.isdigit() else image))
+        queries.append((image, number, val.read(number) if image.isdigit() else read_file(image, "--retrieve")))
 
     def picture(image: torch.Tensor, colour: tuple[int, int, int]) -> Image.Image:
         return ImageOps.expand(to_pil(eval_transform(image, (96, 96), 1.0)), border=4, fill=colour)
@@ -886,8 +880,7 @@ def retrieve(args, recipe: Recipe, paper: Recipe) -> None:
     rows = []
     for level, file, model, own, _ in found:
         gallery = extract(model, source, own.img_size, own.eval_crop_ratio, run, title="training images")
-        for title, number, path in queries:
-            image = val.read(number) if path is None else read_file(path, "--retrieve")
+        for title, number, image in queries:
             seen = eval_transform(image, own.img_size, own.eval_crop_ratio)
             with torch.no_grad():
                 _, order = nearest(model(normalize(seen[None].to(run.device))), gallery, 10)

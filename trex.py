@@ -371,16 +371,11 @@ def make_model(args, recipe: Recipe, num_classes: int) -> nn.Module:
 def take_encoder(model: nn.Module, state: dict, content: dict, say) -> None:
     """Fits --weights to the model: the encoder is taken, also in torchvision's form; what else has another name or shape starts
     afresh."""
-    if not any(k.startswith("model.encoder.") for k in state):
-        for key in list(state):
-            state[f"model.encoder.{key}"] = state.pop(key)
-    own = model.state_dict()
-    fresh = [k for k in own if not k.startswith("model.encoder.") and (k not in state or state[k].shape != own[k].shape)]
-    for key in [k for k in state if k not in own and not (k.startswith("model.encoder.") and "encoder.fc." not in k)]:
-        del state[key]
-    for key in fresh:  # the averaged network starts as a copy
-        twin = state.get(key.replace("model_ema.", "model.", 1))
-        state[key] = own[key] if twin is None or twin.shape != own[key].shape else twin
+    from common.checkpoint import take_part
+
+    fresh = take_part(model, state, "model.encoder.")
+    for key in (k for k in fresh if k.startswith("model_ema.")):  # the averaged network starts as a copy
+        state[key] = state[key.replace("model_ema.", "model.", 1)]
     if fresh:
         say(f"encoder taken from the checkpoint; new: {', '.join(sorted({'.'.join(k.split('.')[:2]) for k in fresh}))}")
 

@@ -183,6 +183,23 @@ def load_pretrained(
     load_weights(model, state, f"--weights {args.weights}")
 
 
+def take_part(model: torch.nn.Module, state: dict[str, torch.Tensor], prefix: str) -> list[str]:
+    """Fits a state dict, in place, to a model that takes its part `prefix` (a trunk); returns the keys that start afresh.
+
+    A state dict without that prefix is taken for the part alone, in torchvision's form. Of all else, what has the same name
+    and shape is taken too; the rest is the model's own. The part itself must fit: load_weights says where it does not.
+    """
+    if not any(k.startswith(prefix) for k in state):
+        for key in list(state):
+            state[prefix + key] = state.pop(key)
+    own = model.state_dict()
+    for key in [k for k in state if k not in own and (not k.startswith(prefix) or k.startswith(prefix + "fc."))]:
+        del state[key]
+    fresh = [k for k in own if not k.startswith(prefix) and (k not in state or state[k].shape != own[k].shape)]
+    state.update({k: own[k] for k in fresh})
+    return fresh
+
+
 def plain(value):
     """`value` with tensors on the CPU in storage of their own and all else plain; TypeError for what a file may not hold."""
     if isinstance(value, torch.Tensor):

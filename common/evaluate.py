@@ -250,19 +250,25 @@ def extract(
 ) -> torch.Tensor:
     """embed(normalised images (B, 3, *size)) -> (B, D) of every image of `source`, in its order: float32 (N, D), on all ranks.
 
-    Each rank computes its share; whoever calls puts the network into eval mode.
+    Each rank computes its share; whoever calls puts the network into eval mode. A signal is answered every 8 batches.
     """
     if len(source) < run.world:
         raise UserError(f"{len(source)} images are too few for {run.world} ranks; start fewer")
     loader, parts = eval_loader(source, size, crop_ratio, batch_size, run), []
     autocast = Precision(run.amp, run.device).autocast
-    with tqdm(total=len(source), desc=title, unit="img", leave=False, disable=run.rank > 0 or not sys.stderr.isatty()) as bar:
-        for images, *_ in to_device(loader, run.device):
-            with autocast():
-                parts.append(embed(normalize(images)).float())
-            bar.update(len(images) * run.world)
-    mine = torch.cat(parts)
     most = -(-len(source) // run.world)
+    batches = to_device(loader, run.device)
+    with tqdm(total=len(source), desc=title, unit="img", leave=False, disable=run.rank > 0 or not sys.stderr.isatty()) as bar:
+        for round_ in range(-(-most // batch_size)):  # as many on every rank, though one may have a batch less
+            if round_ % 8 == 0:
+                run.check_stop()
+            batch = next(batches, None)
+            if batch is None:
+                continue
+            with autocast():
+                parts.append(embed(normalize(batch[0])).float())
+            bar.update(len(batch[0]) * run.world)
+    mine = torch.cat(parts)
     shares = run.gather(F.pad(mine, (0, 0, 0, most - len(mine)))).view(run.world, most, -1)
     return shares.transpose(0, 1).reshape(run.world * most, -1)[: len(source)]  # rank r holds every world-th image from r on
 

@@ -14,6 +14,7 @@ import torchvision
 from torch import nn
 
 from common import checkpoint
+from common.cli import check_choice
 from common.errors import UserError
 
 METHODS = Path(__file__).resolve().parent.parent  # the scripts lie beside common/
@@ -42,11 +43,28 @@ def from_checkpoint(content: dict, where: str, img_size: tuple[int, int], say: C
         raise UserError(f"{where}: was written by another version of {method}.py ({error})") from None
     args = argparse.Namespace(model=content["model_name"], grad_checkpoint=False)
     model = script.make_model(args, recipe, len(content["data"]["classes"]))
+    _load(script, model, checkpoint.weights(content, ema=ema), content, where, say)
+    return model
+
+
+def from_official(method: str, name: str, content: dict, where: str, img_size: tuple[int, int], say, *, ema: bool = False) -> nn.Module:
+    """Model `name` of a script with weights that do not name it, such as the official files."""
+    script = find_script(method, f"--model {method}/{name}")
+    check_choice(f"--model {method}/", name, script.MODELS)
     state = checkpoint.weights(content, ema=ema)
+    heads = [v for k, v in state.items() if k.startswith(checkpoint.HEADS) and k.endswith(".weight")]
+    try:
+        model = script.build_model(name, len(heads[-1]) if heads else 1000, img_size)
+    except ValueError as error:
+        raise UserError(f"--img-size: {error}") from None
+    _load(script, model, state, content, where, say)
+    return model
+
+
+def _load(script, model: nn.Module, state: dict, content: dict, where: str, say: Callable[[str], None]) -> None:
     if hasattr(script, "fit_resolution"):
         script.fit_resolution(model, state, content, say)
     checkpoint.load_weights(model, state, where)
-    return model
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -39,7 +39,7 @@ from common import checkpoint
 from common.cli import Parser, check_choice, converter
 from common.errors import UserError
 from common.evaluate import NEIGHBOURS, extract, knn_answers, log_odds, logistic_regression, mean_average_precision, nearest
-from common.models import classifier_inputs, find_script, fingerprint, from_checkpoint, from_torchvision
+from common.models import classifier_inputs, fingerprint, from_checkpoint, from_official, from_torchvision
 from common.precision import check_amp
 from common.report import save_json, save_scatter
 from common.run import Run, launch
@@ -332,24 +332,8 @@ def load_network(args, say) -> tuple[torch.nn.Module, str, tuple[int, int], floa
         elif content is None:
             raise UserError(f"--model {name}: needs --weights")
         else:
-            model = from_official(kind, model_name, content, where, size, say, args.use_ema)
+            model = from_official(kind, model_name, content, where, size, say, ema=args.use_ema)
     return model.eval().requires_grad_(False), name, size, args.eval_crop_ratio or ratio, args.top1 if args.top1 is not None else top1
-
-
-def from_official(method: str, model_name: str, content: dict, where: str, size, say, ema: bool) -> torch.nn.Module:
-    """A script's model with weights that do not name it, such as the official files."""
-    script = find_script(method, f"--model {method}/{model_name}")
-    check_choice(f"--model {method}/", model_name, script.MODELS)
-    state = checkpoint.weights(content, ema=ema)
-    heads = [v for k, v in state.items() if k.startswith(checkpoint.HEADS) and k.endswith(".weight")]
-    try:
-        model = script.build_model(model_name, len(heads[-1]) if heads else 1000, size)
-    except ValueError as error:
-        raise UserError(f"--img-size: {error}") from None
-    if hasattr(script, "fit_resolution"):
-        script.fit_resolution(model, state, content, say)
-    checkpoint.load_weights(model, state, where)
-    return model
 
 
 def features(args) -> None:

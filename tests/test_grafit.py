@@ -385,7 +385,9 @@ def frame(picture: Image.Image, column: int, top: int) -> tuple:
     return picture.getpixel((column * 108 + 1, top + 1))
 
 
-def test_retrieve_draws_frames_by_the_finest_level_that_is_right(here, trained, folder, coarse, tmp_path):
+def test_retrieve_draws_frames_by_the_finest_level_that_is_right(here, trained, folder, coarse, tmp_path, monkeypatch):
+    extracted = []
+    monkeypatch.setattr("common.evaluate.extract", lambda *a, **k: extracted.append(a) or extract(*a, **k))
     data = ["--data", folder, "--coarse-labels", coarse, "--device", "cpu", "--workers", 0]
     outside = tmp_path / "other.png"
     Image.new("RGB", (50, 70), "red").save(outside)
@@ -405,7 +407,7 @@ def test_retrieve_draws_frames_by_the_finest_level_that_is_right(here, trained, 
 
     class Alone:
         world, rank, workers, device, amp = 1, 0, 0, torch.device("cpu"), "fp32"
-        gather = staticmethod(lambda x: x)
+        gather, check_stop = staticmethod(lambda x: x), staticmethod(lambda: None)
 
     gallery, queries = (extract(model, splits[s], (32, 32), 1.0, Alone) for s in ("train", "val"))
     nearest = (queries[index] @ gallery.T).argsort(descending=True)[:10]
@@ -422,7 +424,9 @@ def test_retrieve_draws_frames_by_the_finest_level_that_is_right(here, trained, 
     third = 14 + 2 * (104 + 14)
     assert frame(sheet, 1, third) == (150, 150, 150)  # nothing is known of an image from outside
     refused(here("grafit", "--model", "regnet_nano", "--retrieve", "999", *flags), "--retrieve 999", "20 validation images")
+    before = len(extracted)
     refused(here("grafit", "--model", "regnet_nano", "--retrieve", tmp_path / "none.jpg", *flags), "none.jpg")
+    assert len(extracted) == before  # told before the training images are embedded
 
 
 def test_levels_are_named_once_from_the_coarsest_and_known_by_their_classes():

@@ -393,6 +393,25 @@ def test_grafits_memory_is_the_same_on_any_number_of_ranks_and_after_a_kill(fold
     assert [json.loads((tmp_path / out / "results.json").read_text()) for out in ("whole",)] == [json.loads((tmp_path / "killed/results.json").read_text())]  # fmt: skip
 
 
+def test_E6_a_signal_while_grafit_embeds_the_training_images_at_its_end(folder, tmp_path):
+    flags = "--model regnet_nano --recipe shapes --img-size 32 --batch-size 32 --mix-group 4 --epochs 1 --warmup-epochs 0 --workers 0 --device cpu".split()  # fmt: skip
+
+    def run(out, *extra):
+        return [*flags, "--data", folder, "--out", tmp_path / out, *extra]
+
+    def at_the_end():
+        import grafit
+
+        original = grafit.evaluate_levels
+        grafit.evaluate_levels = lambda *a: os.kill(os.getpid(), signal.SIGTERM) or original(*a)
+
+    assert status_of(child(run("whole"), script="grafit")) == 0
+    assert status_of(child(run("stopped"), script="grafit", patch=at_the_end)) == 143
+    assert log_of(tmp_path / "stopped")[-1]["status"] == "preempted" and not (tmp_path / "stopped/results.json").exists()
+    assert status_of(child(run("stopped", "--resume"), script="grafit")) == 0
+    assert (tmp_path / "stopped/results.json").read_text() == (tmp_path / "whole/results.json").read_text()
+
+
 def test_F9_a_run_resumes_on_another_number_of_ranks(command, tmp_path):
     stop = at_steps(lambda: os.kill(os.getpid(), signal.SIGTERM), [5])
     assert status_of(child(command("one"))) == 0
