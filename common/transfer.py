@@ -522,7 +522,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for sub in (one, two):
         sub.add_argument("--out", required=True, metavar="FILE", help="the result, JSON; a table beside it, .txt")
         sub.add_argument("--name", metavar="TEXT", help="what tables call the network; default: the model's name")
-        sub.add_argument("--top1", type=float, metavar="PERCENT", help="top-1 where the network was trained (ImageNet), for compare; default: the checkpoint's best")  # fmt: skip
+        sub.add_argument("--top1", type=float, metavar="PERCENT", help="top-1 where the network was trained (ImageNet), for compare; default: the best when the checkpoint was written, its own epoch's not yet counted")  # fmt: skip
     three = commands.add_parser("compare", help="adjusted log odds, correlations, scatter plot of several results")
     three.add_argument("files", nargs="+", metavar="FILE", help="results of features or finetuned")
     three.add_argument("--out", required=True, metavar="FOLDER", help="compare.json, compare.txt and compare.png go here")
