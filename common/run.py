@@ -58,8 +58,8 @@ def launch(main: Callable[[], None]) -> None:
     except SystemExit as end:
         status = end.code or 0
     except Stopped as stopped:
-        status = 128 + stopped.args[0]
-        _kill_workers()  # in the middle of a batch they would complain that nobody listens
+        _end_of_run(128 + stopped.args[0])
+        _quit(128 + stopped.args[0])  # from here: leaving the block takes a loader down whose workers are in the middle of a batch
     except (UserError, RunError) as error:
         status = 2 if isinstance(error, UserError) else 1
         if "--debug" in sys.argv:
@@ -86,15 +86,19 @@ def launch(main: Callable[[], None]) -> None:
         _end_of_run(status)
     sys.stdout.flush()
     if dist.is_initialized():  # taking gloo down can block (torch 2.6) or abort (2.15); by now all is written
-        sys.stderr.flush()
-        _kill_workers()
-        os._exit(status)
+        _quit(status)
     sys.exit(status)
 
 
-def _kill_workers() -> None:
-    for child in multiprocessing.active_children():  # they ignore SIGTERM
-        child.kill()
+def _quit(status: int) -> None:
+    """Ends the process and its data loading workers at once; nothing is taken down."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise that a worker was killed
+    for child in multiprocessing.active_children():
+        child.kill()  # they ignore SIGTERM
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, RuntimeError):  # closed, or a signal came in the middle of a print
+            stream.flush()
+    os._exit(status)
 
 
 _WHERE = {"text": ""}  # " at epoch E, step S" for the message above
@@ -615,9 +619,8 @@ class Run:
 
     def _on_signal(self, number: int, _frame) -> None:
         if self.stop_signal and number == signal.SIGINT:  # the second ctrl-C: now
-            _kill_workers()
             self._unlock()
-            os._exit(130)
+            _quit(130)
         self.stop_signal = number
         if not self.started:  # nothing to save yet, or ever
             raise Stopped(int(number))

@@ -6,7 +6,6 @@ import os
 import pickle
 import shutil
 import signal
-import sys
 import time
 
 import numpy as np
@@ -14,11 +13,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import NANO, SCRIPTS, SMALL, WITHOUT_MIXING, encoded, finish, picture, start, write_folder
+from conftest import NANO, SCRIPTS, SMALL, WITHOUT_MIXING, encoded, picture, write_folder
 from scipy import stats
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from test_cli import refused
+from test_run import child, status_of
 
 from common import sources, transfer
 from common.errors import UserError
@@ -549,23 +549,19 @@ def test_wrong_use_is_refused(suite, network, tmp_path):
 
 
 def test_ctrl_c_ends_at_once_without_half_a_result(network, tmp_path):
-    """While features are computed; nothing but the exit status tells of it."""
-    data = write_folder(tmp_path / "d", train=200, val=50)
-    arguments = [
-        "-m",
-        "common.transfer",
-        "features",
-        *flags(network, tmp_path, data),
-        "--workers",
-        1,
-        "--micro-batch",
-        1,
-        "--img-size",
-        224,
-    ]
-    process = start(sys.executable, *arguments)
-    assert "1 data sets" in process.stdout.readline()
-    time.sleep(1)
-    os.kill(process.pid, signal.SIGINT)
-    result = finish(process)
-    assert result.status == 130 and not result.err and not (tmp_path / "r.json").exists(), result
+    """While features are computed and the worker is busy; nothing but the exit status tells of it."""
+    data = write_folder(tmp_path / "d", train=50, val=10)
+
+    def in_a_batch():
+        from multiprocessing.process import BaseProcess
+
+        import common.evaluate
+
+        kill, normalize = BaseProcess.kill, common.evaluate.normalize
+        common.evaluate.normalize = lambda images: os.kill(os.getpid(), signal.SIGINT) or normalize(images)
+        BaseProcess.kill = lambda self: (kill(self), time.sleep(0.1))  # time for the worker's end to be noticed
+
+    arguments = ["features", *flags(network, tmp_path, data), "--workers", 1, "--micro-batch", 1]
+    assert status_of(child(arguments, script="common.transfer", patch=in_a_batch, log=tmp_path / "log")) == 130
+    told = (tmp_path / "log").read_text()
+    assert len(told.splitlines()) == 1 and "1 data sets" in told and not (tmp_path / "r.json").exists(), told
