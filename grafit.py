@@ -750,7 +750,7 @@ def train(args, recipe: Recipe, paper: Recipe) -> None:
                 precision.backward(loss)
                 seen.append(indices)
             lr = lr_at(epoch + step / data.steps)
-            stats, skipped = precision.step(optimizer, lr, stop=run.stop_requested)
+            stats, skipped = precision.step(optimizer, lr, asked=run.asked())
             if instance:
                 model.average(recipe.target_decay)
             if memory is not None:  # all ranks' images, on every rank

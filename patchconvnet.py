@@ -776,7 +776,7 @@ def train(args, recipe: Recipe, paper: Recipe) -> None:
                 precision.backward(loss)
                 seen.append(batch[3])
             lr = lr_at(epoch + step / data.steps)
-            stats, skipped = precision.step(optimizer, lr, stop=run.stop_requested)
+            stats, skipped = precision.step(optimizer, lr, asked=run.asked())
             run.after_step(stats, lr, lambda seen=seen: data.names(torch.cat(seen)))
         record, score = run.end_of_training_epoch() | {"lr": lr_at(epoch + 1)}, None
         if val_loader is not None:

@@ -837,7 +837,7 @@ def train(args, recipe: Recipe, paper: Recipe) -> None:
                 precision.backward(loss)
                 seen.append(batch[3])
             lr = lr_at(epoch + step / data.steps)
-            stats, skipped = precision.step(optimizer, lr, stop=run.stop_requested)
+            stats, skipped = precision.step(optimizer, lr, asked=run.asked())
             if ema:
                 ema.update(model, skip=skipped)
             run.after_step(stats, lr, lambda seen=seen: data.names(torch.cat(seen)))

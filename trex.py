@@ -444,7 +444,7 @@ def train(args, recipe: Recipe, paper: Recipe) -> None:
                 labels.append(batch[2])
                 seen.append(batch[3])
             lr = lr_at(epoch * data.steps + step)
-            stats, _ = precision.step(optimizer, lr, stop=run.stop_requested)
+            stats, _ = precision.step(optimizer, lr, asked=run.asked())
             if recipe.memory_size:  # after the step: the batch is not among its own prototypes
                 model.memory.update(run.gather(torch.cat(averaged)), run.gather(torch.cat(labels)))
             run.after_step(stats, lr, lambda seen=seen: data.names(torch.cat(seen)))

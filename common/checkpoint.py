@@ -80,10 +80,15 @@ def _sync_folder(folder: Path) -> None:
 
 
 def load(path: str | Path, flag: str) -> dict:
-    """The checkpoint's content on the CPU. UserError, naming `flag`, for a missing, damaged or unsafe file."""
+    """The checkpoint's content on the CPU. UserError, naming `flag`, for a missing, damaged or unsafe file.
+
+    A .safetensors file is a bare state dict; reading it needs that package.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{flag} {path}: " + ("is a folder; name the checkpoint file" if path.is_dir() else "no such file"))
+    if path.suffix == ".safetensors":
+        return _load_safetensors(path, flag)
     damaged = UserError(f"{flag}: damaged checkpoint {path}; use another one (previous.pt and best.pt lie beside last.pt)")
     try:
         if zipfile.is_zipfile(path):  # torch.load itself does not notice a flipped byte
@@ -104,6 +109,18 @@ def load(path: str | Path, flag: str) -> dict:
     if content.get("format", FORMAT) != FORMAT:
         raise UserError(f"{flag} {path}: checkpoint format {content['format']}, this version reads {FORMAT}; use the version that wrote it")
     return content
+
+
+def _load_safetensors(path: Path, flag: str) -> dict:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError:
+        raise UserError(f"{flag} {path}: reading this kind of file needs a package: pip install safetensors") from None
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"{flag}: damaged checkpoint {path} ({' '.join(str(error).split())[:120]})") from None
 
 
 PREFIXES = ("module.", "_orig_mod.", "model.")

@@ -261,5 +261,7 @@ def to_device(loader: DataLoader, device: torch.device) -> Iterator[tuple[torch.
     except RuntimeError as error:
         if "DataLoader" in str(error):
             reason = str(error).splitlines()[0]
-            raise RunError(f"a data loading worker died or hung ({reason}); if memory ran out, lower --workers") from None
+            raise RunError(
+                f"a data loading worker died or hung ({reason}); if memory or /dev/shm ran out, lower --workers or --micro-batch"
+            ) from None
         raise

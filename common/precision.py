@@ -65,16 +65,16 @@ class Precision:
         self.unsynchronised.close()
         self.loss += loss.detach().float() / self.accumulation
 
-    def step(self, optimizer: torch.optim.Optimizer, lr: float, stop: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    def step(self, optimizer: torch.optim.Optimizer, lr: float, asked: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
         """Clip, apply, clear. Returns (stats, skipped), tensors on the device.
 
-        stats (3,): mean loss over all ranks, number of ranks whose loss or gradient is not finite, number that asked to
-        stop. skipped: 1.0 if the step changed nothing, else 0.0.
+        stats (3,): mean loss over all ranks, number of ranks whose loss or gradient is not finite, sum of what the
+        ranks were asked. skipped: 1.0 if the step changed nothing, else 0.0.
         """
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = global_norm(gradients) / self.scale
         bad = ~(torch.isfinite(norm) & torch.isfinite(self.loss))
-        stats = torch.stack([self.loss, bad.float(), torch.full((), float(stop), device=self.device)])
+        stats = torch.stack([self.loss, bad.float(), torch.full((), asked, device=self.device)])
         if dist.is_initialized():
             dist.all_reduce(stats)
             stats[0] /= dist.get_world_size()

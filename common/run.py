@@ -39,6 +39,7 @@ from common.cli import differences
 from common.errors import RunError, UserError
 
 FLAG_LAG = 3  # steps after which the host reads a step's flags from a GPU: long done by then, so nothing waits
+SAVE, STOP = 1.0, 2.0**16  # what a signal asks of a rank; a sum over ranks tells both
 MAX_SKIPPED = 20  # consecutive fp16 overflows before the run stops
 
 
@@ -199,6 +200,7 @@ class Run:
         self.best = -math.inf
         self.loss_sum, self.loss_count = 0.0, 0
         self.stop_signal, self.stop_agreed = 0, False  # asked of this rank; known to all ranks
+        self.save_asked, self.save_agreed = False, False
         self.lag = FLAG_LAG if self.device.type == "cuda" else 0
         self.pending: deque = deque()  # (stats, files, lr) of steps whose flags the host has not read
         self.skipped_in_a_row = self.skipped_steps = 0
@@ -209,6 +211,7 @@ class Run:
         _CURRENT.append(self)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
+        signal.signal(signal.SIGUSR1, self._on_usr1)
         if args.device is None and self.device.type == "cpu":
             self.say("no GPU found: running on the CPU")
 
@@ -475,9 +478,10 @@ class Run:
         self.waited += time.time() - start
         return batch
 
-    @property
-    def stop_requested(self) -> bool:
-        return self.stop_signal != 0
+    def asked(self) -> float:
+        """What signals asked of this rank since the last step, for the other ranks to know: SAVE, STOP, both or 0."""
+        save, self.save_asked = self.save_asked, False
+        return SAVE * save + STOP * (self.stop_signal != 0)
 
     def after_step(self, stats: torch.Tensor, lr: float, files: Callable[[], list[str]]) -> None:
         """Counts the step, reads the flags of an earlier one, saves and stops where asked.
@@ -494,7 +498,8 @@ class Run:
         self.step += 1
         self._read_flags(self.lag)
         self._progress(lr)
-        if self.stop_agreed or (self.args.save_steps and self.step % self.args.save_steps == 0):
+        if self.stop_agreed or self.save_agreed or (self.args.save_steps and self.step % self.args.save_steps == 0):
+            self.save_agreed = False
             self.save()
         if self.stop_agreed:
             self._stop()
@@ -505,7 +510,8 @@ class Run:
             if event is not None:
                 event.synchronize()
             loss, bad, asked = stats.tolist()
-            self.stop_agreed |= asked > 0
+            self.stop_agreed |= asked >= STOP
+            self.save_agreed |= asked % STOP > 0
             if bad:
                 self.skipped_steps += 1
                 self.skipped_in_a_row += 1
@@ -577,7 +583,7 @@ class Run:
 
     def check_stop(self) -> None:
         """Ends the run if any rank was asked to, with what is on disk (before training, and during evaluation)."""
-        asked = torch.tensor([float(self.stop_requested)], device=self.device)
+        asked = torch.tensor([float(self.stop_signal != 0)], device=self.device)
         if self.world > 1:
             dist.all_reduce(asked)
         if asked.item():
@@ -624,6 +630,9 @@ class Run:
         self.stop_signal = number
         if not self.started:  # nothing to save yet, or ever
             raise Stopped(int(number))
+
+    def _on_usr1(self, _number: int, _frame) -> None:
+        self.save_asked = True  # Slurm's warning before the time is up: last.pt is written after this step
 
     def _stop(self) -> None:
         number = self.stop_signal or signal.SIGTERM

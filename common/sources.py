@@ -19,6 +19,7 @@ import json
 import os
 import pickle
 import re
+import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -122,8 +123,11 @@ class Files(Source):
         return os.path.join(self.root, os.fsdecode(bytes(self.names[index])))
 
     def stored(self, index: int) -> bytes:
-        fd = os.open(os.path.join(os.fsencode(self.root), bytes(self.names[index])), os.O_RDONLY)
+        # Without O_NONBLOCK opening a pipe would wait for ever for somebody to write into it.
+        fd = os.open(os.path.join(os.fsencode(self.root), bytes(self.names[index])), os.O_RDONLY | os.O_NONBLOCK)
         try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise OSError("not a regular file")
             return _pread(fd, os.fstat(fd).st_size, 0)
         finally:
             os.close(fd)
@@ -267,7 +271,7 @@ def open_images(path: str, flag: str, classes: list[str] | None = None, say: Cal
         raise UserError(f"{flag}: {path} does not exist")
     if not Path(path).is_dir():
         return _open_tar(path, None, classes, say)
-    folders, names, labels, ignored, flat = cached_index(_folder_state(path), lambda: _scan_folder(path))
+    folders, names, labels, ignored, flat = cached_index(_folder_state(path), lambda: _scan_folder(path), say)
     folders = [os.fsdecode(bytes(f)) for f in folders]
     if not folders:
         if flat:
@@ -350,8 +354,8 @@ def _scan_folder(path: str) -> list[np.ndarray]:
 
 def _open_tar(path: str, split: str | None, classes: list[str] | None, say) -> Source:
     """`split`/CLASS/IMAGE of a tar (split None: CLASS/IMAGE, or CLASS.tar holding IMAGE)."""
-    stat = os.stat(path)
-    names, offsets, sizes = cached_index([os.path.realpath(path), stat.st_size, stat.st_mtime_ns], lambda: _scan_tar(path))
+    state = os.stat(path)
+    names, offsets, sizes = cached_index([os.path.realpath(path), state.st_size, state.st_mtime_ns], lambda: _scan_tar(path), say)
     parts = [n.split(b"/") for n in names]
     tops = {p[0] for p in parts if len(p) > 1}
     if split is not None:
@@ -464,11 +468,18 @@ def _scan_tar(path: str) -> list[np.ndarray]:
 
 def cache_folder() -> Path:
     """Where what can be computed again is kept: touvron-methods in $XDG_CACHE_HOME (~/.cache)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "touvron-methods"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "touvron-methods"
+    except RuntimeError:  # a user without a home
+        raise UserError("there is no home folder to keep a cache in; set HOME or XDG_CACHE_HOME to a writable folder") from None
 
 
-def cached_index(key: list, build: Callable[[], list[np.ndarray]]) -> list[np.ndarray]:
-    """build(), kept in the cache under a hash of `key`; where that cannot be written it is built again."""
+def no_cache(folder: Path, error: OSError) -> str:
+    return f"nothing can be kept in {folder} ({error.strerror}): set XDG_CACHE_HOME to a writable folder"
+
+
+def cached_index(key: list, build: Callable[[], list[np.ndarray]], say: Callable[[str], None]) -> list[np.ndarray]:
+    """build(), kept in the cache under a hash of `key`; where that cannot be written it is said, and built again next time."""
     folder = cache_folder()
     file = folder / (hashlib.sha256(repr(key).encode()).hexdigest()[:24] + ".npz")
     try:
@@ -481,8 +492,8 @@ def cached_index(key: list, build: Callable[[], list[np.ndarray]]) -> list[np.nd
         with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as out:
             np.savez(out, *arrays)
         os.replace(out.name, file)
-    except OSError:
-        pass  # a cache that cannot be written costs time only
+    except OSError as error:  # costs time only
+        say(f"warning: {no_cache(folder, error)}; the images will be listed again at the next start")
     return arrays
 
 

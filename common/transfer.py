@@ -43,7 +43,7 @@ from common.models import classifier_inputs, fingerprint, from_checkpoint, from_
 from common.precision import check_amp
 from common.report import save_json, save_scatter
 from common.run import Run, launch
-from common.sources import Source, cache_folder, open_data
+from common.sources import Source, cache_folder, no_cache, open_data
 
 # ---- Data sets -----------------------------------------------------------------------------------------------------------
 
@@ -107,7 +107,7 @@ def cached_features(
             np.save(out, found.cpu().numpy())
         os.replace(out.name, file)
     except OSError as error:
-        run.say(f"warning: features of {title} not cached in {folder} ({error.strerror})")
+        run.say(f"warning: features of {title}: {no_cache(folder, error)}")
     return found
 
 

@@ -241,7 +241,7 @@ def launched(capfd, monkeypatch):
     """launched(main, ARGV): main() in this process under that command line; returns exit status and what it printed."""
     from common.run import launch
 
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
 
     def run(main, argv) -> Result:
         monkeypatch.setattr(sys, "argv", list(map(str, argv)))

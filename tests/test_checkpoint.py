@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TINY, load, python, same_training, start, wait_until
+from safetensors.torch import save_file
 from test_cli import refused
 
 import deit3
@@ -208,6 +209,20 @@ def test_D6_D7_D12_an_official_file_in_half_precision_is_loaded_and_resized(deit
     assert "weights in float16 loaded into float32" in result.out
     assert "position embedding resized to 4 x 4 patches" in result.out and "new head: the checkpoint has 1000 classes" in result.out
     assert load(tmp_path / "o/last.pt")["model"]["pos_embed"].dtype == torch.float32
+
+
+def test_D12_safetensors(deit3_here, tmp_path, folder, monkeypatch):
+    state = deit3.build_model("vit_nano", 4, 32).state_dict()
+    file = tmp_path / "model.safetensors"
+    save_file(state, file)
+    run = [*TINY, "--data", folder, "--eval", "--weights", file]
+    torch.save(state, tmp_path / "model.pt")
+    result, expected = deit3_here(*run), deit3_here(*run[:-1], tmp_path / "model.pt")
+    assert result.status == expected.status == 0 and result.out == expected.out, result
+    file.write_bytes(file.read_bytes()[:-10])
+    refused(deit3_here(*run), "damaged checkpoint", "model.safetensors")
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    refused(deit3_here(*run), "pip install safetensors")
 
 
 def test_D8_weights_are_no_run_to_resume(deit3_here, tmp_path, folder):

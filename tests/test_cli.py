@@ -296,4 +296,4 @@ def test_H5_tensorboard_missing(deit3_here, tmp_path, folder, monkeypatch):
 
 
 def test_signal_handlers_are_put_back():
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL

@@ -224,12 +224,16 @@ def test_B7_a_label_out_of_range_is_an_error_with_the_file(label):
         sources.Files("/d", np.array([b"a.jpg"]), ["x", "y", "z"], np.array([label]))
 
 
-@pytest.mark.parametrize("content", [encoded(picture(0, 0))[:300], b"", b"<html>", None], ids=["truncated", "empty", "html", "vanished"])
-def test_B11_B12_B20_an_unreadable_image_stops_with_its_path(tmp_path, content):
+@pytest.mark.parametrize(
+    "content", [encoded(picture(0, 0))[:300], b"", b"<html>", None, "pipe"], ids=["truncated", "empty", "html", "vanished", "pipe"]
+)
+def test_B11_B12_B20_B25_an_unreadable_image_stops_with_its_path(tmp_path, content):
     write_folder(tmp_path, train=2, val=1)
     source = open_data(str(tmp_path))["train"]
     victim = tmp_path / "train" / "bee" / "bee_001.jpg"
-    victim.unlink() if content is None else victim.write_bytes(content)
+    victim.write_bytes(content) if isinstance(content, bytes) else victim.unlink()
+    if content == "pipe":
+        os.mkfifo(victim)
     samples = Samples(source, deit3.TrainTransform(deit3.Recipe(img_size=(32, 32))), 0)
     for workers in (0, 1):
         with pytest.raises(RunError, match="train/bee/bee_001.jpg: "):
@@ -401,6 +405,19 @@ def test_flowers_trains_on_train_and_val(tmp_path, monkeypatch):
     scipy_io.savemat(base / "setid.mat", {"trnid": np.array([1, 2]), "valid": np.array([3, 4]), "tstid": np.arange(5, 10)})
     found = open_data(f"flowers102:{tmp_path}")
     assert len(found["train"]) == 4 and len(found["val"]) == 5
+
+
+def test_H6_without_a_cache_the_variable_is_named_and_images_are_listed_anew(folder, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    said = []
+    assert len(open_data(str(folder), say=said.append)["train"]) == 64
+    assert len(said) == 2 and all("set XDG_CACHE_HOME" in line for line in said)  # train and val
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    with pytest.raises(UserError, match="set HOME or XDG_CACHE_HOME"):
+        open_data(str(folder), say=said.append)
 
 
 def test_H5_scipy_missing(tmp_path, monkeypatch):

@@ -168,6 +168,29 @@ def test_E5_the_second_ctrl_c_ends_at_once(command, tmp_path):
         wait_until(lambda: os.killpg(pid, 0), timeout=5)
 
 
+def usr1_then_killed(signalled: str):
+    def action():
+        if count.pop(0) == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif os.environ.get("RANK", "0") == signalled:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    count = [5, 7]
+    return at_steps(action, [5, 7])
+
+
+def test_E8_SIGUSR1_saves_and_goes_on(command, tmp_path, undisturbed):
+    assert status_of(child(command("o", *SAME), patch=usr1_then_killed("0"))) == -signal.SIGKILL
+    assert (load(tmp_path / "o/last.pt")["epoch"], load(tmp_path / "o/last.pt")["step"]) == (1, 3)
+    assert status_of(child(command("o", *SAME, "--resume"))) == 0
+    assert same_training(undisturbed, tmp_path / "o")
+
+
+def test_E8_SIGUSR1_to_one_of_two_ranks(command, tmp_path):
+    assert ranks(2, command("o"), tmp_path, patch=usr1_then_killed("1")) == [-signal.SIGKILL] * 2
+    assert (load(tmp_path / "o/last.pt")["epoch"], load(tmp_path / "o/last.pt")["step"]) == (1, 3)
+
+
 def test_E6_a_signal_before_the_first_step_and_in_evaluation(command, tmp_path, undisturbed):
     def in_scan():
         import common.sources
