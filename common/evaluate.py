@@ -334,31 +334,40 @@ def mean_average_precision(
     offsets (B, G) and groups (M,), numbers below G: offsets[query, group of the item] is added to the cosine.
 
     AP: mean over the relevant items (same label) of the precision at their rank; of equal scores the last rank counts, as
-    in scikit-learn. Queries without a relevant item are left out. The gallery's scores are sorted, not its indices, and
-    only the relevant ones are looked up in them; memory is bounded by chunk x M numbers.
+    in scikit-learn. Queries without a relevant item are left out. Scores are sorted, not the gallery's indices, and only
+    the relevant ones are looked up in them; memory is bounded by chunk x M numbers.
     """
-    order = gallery_labels.argsort(stable=True)  # one slice per class
-    gallery, sorted_labels = F.normalize(gallery[order], dim=1), gallery_labels[order]
-    groups = groups if groups is None else groups[order]
+    by_label = gallery_labels.argsort(stable=True)  # one slice per class
+    gallery, sorted_labels = F.normalize(gallery, dim=1), gallery_labels[by_label]
     first = torch.searchsorted(sorted_labels, query_labels).tolist()
     last = torch.searchsorted(sorted_labels, query_labels, right=True).tolist()
     total, count, M, at = 0.0, 0, len(gallery), 0
-    for part in F.normalize(queries, dim=1).split(chunk or _rows(4 * M)):
+    cuda = queries.is_cuda
+    for part in F.normalize(queries, dim=1).split(chunk or (_rows(4 * M) if cuda else min(128, _rows(M)))):
         scores = part @ gallery.T
         if offsets is not None:
             scores += offsets[at : at + len(part)][:, groups]
-        # numpy sorts values alone, which torch does not; on a GPU the difference does not matter.
-        ranked = scores.sort(dim=1).values if scores.is_cuda else torch.from_numpy(np.sort(scores.numpy(), axis=1))
-        for row, ascending, a, b in zip(scores, ranked, first[at : at + len(part)], last[at : at + len(part)]):
+        ranked = scores.sort(dim=1).values if cuda else scores
+        for row, sorted_row, a, b in zip(scores, ranked, first[at : at + len(part)], last[at : at + len(part)]):
             if a == b:
                 continue
-            relevant = row[a:b].sort().values.contiguous()
-            ranks = M - torch.searchsorted(ascending, relevant)  # items with at least this score
+            relevant = row[by_label[a:b]].sort().values
+            ascending = sorted_row if cuda else _ascending(row.numpy(), relevant[0].item())
+            ranks = len(ascending) - torch.searchsorted(ascending, relevant)  # items with at least this score
             found = (b - a) - torch.searchsorted(relevant, relevant)  # relevant ones among them
             total += (found.double() / ranks).mean().item()
             count += 1
         at += len(part)
     return total / max(count, 1)
+
+
+def _ascending(scores: np.ndarray, lowest: float) -> torch.Tensor:
+    """Scores (M,) in ascending order, in place; where few are as high as `lowest`, these alone. numpy sorts values without
+    their indices, which torch does not."""
+    high = scores >= lowest
+    scores = scores[high] if np.count_nonzero(high) < len(scores) // 4 else scores
+    scores.sort()
+    return torch.from_numpy(scores)
 
 
 def logistic_regression(
