@@ -778,8 +778,7 @@ def train(args, recipe: Recipe, paper: Recipe) -> None:
     if recipe.optimizer != "lamb" and paper.optimizer == "lamb" and recipe.lr > 1e-3:
         run.say(f"warning: {recipe.optimizer} at LAMB's learning rate of {recipe.lr:g} is known to diverge; 1e-3 or less is usual")
     wrapped = run.prepare(model, data.micro_batch)
-    identity = {"classes": data.classes, "digest": data.source.digest()}
-    run.start(model=model, optimizer=optimizer, precision=precision, ema=ema, data=identity)
+    run.start(model=model, optimizer=optimizer, precision=precision, ema=ema, data=data.identity())
     if run.rank == 0 and run.epoch == run.step == 0:
         show_batch(run.out / "batch.png", data, prepare)
     run.check_stop()

@@ -717,8 +717,7 @@ def train(args, recipe: Recipe, paper: Recipe) -> None:
     run.open_folder()
     run.say(describe(run, lambda: make_model(args, recipe, num_classes), data))
     wrapped = run.prepare(model, data.micro_batch)
-    identity = {"classes": data.classes, "digest": data.source.digest()}
-    run.start(model=model, optimizer=optimizer, precision=precision, data=identity, extra={"memory": memory})
+    run.start(model=model, optimizer=optimizer, precision=precision, data=data.identity(), extra={"memory": memory})
     if run.rank == 0 and run.epoch == run.step == 0:
         show_crops(run.out / "batch.png", data)
     run.check_stop()

@@ -812,7 +812,7 @@ def train(args, recipe: Recipe, paper: Recipe) -> None:
     if teacher:
         run.say(f"teacher  {teacher.identity}")
     wrapped = run.prepare(model, data.micro_batch)
-    identity = {"classes": data.classes, "digest": data.source.digest(), "teacher": teacher.identity if teacher else None}
+    identity = data.identity() | {"teacher": teacher.identity if teacher else None}
     run.start(model=model, optimizer=optimizer, precision=precision, ema=ema, data=identity)
     if run.rank == 0 and run.epoch == run.step == 0:
         show_batch(run.out / "batch.png", data, prepare)

@@ -417,8 +417,7 @@ def train(args, recipe: Recipe, paper: Recipe) -> None:
     run.open_folder()
     run.say(describe(run, lambda: make_model(args, recipe, len(data.classes)), data))
     wrapped = run.prepare(model, data.micro_batch)
-    identity = {"classes": data.classes, "digest": data.source.digest()}
-    run.start(model=model, optimizer=optimizer, precision=precision, data=identity)
+    run.start(model=model, optimizer=optimizer, precision=precision, data=data.identity())
     if run.rank == 0 and run.epoch == run.step == 0:
         show_crops(run.out / "batch.png", data)
     run.check_stop()

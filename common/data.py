@@ -200,6 +200,10 @@ class TrainingData:
         self.batches.set_epoch(epoch, first_step)
         return to_device(self.loader, self.device)
 
+    def identity(self) -> dict:
+        """For Run.start: the classes' names, a digest of the training images' names and labels, the number of validation images."""
+        return {"classes": self.classes, "digest": self.source.digest(), "val_images": len(self.val or ())}
+
     def names(self, indices: torch.Tensor) -> list[str]:
         """File names of training images, for messages."""
         return [self.source.name(i) for i in indices.tolist()]

@@ -349,7 +349,7 @@ class Run:
     def start(self, *, model: nn.Module, optimizer, precision, ema=None, data: dict, extra: dict[str, object] | None = None) -> None:
         """Registers what a checkpoint holds, resumes if asked to, and checks that all ranks hold the same weights.
 
-        data: {"classes": [...], "digest": ...} and what else must be the same when the run goes on (a teacher);
+        data: TrainingData.identity() and what else must be the same when the run goes on (a teacher);
         extra: further objects with state_dict() and load_state_dict() (method state).
         """
         self.parts = {"model": model, "optimizer": optimizer, "scaler": precision, "ema": ema and ema.model, **(extra or {})}
@@ -661,7 +661,7 @@ class Run:
 
 def _compared(recipe: dict, seed: int, data: dict) -> dict:
     """What must be the same when a run goes on."""
-    others = {k: v for k, v in data.items() if k not in ("classes", "digest")}
+    others = {k: v for k, v in data.items() if k not in ("classes", "digest", "val_images")}
     return {**recipe, "seed": seed, "data": data["digest"], "classes": len(data["classes"]), **others}
 
 

@@ -386,15 +386,16 @@ def finetuned(args) -> None:
             raise UserError(f"{pair}: write DATASET=FOLDER_OF_THE_RUN")
         try:
             records = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
-        except (OSError, ValueError) as error:
-            result["missing"][title] = f"{folder}/log.jsonl: {error}"
+            images = records[0]["val_images"]
+        except (OSError, ValueError, LookupError) as error:
+            result["missing"][title] = f"{folder}/log.jsonl: {error!r}"
             continue
         last = [r for r in records if "val_top1" in r]
         if not last or records[-1].get("status") != "completed":
             result["missing"][title] = f"{folder}: its training is not complete"
             continue
         top1 = last[-1]["val_top1"]
-        result["sets"][title] = {"metric": "top-1", "metric_source": "log of the run", "test_images": 10_000, "accuracy": top1, "top1": top1, "classifier": "fine-tuned"}  # fmt: skip
+        result["sets"][title] = {"metric": "top-1", "metric_source": "log of the run", "test_images": images, "accuracy": top1, "top1": top1, "classifier": "fine-tuned"}  # fmt: skip
     if not result["sets"]:
         raise UserError(f"none of the runs is complete; the first: {next(iter(result['missing'].values()))}")
     write(summarise(result), Path(args.out))

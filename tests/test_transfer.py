@@ -529,6 +529,7 @@ def test_fine_tuned_runs_make_the_same_table(here, suite, folder, tmp_path):
     assert list(found["sets"]) == ["pets", "dtd"] and set(found["missing"]) == {"cars", "food101"} and found["pretraining_top1"] == 81.5
     last = [json.loads(line) for line in (tmp_path / "a/log.jsonl").read_text().splitlines() if "val_top1" in line][-1]
     assert found["sets"]["pets"]["accuracy"] == last["val_top1"] and "not complete" in found["missing"]["cars"]
+    assert found["sets"]["pets"]["test_images"] == len(list((folder / "val").glob("*/*")))
     refused(suite("finetuned", "pets", "--out", tmp_path / "x.json"), "DATASET=FOLDER")
 
 
