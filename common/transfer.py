@@ -387,8 +387,11 @@ def finetuned(args) -> None:
         try:
             records = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
             images = records[0]["val_images"]
-        except (OSError, ValueError, LookupError) as error:
-            result["missing"][title] = f"{folder}/log.jsonl: {error!r}"
+        except OSError as error:
+            result["missing"][title] = f"{folder}/log.jsonl: {error.strerror}"
+            continue
+        except (ValueError, LookupError, TypeError):
+            result["missing"][title] = f"{folder}/log.jsonl: not the log of a run of these scripts"
             continue
         last = [r for r in records if "val_top1" in r]
         if not last or records[-1].get("status") != "completed":
@@ -444,6 +447,11 @@ def compare(args) -> None:
     lacking = [name for name, r in results.items() if r["pretraining_top1"] is None]
     if lacking:
         raise UserError(f"{', '.join(lacking)}: top-1 where it was trained is not known; measure again with --top1 PERCENT")
+    extreme = [name for name, r in results.items() if not 0 < r["pretraining_top1"] < 100]
+    if extreme:
+        raise UserError(
+            f"{', '.join(extreme)}: a top-1 of 0 or 100% where it was trained has no log odds; measure again with --top1 PERCENT"
+        )
     if len(results) < 3:
         raise UserError(f"{len(results)} results: correlations need at least 3 networks")
     everywhere = [s for s in next(iter(results.values()))["sets"] if all(s in r["sets"] for r in results.values())]

@@ -490,6 +490,8 @@ def test_compare_adjusts_correlates_and_draws(suite, tmp_path):
     refused(suite("compare", *files[:2], "--out", tmp_path / "o"), "at least 3")
     (tmp_path / "no.json").write_text(json.dumps(result_of("n", None, {"a": 50.0})))
     refused(suite("compare", *files, tmp_path / "no.json", "--out", tmp_path / "o"), "n: top-1 where it was trained is not known", "--top1")
+    (tmp_path / "all.json").write_text(json.dumps(result_of("m", 100.0, {"a": 50.0})))
+    refused(suite("compare", *files, tmp_path / "all.json", "--out", tmp_path / "o"), "m: a top-1 of 0 or 100%", "--top1")
     (tmp_path / "bad.json").write_text("{}")
     refused(suite("compare", tmp_path / "bad.json", "--out", tmp_path / "o"), "bad.json")
 
@@ -529,6 +531,7 @@ def test_fine_tuned_runs_make_the_same_table(here, suite, folder, tmp_path):
     assert list(found["sets"]) == ["pets", "dtd"] and set(found["missing"]) == {"cars", "food101"} and found["pretraining_top1"] == 81.5
     last = [json.loads(line) for line in (tmp_path / "a/log.jsonl").read_text().splitlines() if "val_top1" in line][-1]
     assert found["sets"]["pets"]["accuracy"] == last["val_top1"] and "not complete" in found["missing"]["cars"]
+    assert "No such file" in found["missing"]["food101"]
     assert found["sets"]["pets"]["test_images"] == len(list((folder / "val").glob("*/*")))
     refused(suite("finetuned", "pets", "--out", tmp_path / "x.json"), "DATASET=FOLDER")
 
