@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from common import checkpoint
 from common.data import Samples, eval_batches, make_loader, to_device
-from common.errors import UserError
+from common.errors import RunError, UserError
 from common.images import decode, eval_transform
 from common.precision import Precision, check_amp
 from common.run import Run
@@ -270,6 +270,8 @@ def extract(
             bar.update(len(batch[0]) * run.world)
     mine = torch.cat(parts)
     shares = run.gather(F.pad(mine, (0, 0, 0, most - len(mine)))).view(run.world, most, -1)
+    if not torch.isfinite(shares).all():
+        raise RunError(f"{title}: features are not finite; the network has diverged, or overflows in 16 bits (--amp fp32)")
     return shares.transpose(0, 1).reshape(run.world * most, -1)[: len(source)]  # rank r holds every world-th image from r on
 
 
@@ -334,8 +336,8 @@ def mean_average_precision(
     offsets (B, G) and groups (M,), numbers below G: offsets[query, group of the item] is added to the cosine.
 
     AP: mean over the relevant items (same label) of the precision at their rank; of equal scores the last rank counts, as
-    in scikit-learn. Queries without a relevant item are left out. Scores are sorted, not the gallery's indices, and only
-    the relevant ones are looked up in them; memory is bounded by chunk x M numbers.
+    in scikit-learn. Queries without a relevant item are left out. The gallery is not put in order: only the ranks of the
+    relevant items are looked up. Memory is bounded by chunk x M numbers.
     """
     by_label = gallery_labels.argsort(stable=True)  # one slice per class
     gallery, sorted_labels = F.normalize(gallery, dim=1), gallery_labels[by_label]
@@ -347,13 +349,12 @@ def mean_average_precision(
         scores = part @ gallery.T
         if offsets is not None:
             scores += offsets[at : at + len(part)][:, groups]
-        ranked = scores.sort(dim=1).values if cuda else scores
-        for row, sorted_row, a, b in zip(scores, ranked, first[at : at + len(part)], last[at : at + len(part)]):
+        ranked = scores.sort(dim=1).values if cuda else scores  # a GPU sorts all at once as fast
+        for row, ascending, a, b in zip(scores, ranked, first[at : at + len(part)], last[at : at + len(part)]):
             if a == b:
                 continue
             relevant = row[by_label[a:b]].sort().values
-            ascending = sorted_row if cuda else _ascending(row.numpy(), relevant[0].item())
-            ranks = len(ascending) - torch.searchsorted(ascending, relevant)  # items with at least this score
+            ranks = M - torch.searchsorted(ascending, relevant) if cuda else torch.from_numpy(_ranks(row.numpy(), relevant.numpy()))
             found = (b - a) - torch.searchsorted(relevant, relevant)  # relevant ones among them
             total += (found.double() / ranks).mean().item()
             count += 1
@@ -361,13 +362,27 @@ def mean_average_precision(
     return total / max(count, 1)
 
 
-def _ascending(scores: np.ndarray, lowest: float) -> torch.Tensor:
-    """Scores (M,) in ascending order, in place; where few are as high as `lowest`, these alone. numpy sorts values without
-    their indices, which torch does not."""
-    high = scores >= lowest
-    scores = scores[high] if np.count_nonzero(high) < len(scores) // 4 else scores
-    scores.sort()
-    return torch.from_numpy(scores)
+def _ranks(scores: np.ndarray, relevant: np.ndarray) -> np.ndarray:
+    """How many of scores (M,) are at least as high as each of `relevant`, some of them in ascending order; exact.
+
+    Scores are counted in bins of equal width; only those that share a bin with a relevant one are sorted.
+    """
+    lowest = relevant[0]
+    scores = scores[scores >= lowest]
+    bins = min(2**16, max(256, len(scores) // 4))
+    scale = bins / max(scores.max() - lowest, np.float32(1e-30))
+
+    def bin_of(x: np.ndarray) -> np.ndarray:  # in 0..bins, and never lower for a higher score, whatever rounding does
+        return ((x - lowest) * scale).astype(np.int32)
+
+    of_scores, of_relevant = bin_of(scores), bin_of(relevant)
+    shared = np.zeros(bins + 2, bool)
+    shared[of_relevant] = True
+    close = np.sort(scores[shared[of_scores]])
+    counts = np.bincount(of_scores, minlength=bins + 2)
+    counts[shared] = 0
+    in_higher_bins = counts[::-1].cumsum()[::-1]
+    return len(close) - np.searchsorted(close, relevant) + in_higher_bins[of_relevant]
 
 
 def logistic_regression(

@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
 
-from common.evaluate import knn_probabilities, log_odds, logistic_regression, mean_average_precision
+from common.evaluate import _ranks, knn_probabilities, log_odds, logistic_regression, mean_average_precision
 
 CASES = reference("features")
 
@@ -43,6 +43,27 @@ def test_mean_average_precision_equals_the_reference_and_scikit_learns():
     for chunk in (7, 256):
         found = mean_average_precision(*(torch.from_numpy(a) for a in (queries, q_labels, gallery, g_labels)), chunk)
         assert found == pytest.approx(np.mean(by_hand), abs=1e-9)
+
+
+@pytest.mark.parametrize("spread", ["wide", "narrow", "ties", "equal", "groups", "outlier"])
+def test_ranks_are_exact_for_any_distribution_of_scores(spread):
+    rng = np.random.default_rng(0)
+    for kind in ("float32", "float64"):
+        scores = rng.normal(size=5000).astype(kind)
+        if spread == "narrow":  # neighbouring floating point numbers
+            scores = (1 + np.finfo(kind).eps * np.round(50 * scores)).astype(kind)
+        elif spread == "ties":
+            scores = np.round(scores * 4) / 4
+        elif spread == "equal":
+            scores[:] = -0.3
+        elif spread == "groups":  # log odds added to cosines
+            scores = scores / 10 + rng.choice([-27.6, -1.5, 27.6], 5000).astype(kind)
+        elif spread == "outlier":
+            scores[7] = 1e30
+        for count in (1, 40, 5000):
+            relevant = np.sort(rng.permutation(scores)[:count])
+            expected = [(scores >= r).sum() for r in relevant]
+            assert _ranks(scores, relevant).tolist() == expected
 
 
 @pytest.mark.parametrize("case", CASES["average_precision_literal"], ids=lambda c: str(c["expected_ap"])[:5])

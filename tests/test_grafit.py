@@ -500,7 +500,8 @@ def test_wrong_use_is_refused(here, folder, trained, tmp_path):
 
 
 def test_on_shapes_coarse_labels_teach_grafit_more_of_the_fine_ones_than_cross_entropy(here, monkeypatch, tmp_path):
-    """3000 images, trained on 3 classes until all are right, tested on 12; seen: mAP 57 against 35, kNN 83 against 78."""
+    """3000 images, trained on 3 classes until all are right, tested on 12; seen with three seeds: mAP 66 to 72 against 34 to 40, kNN
+    95 to 96 against 73 to 80."""
     from common import shapes
 
     monkeypatch.setattr(shapes, "TRAIN_IMAGES", 3000)
@@ -511,5 +512,5 @@ def test_on_shapes_coarse_labels_teach_grafit_more_of_the_fine_ones_than_cross_e
         assert here("grafit", *flags, "--workers", 0, "--device", "cpu", "--out", tmp_path / method).status == 0
         found[method] = json.loads((tmp_path / method / "results.json").read_text())["coarse"]
         assert found[method]["coarse"]["knn"] > 98
-    assert found["grafit"]["fine"]["map"] > found["ce"]["fine"]["map"] + 12
-    assert found["grafit"]["fine"]["knn"] > found["ce"]["fine"]["knn"] + 2
+    assert found["grafit"]["fine"]["map"] > found["ce"]["fine"]["map"] + 20
+    assert found["grafit"]["fine"]["knn"] > found["ce"]["fine"]["knn"] + 8

@@ -56,6 +56,14 @@ def counted(monkeypatch) -> list:
     return calls
 
 
+def test_features_of_a_diverged_network_are_an_error(suite, network, tmp_path):
+    state = torch.load(network)
+    state["features.0.0.weight"][0, 0, 0, 0] = math.nan
+    torch.save(state, tmp_path / "nan.pth")
+    result = suite("features", *flags(tmp_path / "nan.pth", tmp_path, write_folder(tmp_path / "d", train=6, val=3)))
+    assert result.status == 1 and "features are not finite" in result.err and not (tmp_path / "r.json").exists()
+
+
 def test_features_are_computed_once_and_again_when_images_or_network_change(suite, network, tmp_path, monkeypatch):
     data = write_folder(tmp_path / "d", train=6, val=3)
     calls = counted(monkeypatch)
