@@ -105,6 +105,12 @@ def undisturbed(folder, tmp_path_factory):
     return out
 
 
+@pytest.fixture
+def smooth(monkeypatch):
+    """GELU for ReLU in this test and its children: a value that rounding moves across ReLU's kink would change gradients visibly."""
+    monkeypatch.setattr(torch.nn.ReLU, "forward", lambda self, x: torch.nn.functional.gelu(x))
+
+
 SAME = ["--ema", "0.9", "--drop-path", "0.2"]
 
 
@@ -354,7 +360,7 @@ def test_batchnorms_statistics_are_those_of_all_ranks(command, tmp_path):
     assert saved.keys() == load(tmp_path / "one/last.pt")["model"].keys() and saved["blocks.0.norm1.num_batches_tracked"] == 12
 
 
-def test_trex_ranks_fill_one_memory_and_a_kill_changes_nothing(folder, tmp_path):
+def test_trex_ranks_fill_one_memory_and_a_kill_changes_nothing(folder, tmp_path, smooth):
     flags = "--model resnet_nano --recipe shapes --img-size 32 --local-size 32 --warmup-epochs 0 --memory-size 40 --workers 0 --device cpu".split()  # fmt: skip
 
     def run(out, *extra):
@@ -368,7 +374,7 @@ def test_trex_ranks_fill_one_memory_and_a_kill_changes_nothing(folder, tmp_path)
         assert ranks(world, run(f"of{world}", *two_steps), tmp_path, script="trex") == [0] * world
         other = load(tmp_path / f"of{world}/last.pt")["model"]
         assert torch.equal(one["memory.labels"], other["memory.labels"]) and one["memory.ptr"] == other["memory.ptr"] == 64 % 40
-        assert all(torch.allclose(one[k], other[k], atol=2e-4) for k in one), world
+        assert all(torch.allclose(one[k], other[k], atol=1e-4) for k in one), world
     eight = ["--batch-size", 8, "--epochs", 2, "--save-steps", 1]
     assert status_of(child(run("whole", *eight), script="trex")) == 0
     kill = at_steps(lambda: os.kill(os.getpid(), signal.SIGKILL), [5])
@@ -378,13 +384,13 @@ def test_trex_ranks_fill_one_memory_and_a_kill_changes_nothing(folder, tmp_path)
 
 
 @pytest.mark.parametrize("method", ["grafit", "ce"])
-def test_grafits_memory_is_the_same_on_any_number_of_ranks_and_after_a_kill(folder, tmp_path, method):
+def test_grafits_memory_is_the_same_on_any_number_of_ranks_and_after_a_kill(folder, tmp_path, method, smooth):
     flags = f"--model regnet_nano --recipe shapes --method {method} --img-size 32 --mix-group 4 --warmup-epochs 0 --workers 0 --device cpu".split()  # fmt: skip
 
     def run(out, *extra):
         return [*flags, "--data", folder, "--out", tmp_path / out, *extra]
 
-    # The first step, and the second from the same state: the temperature and so small a network blow up rounding between them.
+    # The first step, and the second from the same state: so small a network blows up rounding between them.
     two_steps = ["--batch-size", 32, "--epochs", 1, "--repeats", 2]  # images repeat within a batch
     kill = at_steps(lambda: os.kill(os.getpid(), signal.SIGKILL), [1])
     assert status_of(child(run("start", *two_steps, "--save-steps", 1), script="grafit", patch=kill)) == -signal.SIGKILL
@@ -399,7 +405,7 @@ def test_grafits_memory_is_the_same_on_any_number_of_ranks_and_after_a_kill(fold
         one = found[f"{step}1"]
         for world in (2, 4):
             other = found[f"{step}{world}"]
-            assert all(torch.allclose(one["model"][k], other["model"][k], atol=5e-5) for k in one["model"]), (step, world)
+            assert all(torch.allclose(one["model"][k], other["model"][k], atol=1e-5) for k in one["model"]), (step, world)
             if method == "grafit":
                 a, b = one["memory"]["embeddings"], other["memory"]["embeddings"]
                 assert torch.allclose(a, b, atol=1e-5) and 20 < (a.norm(dim=1) > 0).sum() < 64  # the images of this epoch
