@@ -486,7 +486,8 @@ class _NeighbourLoss(torch.autograd.Function):
         all_sum, same_sum = queries.new_zeros(2, len(z), 1)
         all_pull, same_pull = queries.new_zeros(2, *z.shape)
         for start, (lo, hi) in zip(range(0, len(memory), chunk), ranges):
-            keys = F.normalize(memory[order[start : start + chunk]].to(work), dim=1)
+            keys = memory[order[start : start + chunk]].to(work)  # a copy, normalized in place
+            F.normalize(keys, dim=1, out=keys)
             weights = (queries @ keys.T).sub_(1 / sigma).exp_()  # (B, chunk)
             column = own_column - start
             inside = (column >= 0) & (column < len(keys))
