@@ -467,7 +467,7 @@ class _NeighbourLoss(torch.autograd.Function):
     """Loss and gradient of Eq. 2.3 in one pass over the memory, of which a chunk at a time is compared with the batch.
 
     Memory and batch are walked through in the order of their labels: only the rows lo:hi of the batch can have their label in
-    a chunk, so that the sums over equal labels cost next to nothing beside those over all.
+    a chunk. So of what the sums over all cost, those over equal labels cost the share of one chunk and one label.
     """
 
     @staticmethod

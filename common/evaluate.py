@@ -349,7 +349,7 @@ def mean_average_precision(
         scores = part @ gallery.T
         if offsets is not None:
             scores += offsets[at : at + len(part)][:, groups]
-        ranked = scores.sort(dim=1).values if cuda else scores  # a GPU sorts all at once as fast
+        ranked = scores.sort(dim=1).values if cuda else scores  # on a GPU one sort for all queries
         for row, ascending, a, b in zip(scores, ranked, first[at : at + len(part)], last[at : at + len(part)]):
             if a == b:
                 continue
