@@ -2,12 +2,12 @@
 Sablayrolles, Jegou; arXiv:2012.12877; thesis sections 3.2 to 3.4).
 
 New: a recipe that trains a vision transformer on ImageNet-1k alone (81.8 top-1 for DeiT-B at 224 pixels, 83.1 after
-fine-tuning at 384, Table 3.5), and the distillation token, whose own head learns the hard decision of a convnet (83.4 and
-84.5, 84.2 and 85.2 after 1000 epochs).
+fine-tuning at 384, Table 3.5), and the distillation token, whose own head learns the hard decision of a convnet (83.4
+and 84.5, 84.2 and 85.2 after 1000 epochs).
 
-    torchrun --nproc_per_node 8 deit.py --model deit_b --data /imagenet              # the paper's run
-    torchrun --nproc_per_node 8 deit.py --model deit_b_distilled --data /imagenet    # distilled from a RegNetY-16GF
-    python deit.py --model deit_nano --recipe shapes                                 # minutes on two CPU cores, no download
+    torchrun --nproc_per_node 8 deit.py --model deit_b --data /imagenet          # the paper's run
+    torchrun --nproc_per_node 8 deit.py --model deit_b_distilled --data /imagenet # distilled from a RegNetY-16GF
+    python deit.py --model deit_nano --recipe shapes                             # minutes on two CPU cores, no download
 
 Checked here: state-dict keys and logits of the official models (each head too), distillation losses and gradients,
 RandAugment pixel by pixel, erasing boxes, mixup and cutmix, schedule and weight-decay groups against the official
@@ -17,15 +17,17 @@ Axes: B images, N tokens, C channels, K classes, H x W pixels, p patch side, h h
 
 Where the official code differs from what stands here:
 - soft distillation (Eq. 3.2) is there divided by B K instead of B, hence K times weaker than the thesis writes it;
-- evaluation of a distilled model averages the two heads' logits; the thesis adds their softmax outputs. `forward` in eval
-  mode is the official mean, `predict`, which all accuracies here come from, is the thesis' sum;
+- evaluation of a distilled model averages the two heads' logits; the thesis adds their softmax outputs. `forward` in
+  eval mode is the official mean, `predict`, which all accuracies here come from, is the thesis' sum;
 - fine-tuning at a higher resolution refuses distillation, which the thesis uses; here it goes on;
 - without a teacher the distillation head gets no gradient; here it learns the true label too, as the class head does;
 - its learning rate is constant within an epoch and one epoch late; here it follows the formula at every iteration;
-- its mixup draw is one per GPU, hence depends on the number of GPUs; here it is one per `mix_group` images of the global
-  batch, whatever runs them;
-- dropout (off but in Table 3.8) also falls on the MLP's hidden layer; here on the embeddings and on each branch's output;
-- without RandAugment or AutoAugment its colour jitter of 0.3 takes their place; here nothing does, the thesis names none;
+- its mixup draw is one per GPU, hence depends on the number of GPUs; here it is one per `mix_group` images of the
+  global batch, whatever runs them;
+- dropout (off but in Table 3.8) also falls on the MLP's hidden layer; here on the embeddings and on each branch's
+  output;
+- without RandAugment or AutoAugment its colour jitter of 0.3 takes their place; here nothing does, the thesis names
+  none;
 - repeated augmentation is silently off without torchrun; here it is not;
 - its keys' bias gets a gradient that is rounding noise (softmax cancels that bias); here it gets none.
 """
@@ -47,37 +49,38 @@ from torch import nn
 from torchvision.ops import stochastic_depth
 from torchvision.transforms import v2
 
-# ---- Recipe: thesis Table 3.9 ------------------------------------------------------------------------------------------
+# ---- Recipe: thesis Table 3.9 ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The column DeiT-B of Table 3.9, which serves every size; the flags are the columns of the ablation in Table 3.8."""
+    """The column DeiT-B of Table 3.9, which serves every size; the flags are the columns of the ablation in Table
+    3.8."""
 
-    epochs: Annotated[int, "passes over as many images as the data set has"] = 300
-    batch_size: Annotated[int, "images per optimizer step, over all GPUs"] = 1024
+    epochs: Annotated[int, "passes over as many images as the data set has", "1 or more"] = 300
+    batch_size: Annotated[int, "images per optimizer step, over all GPUs", "1 or more"] = 1024
     optimizer: Annotated[str, "adamw or sgd (Table 3.8)", ("adamw", "sgd")] = "adamw"
-    lr: Annotated[float, "peak learning rate; unset: 5e-4 x batch size / 512"] = 1e-3
-    min_lr: Annotated[float, "learning rate at the end of the cosine"] = 1e-5  # official code; the thesis gives none
-    warmup_lr: Annotated[float, "learning rate at step 0"] = 1e-6  # official code; the thesis gives none
-    warmup_epochs: Annotated[int, "epochs of linear warm-up"] = 5
-    weight_decay: Annotated[float, "not on biases, norms, class token, position embedding"] = 0.05
-    clip_grad: Annotated[float | None, "largest norm of the whole gradient; none: no clipping"] = None
-    img_size: Annotated[tuple[int, int], "training and test resolution in pixels, S or HxW"] = (224, 224)
-    repeats: Annotated[int, "repeated augmentation: times an image is taken in a row"] = 3
+    lr: Annotated[float, "peak learning rate; unset: 5e-4 x batch size / 512", "above 0"] = 1e-3
+    min_lr: Annotated[float, "learning rate at the end of the cosine", "0 or more"] = 1e-5  # official code, as the next
+    warmup_lr: Annotated[float, "learning rate at step 0", "0 or more"] = 1e-6  # the thesis gives none
+    warmup_epochs: Annotated[int, "epochs of linear warm-up", "0 or more"] = 5
+    weight_decay: Annotated[float, "not on biases, norms, class token, position embedding", "0 or more"] = 0.05
+    clip_grad: Annotated[float | None, "largest norm of the whole gradient; none: no clipping", "above 0"] = None
+    img_size: Annotated[tuple[int, int], "training and test resolution in pixels, S or HxW", "1 or more"] = (224, 224)
+    repeats: Annotated[int, "repeated augmentation: times an image is taken in a row", "1 or more"] = 3
     augment: Annotated[str, "rand (RandAugment 9/0.5), auto (AutoAugment) or none", ("rand", "auto", "none")] = "rand"
-    erasing: Annotated[float, "probability of random erasing"] = 0.25
-    mixup: Annotated[float, "alpha of mixup's Beta law; 0: off"] = 0.8
-    cutmix: Annotated[float, "alpha of cutmix's Beta law; 0: off"] = 1.0
-    mix_group: Annotated[int, "images that share one mixup or cutmix draw (a GPU's batch in the official runs)"] = 64
-    smoothing: Annotated[float, "label smoothing"] = 0.1
-    drop_path: Annotated[float, "stochastic depth: rate of the last block, growing linearly with depth from 0"] = 0.1
-    dropout: Annotated[float, "on the embeddings and on the output of every branch"] = 0.0
-    ema: Annotated[float, "decay of the averaged weights (Table 3.8: 0.99996); 0: none"] = 0.0
+    erasing: Annotated[float, "probability of random erasing", "in [0, 1]"] = 0.25
+    mixup: Annotated[float, "alpha of mixup's Beta law; 0: off", "0 or more"] = 0.8
+    cutmix: Annotated[float, "alpha of cutmix's Beta law; 0: off", "0 or more"] = 1.0
+    mix_group: Annotated[int, "images that share one mixup or cutmix draw (officially: a GPU's)", "1 or more"] = 64
+    smoothing: Annotated[float, "label smoothing", "in [0, 1)"] = 0.1
+    drop_path: Annotated[float, "stochastic depth: rate of the last block, linear in depth from 0", "in [0, 1)"] = 0.1
+    dropout: Annotated[float, "on the embeddings and on the output of every branch", "in [0, 1)"] = 0.0
+    ema: Annotated[float, "decay of the averaged weights (Table 3.8: 0.99996); 0: none", "in [0, 1)"] = 0.0
     distillation: Annotated[str, "none, soft (Eq. 3.2) or hard (Eq. 3.3)", ("none", "soft", "hard")] = "none"
-    alpha: Annotated[float, "weight of the teacher's term; unset: 0.5 (hard, Eq. 3.3), 0.1 (soft, section 3.4.5)"] = 0.5
-    tau: Annotated[float, "temperature of soft distillation (section 3.4.5)"] = 3.0
-    eval_crop_ratio: Annotated[float, "share of the resized image that the test crop keeps"] = 0.875
+    alpha: Annotated[float, "weight of the teacher's term; unset: 0.5 (hard, Eq. 3.3), 0.1 (soft)", "in [0, 1]"] = 0.5
+    tau: Annotated[float, "temperature of soft distillation (section 3.4.5)", "above 0"] = 3.0
+    eval_crop_ratio: Annotated[float, "share of the resized image that the test crop keeps", "in (0, 1]"] = 0.875
 
 
 RECIPES = {
@@ -93,26 +96,13 @@ RECIPES = {
     "cifar10": Recipe(epochs=7200),
     # Not of the thesis: the built-in data set in minutes on two CPU cores.
     "shapes": Recipe(
-        epochs=6,
-        batch_size=64,
-        lr=2e-3,
-        warmup_epochs=1,
-        img_size=(48, 48),
-        repeats=1,
-        augment="none",
-        erasing=0.0,
-        mixup=0.0,
-        cutmix=0.0,
-        mix_group=8,
-        drop_path=0.0,
+        epochs=6, batch_size=64, lr=2e-3, warmup_epochs=1, img_size=(48, 48), repeats=1, augment="none", erasing=0.0,
+        mixup=0.0, cutmix=0.0, mix_group=8, drop_path=0.0,
     ),
 }
 TEACHER = "regnet_y_16gf"  # section 3.4.2; 82.9 top-1, as have torchvision's weights
 TRANSFER = {  # data set: what `transfer` changes for it
-    "cifar10": dict(lr=1e-5),
-    "cifar100": dict(lr=1e-5),
-    "inat2018": dict(epochs=360),
-    "inat2019": dict(epochs=360),
+    "cifar10": dict(lr=1e-5), "cifar100": dict(lr=1e-5), "inat2018": dict(epochs=360), "inat2019": dict(epochs=360),
 }
 
 
@@ -129,7 +119,7 @@ def paper_recipe(name: str, model: str, *, distillation: str | None = None, data
     return dataclasses.replace(recipe, alpha=0.1) if distillation == "soft" else recipe
 
 
-# ---- Architecture: thesis section 3.2, distillation token 3.3; sizes: Table 3.1 ----------------------------------------
+# ---- Architecture: thesis section 3.2, distillation token 3.3; sizes: Table 3.1 --------------------------------------
 
 MODELS = {
     "deit_ti": dict(dim=192, depth=12, heads=3, patch=16),
@@ -141,7 +131,8 @@ MODELS |= {f"{name}_distilled": {**config, "distilled": True} for name, config i
 
 
 class PatchEmbed(nn.Module):
-    """Images (B, 3, H, W) -> tokens (B, H/p * W/p, C): a p x p convolution of stride p, computed as one matrix product."""
+    """Images (B, 3, H, W) -> tokens (B, H/p * W/p, C): a p x p convolution of stride p, computed as one matrix
+    product."""
 
     def __init__(self, dim: int, patch: int):
         super().__init__()
@@ -166,8 +157,8 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         B, N, C = x.shape
-        # Softmax cancels the keys' bias: its gradient is rounding noise, which Adam and LAMB would blow up to full steps
-        # (and make the result depend on how the batch is cut). It keeps its value and gets no gradient.
+        # Softmax cancels the keys' bias: its gradient is rounding noise, which Adam and LAMB would blow up to full
+        # steps (and make the result depend on how the batch is cut). It keeps its value and gets no gradient.
         bias = torch.cat([self.qkv.bias[:C], self.qkv.bias[C : 2 * C].detach(), self.qkv.bias[2 * C :]])
         qkv = F.linear(x, self.qkv.weight, bias).reshape(B, N, 3, self.heads, C // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, h, N, C/h)
@@ -210,23 +201,14 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """Vision transformer: images (B, 3, H, W) -> logits (B, K).
 
-    With the distillation token (Figure 3.1): in training mode the pair (class head, distillation head), in eval mode the
-    mean of the two, as the official models return it; `heads` gives the pair in either mode. The position embedding
+    With the distillation token (Figure 3.1): in training mode the pair (class head, distillation head), in eval mode
+    the mean of the two, as the official models return it; `heads` gives the pair in either mode. The position embedding
     covers class token, distillation token and patches, in this order.
     """
 
     def __init__(
-        self,
-        dim: int,
-        *,
-        depth: int,
-        heads: int,
-        patch: int,
-        distilled: bool = False,
-        num_classes: int,
-        img_size: tuple[int, int],
-        drop_path: float,
-        dropout: float,
+        self, dim: int, *, depth: int, heads: int, patch: int, distilled: bool = False, num_classes: int,
+        img_size: tuple[int, int], drop_path: float, dropout: float,
     ):
         super().__init__()
         self.distilled, self.dropout = distilled, dropout
@@ -251,7 +233,8 @@ class ViT(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters of two or more dimensions that are not decayed all the same (the distillation token is decayed)."""
+        """Parameters of two or more dimensions that are not decayed all the same (the distillation token is
+        decayed)."""
         return {"pos_embed", "cls_token"}
 
     def heads(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -273,10 +256,7 @@ class ViT(nn.Module):
 
 
 def build_model(
-    name: str,
-    num_classes: int = 1000,
-    img_size: int | tuple[int, int] | None = None,
-    drop_path: float | None = None,
+    name: str, num_classes: int = 1000, img_size: int | tuple[int, int] | None = None, drop_path: float | None = None,
     dropout: float = 0.0,
 ) -> nn.Module:
     """A fresh model: a row of MODELS, or "torchvision/NAME" (then only num_classes is used).
@@ -288,23 +268,29 @@ def build_model(
         return torchvision.models.get_model(name.removeprefix("torchvision/"), weights=None, num_classes=num_classes)
     config = MODELS[name]
     size = whole_patches(img_size or 224, config["patch"], name)
-    return ViT(**config, num_classes=num_classes, img_size=size, drop_path=0.1 if drop_path is None else drop_path, dropout=dropout)
+    drop_path = 0.1 if drop_path is None else drop_path
+    return ViT(**config, num_classes=num_classes, img_size=size, drop_path=drop_path, dropout=dropout)
 
 
 def whole_patches(img_size: int | tuple[int, int], patch: int, name: str) -> tuple[int, int]:
-    """(H, W) of an image size S or (H, W); ValueError with the nearest good ones unless it is a multiple of the patch."""
+    """(H, W) of an image size S or (H, W); ValueError with the nearest good ones unless it is a multiple of the
+    patch."""
     size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
     if any(s < patch or s % patch for s in size):
         near = " or ".join("x".join(str(max(patch, (s // patch + up) * patch)) for s in size) for up in (0, 1))
-        raise ValueError(f"image size {size[0]}x{size[1]} is not a multiple of {name}'s patch of {patch}; the nearest are {near}")
+        given = f"image size {size[0]}x{size[1]} is not a multiple of {name}'s patch of {patch}"
+        raise ValueError(f"{given}; the nearest are {near}")
     return size
 
 
-def resize_pos_embed(pos_embed: torch.Tensor, grid: tuple[int, int], *, old_grid: tuple[int, int] | None = None) -> torch.Tensor:
-    """Position embedding (1, prefix + N, C) for another grid: bicubic (a = -0.75), no antialiasing, prefix tokens untouched.
+def resize_pos_embed(
+    pos_embed: torch.Tensor, grid: tuple[int, int], *, old_grid: tuple[int, int] | None = None
+) -> torch.Tensor:
+    """Position embedding (1, prefix + N, C) for another grid: bicubic (a = -0.75), no antialiasing, prefix tokens
+    untouched.
 
-    old_grid: None for a square one. Section 3.3 says bicubic because it about keeps the vectors' norm. Computed in float32
-    or wider. Unchanged if the grids are equal.
+    old_grid: None for a square one. Section 3.3 says bicubic because it about keeps the vectors' norm. Computed in
+    float32 or wider. Unchanged if the grids are equal.
     """
     tokens = pos_embed.shape[1]
     side = math.isqrt(tokens)
@@ -334,7 +320,51 @@ def fit_resolution(model: nn.Module, state: dict[str, torch.Tensor], content: di
     state["pos_embed"] = resized
 
 
-# ---- Augmentation: Table 3.9 -------------------------------------------------------------------------------------------
+# ---- Loss: section 3.3 -----------------------------------------------------------------------------------------------
+
+
+def distillation_loss(
+    outputs: torch.Tensor | tuple[torch.Tensor, torch.Tensor], targets: torch.Tensor,
+    teacher_logits: torch.Tensor | None, kind: str = "none", alpha: float = 0.5, tau: float = 1.0,
+) -> torch.Tensor:
+    """(1 - alpha) CE(class head, targets) + alpha times the teacher's term on the distillation head, averaged over B.
+
+    soft (Eq. 3.2): tau^2 KL(teacher || student), both softened by tau; hard (Eq. 3.3): CE with the teacher's decision.
+    outputs: logits (B, K) of the only head, which then takes both terms ("usual" distillation), or the pair of heads.
+    targets: class indices (B,) or soft targets (B, K). kind "none": the first term alone, unweighted.
+    """
+    if kind not in ("none", "soft", "hard"):
+        raise ValueError(f"kind {kind!r}: must be none, soft or hard")
+    class_logits, student = (outputs, outputs) if isinstance(outputs, torch.Tensor) else outputs
+    base = F.cross_entropy(class_logits, targets)
+    if kind == "none":
+        return base
+    if kind == "soft":
+        log_student, log_teacher = F.log_softmax(student / tau, dim=1), F.log_softmax(teacher_logits / tau, dim=1)
+        distillation = tau**2 * F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+    else:
+        distillation = F.cross_entropy(student, teacher_logits.argmax(dim=1))
+    return (1 - alpha) * base + alpha * distillation
+
+
+def label_loss(outputs: torch.Tensor | tuple[torch.Tensor, torch.Tensor], targets: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy with the true label, without a teacher: of the only head, or the mean over both heads."""
+    heads = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+    return sum(F.cross_entropy(logits, targets) for logits in heads) / len(heads)
+
+
+def predict(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Log-probabilities or logits (B, K) for evaluation; of a distilled model (section 3.3, rows of Table 3.3) {"": the
+    late fusion, log of the mean of the two softmax outputs; "class": the class head; "distillation": the distillation
+    head}."""
+    if not getattr(model, "distilled", False):
+        return {"": model(images)}
+    class_logits, dist_logits = model.heads(images)
+    fusion = torch.logaddexp(F.log_softmax(class_logits, dim=1), F.log_softmax(dist_logits, dim=1)) - math.log(2)
+    return {"": fusion, "class": class_logits, "distillation": dist_logits}
+
+
+# ---- Augmentation: Table 3.9 -----------------------------------------------------------------------------------------
 #
 # A loader process decodes, crops, flips and applies RandAugment; normalisation, erasing and mixing run on the device, a
 # batch at a time.
@@ -360,7 +390,8 @@ def random_resized_crop(height: int, width: int, rng: random.Random) -> tuple[in
 
 
 def erasing_box(height: int, width: int, rng: random.Random) -> tuple[int, int, int, int]:
-    """Random erasing's (top, left, box height, box width): area 2-33% of the image, height/width 0.3..1/0.3 (log-uniform).
+    """Random erasing's (top, left, box height, box width): area 2-33% of the image, height/width 0.3..1/0.3
+    (log-uniform).
 
     Ten attempts at a box smaller than the image in both directions, else none, (0, 0, 0, 0): timm's customisation.
     """
@@ -402,7 +433,8 @@ class TrainTransform:
 
 
 def erase(images: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
-    """Random erasing of normalised images (B, 3, H, W), in place: boxes (B, 5) of TrainTransform get standard normal noise.
+    """Random erasing of normalised images (B, 3, H, W), in place: boxes (B, 5) of TrainTransform get standard normal
+    noise.
 
     `parameters` stays on the host. Each box has a generator of its own: the noise depends on the image alone.
     """
@@ -428,7 +460,10 @@ def rand_augment(image: Image.Image, rng: random.Random) -> Image.Image:
     return image
 
 
-OPERATIONS = ("AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd", "Color", "Contrast", "Brightness", "Sharpness", "ShearX", "ShearY", "TranslateX", "TranslateY")  # fmt: skip
+OPERATIONS = (
+    "AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd", "Color", "Contrast",
+    "Brightness", "Sharpness", "ShearX", "ShearY", "TranslateX", "TranslateY",
+)
 
 
 def apply_operation(image: Image.Image, operation: str, level: float, sign: int) -> Image.Image:
@@ -466,7 +501,8 @@ def apply_operation(image: Image.Image, operation: str, level: float, sign: int)
 
 @dataclass(frozen=True)
 class Mix:
-    """One draw: share `lam` of the image itself, and cutmix's box (None: mixup) as (top, bottom, left, right) pixels."""
+    """One draw: share `lam` of the image itself, and cutmix's box (None: mixup) as (top, bottom, left, right)
+    pixels."""
 
     lam: float
     box: tuple[int, int, int, int] | None = None
@@ -486,12 +522,14 @@ def draw_mix(recipe: Recipe, rng: random.Random) -> Mix:
 
 
 def cutmix_box(lam: float, height: int, width: int, cy: int, cx: int) -> Mix:
-    """Box of about (1 - lam) of the area around (cy, cx), clipped to the image; lam becomes what the clipped box leaves.
+    """Box of about (1 - lam) of the area around (cy, cx), clipped to the image; lam becomes what the clipped box
+    leaves.
 
     An odd side loses a pixel, as in the official code.
     """
     half_h, half_w = int(height * math.sqrt(1 - lam)) // 2, int(width * math.sqrt(1 - lam)) // 2
-    top, bottom, left, right = max(cy - half_h, 0), min(cy + half_h, height), max(cx - half_w, 0), min(cx + half_w, width)
+    top, bottom = max(cy - half_h, 0), min(cy + half_h, height)
+    left, right = max(cx - half_w, 0), min(cx + half_w, width)
     return Mix(1 - (bottom - top) * (right - left) / (height * width), (top, bottom, left, right))
 
 
@@ -517,70 +555,20 @@ def mix_targets(labels: torch.Tensor, mixes: list[Mix], num_classes: int, smooth
     return torch.cat([t * mix.lam + t.flip(0) * (1 - mix.lam) for t, mix in zip(targets.chunk(len(mixes)), mixes)])
 
 
-# ---- Loss: section 3.3 -------------------------------------------------------------------------------------------------
-
-
-def distillation_loss(
-    outputs: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
-    targets: torch.Tensor,
-    teacher_logits: torch.Tensor | None,
-    kind: str = "none",
-    alpha: float = 0.5,
-    tau: float = 1.0,
-) -> torch.Tensor:
-    """(1 - alpha) CE(class head, targets) + alpha times the teacher's term on the distillation head, averaged over B.
-
-    soft (Eq. 3.2): tau^2 KL(teacher || student), both softened by tau; hard (Eq. 3.3): CE with the teacher's decision.
-    outputs: logits (B, K) of the only head, which then takes both terms ("usual" distillation), or the pair of heads.
-    targets: class indices (B,) or soft targets (B, K). kind "none": the first term alone, unweighted.
-    """
-    if kind not in ("none", "soft", "hard"):
-        raise ValueError(f"kind {kind!r}: must be none, soft or hard")
-    class_logits, student = (outputs, outputs) if isinstance(outputs, torch.Tensor) else outputs
-    base = F.cross_entropy(class_logits, targets)
-    if kind == "none":
-        return base
-    if kind == "soft":
-        log_student, log_teacher = F.log_softmax(student / tau, dim=1), F.log_softmax(teacher_logits / tau, dim=1)
-        distillation = tau**2 * F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
-    else:
-        distillation = F.cross_entropy(student, teacher_logits.argmax(dim=1))
-    return (1 - alpha) * base + alpha * distillation
-
-
-def label_loss(outputs: torch.Tensor | tuple[torch.Tensor, torch.Tensor], targets: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy with the true label, without a teacher: of the only head, or the mean over both heads."""
-    heads = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
-    return sum(F.cross_entropy(logits, targets) for logits in heads) / len(heads)
-
-
-def predict(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Log-probabilities or logits (B, K) for evaluation; of a distilled model (section 3.3, rows of Table 3.3) {"": the
-    late fusion, log of the mean of the two softmax outputs; "class": the class head; "distillation": the distillation head}."""
-    if not getattr(model, "distilled", False):
-        return {"": model(images)}
-    class_logits, dist_logits = model.heads(images)
-    fusion = torch.logaddexp(F.log_softmax(class_logits, dim=1), F.log_softmax(dist_logits, dim=1)) - math.log(2)
-    return {"": fusion, "class": class_logits, "distillation": dist_logits}
-
-
-# ---- Training: the only user of common ---------------------------------------------------------------------------------
+# ---- Training: the only user of common -------------------------------------------------------------------------------
 
 
 def parse_args(argv: list[str] | None = None):
     """(arguments, the recipe with the flags given, the paper's recipe)."""
     from common import cli
 
-    parser = cli.make_parser("deit", __doc__, Recipe, RECIPES, model="deit_b", recipe="in1k")
-    cli.add_teacher_flags(parser, TEACHER)
-    args = parser.parse_args(argv)
-    cli.check_names(args, MODELS, RECIPES)
-    paper = paper_recipe(args.recipe, args.model, distillation=args.distillation, data=args.data or "")
-    recipe = cli.override(paper, args)
-    if args.lr is None:  # section 3.4.5: in proportion to the batch
-        recipe = dataclasses.replace(recipe, lr=paper.lr * recipe.batch_size / paper.batch_size)
-    cli.check_recipe(recipe)
-    cli.check_teacher(args, recipe.distillation)
+    def paper_of(args) -> Recipe:
+        return paper_recipe(args.recipe, args.model, distillation=args.distillation, data=args.data or "")
+
+    parser = cli.make_parser("deit", __doc__, Recipe, RECIPES, model="deit_b", recipe="in1k", teacher=TEACHER)
+    models = [*MODELS, "torchvision/NAME"]
+    # Section 3.4.5: the learning rate is in proportion to the batch.
+    args, recipe, paper = cli.read(parser, argv, models, RECIPES, paper_of, lr_follows_batch=True)
     if recipe.distillation == "none":
         cli.refuse(args, ("alpha", "tau"), "has no effect without a teacher; add --distillation hard or soft")
     if recipe.distillation == "hard":
@@ -600,138 +588,64 @@ def make_model(args, recipe: Recipe, num_classes: int) -> nn.Module:
         raise UserError(f"--img-size: {error}") from None
 
 
-def train(args, recipe: Recipe, paper: Recipe) -> None:
-    """The whole run: data, model, teacher, loop, evaluation after every epoch."""
-    from common.checkpoint import load_pretrained
-    from common.data import TrainingData
-    from common.evaluate import eval_loader, evaluate, normalize
-    from common.models import load_teacher, on_meta
-    from common.optim import EMA, cosine_lr, make_optimizer
-    from common.precision import Precision, check_amp
-    from common.report import describe, save_curves, show_batch
-    from common.run import Run
+def train(run) -> None:
+    """The loop; what it starts from (data, network, teacher, what was saved) is common.script.set_up's."""
+    from common.evaluate import normalize, validate
+    from common.optim import cosine_lr
+    from common.script import finish, set_up
 
-    run = Run("deit", args, recipe, paper)
-    check_amp(run.amp, run.device)
-    on_meta(lambda: make_model(args, recipe, 2))  # a size that does not fit is told before the data is scanned
-    teacher = None
-    if recipe.distillation != "none" and not args.show_batch:
-        teacher = run.first(lambda: load_teacher(args.teacher, args.teacher_weights, TEACHER, recipe.img_size, run.say))
-    data = TrainingData(run, recipe, TrainTransform(recipe))
-    num_classes = len(data.classes)
-    if teacher:
-        teacher.check(data.classes)
-        teacher.to(run.device)
+    recipe = run.recipe
 
-    torch.manual_seed(args.seed)
-    model = make_model(args, recipe, num_classes)
-    if args.weights:
-        load_pretrained(model, args, run.method, new_head=True, say=run.say, adapt=fit_resolution)
-    model.to(run.device)
-    optimizer = make_optimizer(recipe.optimizer, model, recipe.lr, recipe.weight_decay)
-    precision = Precision(run.amp, run.device, accumulation=data.accumulation, clip_grad=recipe.clip_grad)
-    ema = EMA(model, recipe.ema) if recipe.ema else None
+    def prepare(batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(images before mixing, images as the network sees them, soft targets) on the device."""
+        mixes = [draw_mix(recipe, run.rng("mix", group)) for group in batch.groups]
+        images = erase(normalize(batch.images), batch.parameters)
+        targets = mix_targets(batch.labels, mixes, run.num_classes, recipe.smoothing)
+        return images, mix_images(images, mixes), targets
 
     def lr_at(epochs: float) -> float:
         return cosine_lr(epochs, recipe.epochs, recipe.warmup_epochs, recipe.lr, recipe.min_lr, recipe.warmup_lr)
 
-    def prepare(batch, groups) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(images before mixing, images as the network sees them, soft targets) on the device."""
-        images, parameters, labels, _ = batch
-        mixes = [draw_mix(recipe, random.Random(f"mix-{args.seed}-{run.epoch}-{run.step}-{g}")) for g in groups]
-        images = erase(normalize(images), parameters)
-        return images, mix_images(images, mixes), mix_targets(labels, mixes, num_classes, recipe.smoothing)
-
-    if args.show_batch:
-        if run.rank == 0:
-            show_batch(args.show_batch, data, prepare)
-        return run.say(f"wrote {args.show_batch}")
-
-    run.open_folder()
-    run.say(describe(run, lambda: make_model(args, recipe, num_classes), data))
-    if teacher:
-        run.say(f"teacher  {teacher.identity}")
-    wrapped = run.prepare(model, data.micro_batch)
-    identity = data.identity() | {"teacher": teacher.identity if teacher else None}
-    run.start(model=model, optimizer=optimizer, precision=precision, ema=ema, data=identity)
-    if run.rank == 0 and run.epoch == run.step == 0:
-        show_batch(run.out / "batch.png", data, prepare)
-    run.check_stop()
-    val_loader = data.val and eval_loader(data.val, recipe.img_size, recipe.eval_crop_ratio, data.micro_batch, run)
-
+    data, model, wrapped, optimizer, precision, ema, teacher = set_up(
+        run, TrainTransform(recipe), make_model, prepare, adapt=fit_resolution, teacher=TEACHER
+    )
     for epoch in range(run.epoch, recipe.epochs):
-        stream = data.epoch(epoch, run.step)
         wrapped.train()
-        for step in run.steps(data.steps, recipe.batch_size):
-            seen = []
-            for micro in range(data.accumulation):
-                batch = run.wait_for(stream)
-                _, images, targets = prepare(batch, data.batches.groups(micro))
-                run.seed_step(micro)
+        for step in run.steps(data):
+            for batch in data.micro_batches():
+                _, images, targets = prepare(batch)
                 with precision.forward(wrapped):
                     outputs = wrapped(images)
                     if teacher:
-                        loss = distillation_loss(outputs, targets, teacher(images), recipe.distillation, recipe.alpha, recipe.tau)
+                        kind, alpha, tau = recipe.distillation, recipe.alpha, recipe.tau
+                        loss = distillation_loss(outputs, targets, teacher(images), kind, alpha, tau)
                     else:
                         loss = label_loss(outputs, targets)
                 precision.backward(loss)
-                seen.append(batch[3])
             lr = lr_at(epoch + step / data.steps)
             stats, skipped = precision.step(optimizer, lr, asked=run.asked())
             if ema:
                 ema.update(model, skip=skipped)
-            run.after_step(stats, lr, lambda seen=seen: data.names(torch.cat(seen)))
-        record, score = run.end_of_training_epoch() | {"lr": lr_at(epoch + 1)}, None
-        if val_loader is not None:
-            metrics = evaluate(model, val_loader, run.device, precision.autocast, predict=predict, between=run.check_stop)
-            score = metrics["top1"]
-            record |= {f"val_{k}": v for k, v in metrics.items()}
-            if ema:
-                averaged = evaluate(ema.model, val_loader, run.device, precision.autocast, predict=predict, between=run.check_stop)
-                record |= {f"val_ema_{k}": v for k, v in averaged.items()}
-        run.end_of_epoch(record, score)
-    run.finish()
-    if run.rank == 0 and val_loader is not None:
-        save_curves(run.out / "curves.png", run.out / "log.jsonl", [["train_loss", "val_loss"], ["val_top1", "val_top5"]])
-
-
-def evaluate_only(args, recipe: Recipe, paper: Recipe) -> None:
-    """--eval: accuracy of both heads and of each alone, on the validation images, ImageNet-Real's labels, other test sets."""
-    from common.evaluate import evaluate_weights
-    from common.run import Run
-
-    run = Run("deit", args, recipe, paper)
-    evaluate_weights(run, make_model, saved=("img_size", "eval_crop_ratio"), adapt=fit_resolution, predict=predict)
-
-
-def benchmark(args, recipe: Recipe, paper: Recipe) -> None:
-    """--benchmark: images/s and peak memory of training steps (without a teacher) and of inference."""
-    from common import report
-    from common.run import Run
-
-    run = Run("deit", args, recipe, paper)
-    report.benchmark(run, lambda: make_model(args, recipe, 1000), lambda model, images, labels: label_loss(model(images), labels))
+            run.after_step(stats, lr)
+        record = run.end_of_training_epoch(lr_at(epoch + 1)) | validate(run, predict)
+        run.end_of_epoch(record, record.get("val_top1"))
+    finish(run, ["train_loss", "val_loss"], ["val_top1", "val_top5"])
 
 
 def main() -> None:
-    args, recipe, paper = parse_args()
-    if args.list_models:
-        for name, config in MODELS.items():
-            print(f"{name:20s} " + "  ".join(f"{k} {v}" for k, v in config.items()))
-    elif args.eval or args.eval_data:
-        evaluate_only(args, recipe, paper)
-    elif args.benchmark:
-        benchmark(args, recipe, paper)
-    else:
-        train(args, recipe, paper)
+    from common.script import run_script
+
+    run_script(
+        "deit", *parse_args(), MODELS, train=train, make_model=make_model, saved=("img_size", "eval_crop_ratio"),
+        adapt=fit_resolution, predict=predict, loss=lambda model, images, labels: label_loss(model(images), labels),
+    )
 
 
 if __name__ == "__main__":
     try:
         from common.run import launch
     except ModuleNotFoundError as error:
-        if not (error.name or "").startswith("common"):
-            raise
-        print("error: another package named common hides the one that lies beside deit.py; run in the folder of both", file=sys.stderr)
+        needed = "common/ of this project beside the script, not hidden by another package named common, and tqdm"
+        print(f"error: {error}; needed: {needed}", file=sys.stderr)
         sys.exit(2)
     launch(main)

@@ -1,4 +1,5 @@
-"""BatchNorm whose statistics are those of all ranks' images: on a GPU torch's own, which has no CPU version, else this one."""
+"""BatchNorm whose statistics are those of all ranks' images: on a GPU torch's own, on a CPU (which that has no
+version for) this one."""
 
 from __future__ import annotations
 
@@ -42,11 +43,13 @@ class SyncedBatchNorm(_BatchNorm):
             self.num_batches_tracked.add_(1)
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-        return (centred * (self.weight * torch.rsqrt(variance + self.eps)).view(shape) + self.bias.view(shape)).to(dtype)
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        return (centred * scale.view(shape) + self.bias.view(shape)).to(dtype)
 
 
 def synchronise(model: nn.Module, device: torch.device) -> nn.Module:
-    """`model` with every BatchNorm synchronised; parameters, buffers and their names stay the same objects and names."""
+    """`model` with every BatchNorm synchronised; its parameters and buffers stay the same objects, under their
+    names."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return model
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""Checkpoints: written so that a crash cannot lose the last good one, read so that a bad file cannot pass for a good one.
+"""Checkpoints: written so that a crash cannot lose the last good one, read so that a bad one cannot pass for good.
 
 A file holds plain types and tensors only and loads with torch.load(weights_only=True) in a process without this code.
 """
@@ -15,8 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.utils._pytree import tree_leaves
 
-from common.errors import RunError, UserError
+from common.errors import RunError, UserError, one_line
 
 FORMAT = 1
 
@@ -28,7 +29,10 @@ def save(checkpoint: dict, path: Path, *, keep: Path | None = None) -> None:
     tensor is not finite.
     """
     checkpoint = plain({**checkpoint, "format": FORMAT})
-    _refuse_broken(checkpoint["model"], path)
+    broken = [k for k, v in checkpoint["model"].items() if v.is_floating_point() and not torch.isfinite(v).all()]
+    if broken:
+        few = f"{len(broken)} tensors are not finite, e.g. {broken[0]}"
+        raise RunError(f"{path} not written: {few}; the previous checkpoint is intact")
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,24 +50,25 @@ def save(checkpoint: dict, path: Path, *, keep: Path | None = None) -> None:
     except (OSError, RuntimeError, zipfile.BadZipFile) as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        need = sum(t.numel() * t.element_size() for t in _tensors(checkpoint))
+        need = sum(t.nbytes for t in tree_leaves(checkpoint) if isinstance(t, torch.Tensor))
         free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
-        reason = " ".join(str(error).split())
-        raise RunError(
-            f"cannot write {path}: {reason} (needs about {need} bytes, {free} are free); the previous checkpoint is intact"
-        ) from None
+        space = f"needs about {need} bytes, {free} are free"
+        raise RunError(f"cannot write {path}: {one_line(error)} ({space}); the previous checkpoint is intact") from None
 
 
 def save_copy(path: Path, copy: Path) -> None:
-    """`copy` becomes the same file as `path`, atomically, without writing it again where links are possible."""
-    _link(path, copy)
-    _sync_folder(copy.parent)
+    """`copy` becomes the same file as `path`, atomically, without writing it again where links are possible. RunError
+    if it cannot be written."""
+    try:
+        _link(path, copy)
+        _sync_folder(copy.parent)
+    except OSError as error:
+        raise RunError(f"cannot write {copy}: {error.strerror}; {path} is intact") from None
 
 
 def _link(path: Path, target: Path) -> None:
     temporary = target.with_name(target.name + ".tmp")
-    with contextlib.suppress(FileNotFoundError):
-        temporary.unlink()
+    temporary.unlink(missing_ok=True)
     try:
         os.link(path, temporary)
     except OSError:  # a file system without hard links
@@ -85,11 +90,13 @@ def load(path: str | Path, flag: str) -> dict:
     A .safetensors file is a bare state dict; reading it needs that package.
     """
     path = Path(path)
+    where = f"{flag} {path}"
     if not path.is_file():
-        raise UserError(f"{flag} {path}: " + ("is a folder; name the checkpoint file" if path.is_dir() else "no such file"))
+        raise UserError(f"{where}: " + ("is a folder; name the checkpoint file" if path.is_dir() else "no such file"))
     if path.suffix == ".safetensors":
         return _load_safetensors(path, flag)
-    damaged = UserError(f"{flag}: damaged checkpoint {path}; use another one (previous.pt and best.pt lie beside last.pt)")
+    hint = "use another one (previous.pt and best.pt lie beside last.pt)"
+    damaged = UserError(f"{flag}: damaged checkpoint {path}; {hint}")
     try:
         if zipfile.is_zipfile(path):  # torch.load itself does not notice a flipped byte
             with zipfile.ZipFile(path) as z:
@@ -99,15 +106,17 @@ def load(path: str | Path, flag: str) -> dict:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "GLOBAL" in str(error) or "global" in str(error):
-            raise UserError(f"{flag} {path}: refused, the file holds more than tensors and plain types and could run code") from None
-        raise damaged from None
-    except (EOFError, RuntimeError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError, zipfile.BadZipFile):
+        if "global" not in str(error).lower():
+            raise damaged from None
+        held = "the file holds more than tensors and plain types and could run code"
+        raise UserError(f"{where}: refused, {held}") from None
+    except (EOFError, RuntimeError, OSError, ValueError, LookupError, AttributeError, TypeError, zipfile.BadZipFile):
         raise damaged from None
     if not isinstance(content, dict):
-        raise UserError(f"{flag} {path}: holds a {type(content).__name__}, not a checkpoint")
+        raise UserError(f"{where}: holds a {type(content).__name__}, not a checkpoint")
     if content.get("format", FORMAT) != FORMAT:
-        raise UserError(f"{flag} {path}: checkpoint format {content['format']}, this version reads {FORMAT}; use the version that wrote it")
+        formats = f"checkpoint format {content['format']}, this version reads {FORMAT}"
+        raise UserError(f"{where}: {formats}; use the version that wrote it")
     return content
 
 
@@ -120,7 +129,7 @@ def _load_safetensors(path: Path, flag: str) -> dict:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"{flag}: damaged checkpoint {path} ({' '.join(str(error).split())[:120]})") from None
+        raise UserError(f"{flag}: damaged checkpoint {path} ({one_line(error)})") from None
 
 
 PREFIXES = ("module.", "_orig_mod.", "model.")
@@ -144,67 +153,75 @@ def weights(checkpoint: dict, *, ema: bool = False) -> dict[str, torch.Tensor]:
     return state
 
 
-def load_weights(model: torch.nn.Module, state: dict[str, torch.Tensor], where: str) -> None:
-    """Strict load into a model of any precision; UserError with counts and examples if keys or shapes do not fit."""
-    own = model.state_dict()
-    missing, unexpected = sorted(set(own) - set(state)), sorted(set(state) - set(own))
-    shapes = [f"{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}" for k in own if k in state and state[k].shape != own[k].shape]
-    problems = [
-        f"{len(found)} {what}, e.g. {', '.join(found[:5])}"
-        for what, found in (("keys missing", missing), ("keys not known", unexpected), ("shapes differ", shapes))
-        if found
-    ]
-    if problems:
-        raise UserError(f"{where}: does not fit the model: {'; '.join(problems)}")
-    model.load_state_dict(state)
+def recipe_of(content: dict) -> dict:
+    """The fields of the recipe that a checkpoint of ours was trained by; {} of an official or bare one."""
+    fields = content.get("recipe")
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()} if isinstance(fields, dict) else {}
 
 
 HEADS = ("head.", "head_dist.", "fc.", "classifier.", "heads.")  # classifiers: of the methods, of torchvision's models
 
 
+def classes_of(content: dict) -> list[str]:
+    """Names of the classes that a checkpoint tells apart, numbers where it does not say them; [] without a
+    classifier."""
+    if isinstance(content.get("data"), dict):
+        return content["data"]["classes"]
+    heads = [v for k, v in weights(content).items() if k.startswith(HEADS) and k.endswith(".weight") and v.ndim > 1]
+    one_each = len(heads) > 1 and all(len(v) == 1 for v in heads)  # a classifier of its own for every class
+    return [str(i) for i in range(len(heads) if one_each else len(heads[-1]) if heads else 0)]
+
+
+def load_weights(model: torch.nn.Module, state: dict[str, torch.Tensor], where: str) -> None:
+    """Strict load into a model of any precision; UserError with counts and examples if keys or shapes do not fit."""
+    own = model.state_dict()
+    differ = [f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}" for k, v in own.items()
+              if k in state and state[k].shape != v.shape]
+    kinds = {"keys missing": sorted(set(own) - set(state)), "keys not known": sorted(set(state) - set(own)),
+             "shapes differ": differ}
+    problems = [f"{len(found)} {kind}, e.g. {', '.join(found[:5])}" for kind, found in kinds.items() if found]
+    if problems:
+        raise UserError(f"{where}: does not fit the model: {'; '.join(problems)}")
+    model.load_state_dict(state)
+
+
 def load_pretrained(
-    model: torch.nn.Module,
-    args,
-    method: str,
-    *,
-    new_head: bool,
-    say: Callable[[str], None],
-    adapt: Callable | None = None,
-    content: dict | None = None,
+    model: torch.nn.Module, run, *, new_head: bool, adapt: Callable | None = None, content: dict | None = None
 ) -> None:
     """--weights into the model; a classifier for other classes is left fresh (only if new_head).
 
-    adapt(model, state, content, say) changes the state dict in place to fit the model's resolution; content is the whole file,
-    read here unless it is given.
+    adapt(model, state, content, say) changes the state dict in place to fit the model's resolution; content is the
+    whole file, read here unless it is given.
     """
+    args, where = run.args, f"--weights {run.args.weights}"
     content = load(args.weights, "--weights") if content is None else content
     if isinstance(content.get("model_name"), str) and content["model_name"] != args.model:
-        raise UserError(
-            f"--weights {args.weights}: holds {content.get('method')} {content['model_name']}, you asked for {method} {args.model}"
-        )
+        held = f"{content.get('method')} {content['model_name']}"
+        raise UserError(f"{where}: holds {held}, you asked for {run.method} {args.model}")
     state = weights(content, ema=args.use_ema)
     narrow = {v.dtype for v in state.values()} & {torch.float16, torch.bfloat16}
     if narrow:
-        say(f"weights in {', '.join(str(d).removeprefix('torch.') for d in narrow)} loaded into float32")
+        run.say(f"weights in {', '.join(str(d).removeprefix('torch.') for d in narrow)} loaded into float32")
     if adapt is not None:
-        adapt(model, state, content, say)
+        adapt(model, state, content, run.say)
     own = model.state_dict()
     heads = [k for k in own if k in state and k.startswith(HEADS) and state[k].shape != own[k].shape]
-    if heads and new_head:
-        say(f"new head: the checkpoint has {len(state[heads[0]])} classes, the data {len(own[heads[0]])}")
+    if heads:
+        numbers = f"{len(state[heads[0]])} classes, the data {len(own[heads[0]])}"
+        if not new_head:
+            raise UserError(f"{where}: has {numbers}; evaluation needs the same")
+        run.say(f"new head: the checkpoint has {numbers}")
         state.update({k: own[k] for k in heads})
-    elif heads:
-        raise UserError(
-            f"--weights {args.weights}: has {len(state[heads[0]])} classes, the data {len(own[heads[0]])}; evaluation needs the same"
-        )
-    load_weights(model, state, f"--weights {args.weights}")
+    load_weights(model, state, where)
 
 
 def take_part(model: torch.nn.Module, state: dict[str, torch.Tensor], prefix: str) -> list[str]:
-    """Fits a state dict, in place, to a model that takes its part `prefix` (a trunk); returns the keys that start afresh.
+    """Fits a state dict, in place, to a model that takes its part `prefix` (a trunk); returns the keys that start
+    afresh.
 
-    A state dict without that prefix is taken for the part alone, in torchvision's form. Of all else, what has the same name
-    and shape is taken too; the rest is the model's own. The part itself must fit: load_weights says where it does not.
+    A state dict without that prefix is taken for the part alone, in torchvision's form. Of all else, what has the same
+    name and shape is taken too; the rest is the model's own. The part itself must fit: load_weights says where it does
+    not.
     """
     if not any(k.startswith(prefix) for k in state):
         for key in list(state):
@@ -218,7 +235,8 @@ def take_part(model: torch.nn.Module, state: dict[str, torch.Tensor], prefix: st
 
 
 def plain(value):
-    """`value` with tensors on the CPU in storage of their own and all else plain; TypeError for what a file may not hold."""
+    """`value` with tensors on the CPU in storage of their own and all else plain; TypeError for what a file may not
+    hold."""
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu()
         return value.clone() if value.untyped_storage().nbytes() != value.numel() * value.element_size() else value
@@ -229,20 +247,3 @@ def plain(value):
     if value is None or type(value) in (bool, int, float, str, bytes):
         return value
     raise TypeError(f"a checkpoint may not hold a {type(value).__name__}: {value!r}")
-
-
-def _tensors(value):
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for v in value.values():
-            yield from _tensors(v)
-    elif isinstance(value, (list, tuple)):
-        for v in value:
-            yield from _tensors(v)
-
-
-def _refuse_broken(state: dict, path: Path) -> None:
-    broken = [k for k, v in state.items() if v.is_floating_point() and not torch.isfinite(v).all()]
-    if broken:
-        raise RunError(f"{path} not written: {len(broken)} tensors are not finite, e.g. {broken[0]}; the previous checkpoint is intact")

@@ -1,7 +1,7 @@
 """The order in which images are visited, and the loaders.
 
-Everything random is a function of (seed, epoch, sample, repeat): never of worker, rank or history. Hence the same pixels
-for any number of workers and ranks, and a run that was killed in the middle of an epoch resumes exactly.
+Everything random is a function of (seed, epoch, sample, repeat): never of worker, rank or history. Hence the same
+pixels for any number of workers and ranks, and a run that was killed in the middle of an epoch resumes exactly.
 """
 
 from __future__ import annotations
@@ -9,16 +9,17 @@ from __future__ import annotations
 import random
 import signal
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.errors import RunError, UserError
-from common.run import Run, split_batch
+from common.run import Run
 from common.sources import Source, open_data
 
-# ---- Order -------------------------------------------------------------------------------------------------------------
+# ---- Order -----------------------------------------------------------------------------------------------------------
 
 
 def epoch_order(length: int, epoch: int, seed: int, repeats: int) -> np.ndarray:
@@ -35,13 +36,11 @@ def epoch_order(length: int, epoch: int, seed: int, repeats: int) -> np.ndarray:
 
 
 class RepeatedAugSampler(Sampler[int]):
-    """Repeated augmentation (Hoffer et al.; Berman et al.) in the official order: rank r takes every world_size-th sample.
-
-    seed 0 gives exactly the indices of DeiT's sampler, whose permutation depends on the epoch only.
-    """
+    """Rank r's share of epoch_order, every world_size-th sample; with seed 0 exactly the official sampler's indices."""
 
     def __init__(self, length: int, world_size: int, rank: int, repeats: int = 3, seed: int = 0):
-        self.length, self.world_size, self.rank, self.repeats, self.seed, self.epoch = length, world_size, rank, repeats, seed, 0
+        self.length, self.world_size, self.rank, self.repeats, self.seed = length, world_size, rank, repeats, seed
+        self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -57,13 +56,16 @@ class RepeatedAugSampler(Sampler[int]):
 class GlobalBatches(Sampler[list]):
     """This rank's micro-batches of every global batch, as lists of keys (epoch, index, repeat).
 
-    The global batch of step s is samples [s B, (s + 1) B) of epoch_order, dealt out like cards to B / group groups. A group
-    is what one GPU was in the papers: `group` images that share one mixup or cutmix draw and are mixed with each other only.
-    Ranks and micro-batches are made of whole groups, so that who is mixed with whom depends on neither. Neighbouring
-    groups stay together: repeats of an image then mostly land in one micro-batch and share a decode.
+    The global batch of step s is samples [s B, (s + 1) B) of epoch_order, dealt out like cards to B / group groups. A
+    group is what one GPU was in the papers: `group` images that share one mixup or cutmix draw and are mixed with each
+    other only. Ranks and micro-batches are made of whole groups, so that who is mixed with whom depends on neither.
+    Neighbouring groups stay together: repeats of an image then mostly land in one micro-batch and share a decode.
     """
 
-    def __init__(self, length: int, *, batch_size: int, micro_batch: int, group: int, world_size: int, rank: int, repeats: int, seed: int):
+    def __init__(
+        self, length: int, *, batch_size: int, micro_batch: int, group: int, world_size: int, rank: int, repeats: int,
+        seed: int,
+    ):
         self.length, self.batch_size, self.micro_batch, self.group = length, batch_size, micro_batch, group
         self.world_size, self.rank, self.repeats, self.seed = world_size, rank, repeats, seed
         self.steps = len(epoch_order(length, 0, seed, repeats)) // batch_size  # optimiser steps per epoch
@@ -86,13 +88,14 @@ class GlobalBatches(Sampler[list]):
         order = epoch_order(self.length, self.epoch, self.seed, self.repeats)
         groups_per_batch = self.batch_size // self.group
         for step in range(self.first_step, self.steps):
-            positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size).reshape(self.group, groups_per_batch).T
+            positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+            positions = positions.reshape(self.group, groups_per_batch).T  # a row per group
             for micro_batch in range(self.accumulation):
                 mine = positions[list(self.groups(micro_batch))].ravel()
                 yield [(self.epoch, int(order[p]), int(p % self.repeats)) for p in mine]
 
 
-# ---- Loading -------------------------------------------------------------------------------------------------------------
+# ---- Loading ---------------------------------------------------------------------------------------------------------
 
 Images = torch.Tensor | tuple[torch.Tensor, ...]
 Transform = Callable[[torch.Tensor, random.Random], tuple[Images, tuple[float, ...]]]
@@ -146,77 +149,108 @@ def _worker_init(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def make_loader(samples: Samples, batches: Sampler, workers: int, device: torch.device, *, persistent: bool = True) -> DataLoader:
-    """DataLoader over whole micro-batches, which workers have ready ahead of need; persistent ones live through all epochs."""
+def make_loader(
+    samples: Samples, batches: Sampler, workers: int, device: torch.device, *, persistent: bool = True
+) -> DataLoader:
+    """DataLoader over whole micro-batches, which workers have ready ahead of need; persistent ones live through all
+    epochs."""
     return DataLoader(
-        samples,
-        batch_sampler=batches,
-        num_workers=workers,
-        collate_fn=_identity,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=_worker_init,
-        persistent_workers=workers > 0 and persistent,
-        prefetch_factor=2 if workers else None,
-        timeout=300 if workers else 0,
+        samples, batch_sampler=batches, num_workers=workers, collate_fn=_identity, pin_memory=device.type == "cuda",
+        worker_init_fn=_worker_init, persistent_workers=workers > 0 and persistent,
+        prefetch_factor=2 if workers else None, timeout=300 if workers else 0,
     )
 
 
-class TrainingData:
-    """What a training loop draws from: the training images in the recipe's order and batches, and the validation images.
+def split_batch(batch_size: int, world: int, micro_batch: int | None, group: int) -> tuple[int, int]:
+    """(micro-batch per rank, accumulation steps) with world x micro-batch x accumulation = batch_size.
 
-    source, val: training and validation Source (val None with --val-data none); classes; micro_batch (images per rank and
-    forward pass), accumulation (micro-batches per step and rank), steps (per epoch).
+    Micro-batches consist of whole mixing groups. UserError with the two nearest batch sizes that would do.
+    """
+    unit = world * (micro_batch or group)
+    if micro_batch is not None and (micro_batch < 1 or micro_batch % group):
+        mixed = f"the {group} images that are mixed together (--mix-group)"
+        raise UserError(f"--micro-batch {micro_batch}: must be a multiple of {mixed}")
+    if batch_size % unit:
+        near = " and ".join(map(str, sorted({max(1, batch_size // unit) * unit, (batch_size // unit + 1) * unit})))
+        least = "" if micro_batch else " (--mix-group, the least a rank can take)"
+        parts = f"{world} ranks x {micro_batch or group} images{least}"
+        raise UserError(f"--batch-size {batch_size}: not a multiple of {parts}; the nearest that are: {near}")
+    local = batch_size // world
+    micro = micro_batch or max(m for m in range(group, local + 1, group) if local % m == 0 and (m <= 256 or m == group))
+    return micro, local // micro
+
+
+class Batch(NamedTuple):
+    """A micro-batch: images uint8 (B, 3, h, w) or a tuple of crops (B, n, 3, h, w), and labels (B,) on the device;
+    parameters (B, P) of the transform and indices (B,) on the host; numbers of its mixing groups within the global
+    batch."""
+
+    images: Images
+    parameters: torch.Tensor
+    labels: torch.Tensor
+    indices: torch.Tensor
+    groups: range
+
+
+class TrainingData:
+    """What a training loop draws from: the training images in the recipe's order and batches, and the validation
+    images.
+
+    source, val: training and validation Source (val None with --val-data none); classes; micro_batch (images per rank
+    and forward pass), accumulation (micro-batches per step and rank), steps (per epoch); seen: indices of the step's
+    images.
     """
 
     def __init__(self, run: Run, recipe, transform: Transform):
-        args = run.args
-        self.group = min(recipe.mix_group if hasattr(recipe, "mix_group") else 1, recipe.batch_size)  # 1: nothing is mixed
+        args, self.run = run.args, run
+        self.group = min(getattr(recipe, "mix_group", 1), recipe.batch_size)  # 1: nothing is mixed
         self.micro_batch, self.accumulation = split_batch(recipe.batch_size, run.world, args.micro_batch, self.group)
         splits = ("train",) if args.val_data == "none" else ("train", "val")
-        found = run.first(
-            lambda: open_data(args.data, val_data=args.val_data, coarse_labels=args.coarse_labels, splits=splits, say=run.say)
-        )
+        options = dict(val_data=args.val_data, coarse_labels=args.coarse_labels, splits=splits, say=run.say)
+        found = run.first(lambda: open_data(args.data, **options))
         self.source, self.val = found["train"], found.get("val")
         self.classes = self.source.classes
         self.batches = GlobalBatches(
-            len(self.source),
-            batch_size=recipe.batch_size,
-            micro_batch=self.micro_batch,
-            group=self.group,
-            world_size=run.world,
-            rank=run.rank,
-            repeats=recipe.repeats,
-            seed=args.seed,
+            len(self.source), batch_size=recipe.batch_size, micro_batch=self.micro_batch, group=self.group,
+            world_size=run.world, rank=run.rank, repeats=recipe.repeats, seed=args.seed,
         )
         self.steps = self.batches.steps
         if self.steps == 0:
-            raise UserError(f"--batch-size {recipe.batch_size}: larger than the training set of {len(self.source)} images; lower it")
+            images = f"{len(self.source)} images"
+            raise UserError(f"--batch-size {recipe.batch_size}: larger than the training set of {images}; lower it")
         self.samples = Samples(self.source, transform, args.seed)
         self.loader = make_loader(self.samples, self.batches, run.workers, run.device)
-        self.device = run.device
 
-    def epoch(self, epoch: int, first_step: int) -> Iterator[tuple[torch.Tensor, ...]]:
-        """The epoch's micro-batches of this rank from optimizer step `first_step` on."""
+    def begin(self, epoch: int, first_step: int) -> None:
+        """An epoch, from optimizer step `first_step` on."""
         self.batches.set_epoch(epoch, first_step)
-        return to_device(self.loader, self.device)
+        self.stream = to_device(self.loader, self.run.device)
+
+    def micro_batches(self) -> Iterator[Batch]:
+        """This rank's micro-batches of the next optimizer step; torch's generators are seeded for each."""
+        self.seen: list[torch.Tensor] = []
+        for number in range(self.accumulation):
+            batch = Batch(*self.run.wait_for(self.stream), self.batches.groups(number))
+            self.run.seed_step(number)
+            self.seen.append(batch.indices)
+            yield batch
 
     def identity(self) -> dict:
-        """For Run.start: the classes' names, a digest of the training images' names and labels, the number of validation images."""
+        """For Run.start: the classes' names, a digest of the training images' names and labels, the number of
+        validation images."""
         return {"classes": self.classes, "digest": self.source.digest(), "val_images": len(self.val or ())}
 
     def names(self, indices: torch.Tensor) -> list[str]:
         """File names of training images, for messages."""
         return [self.source.name(i) for i in indices.tolist()]
 
-    def first_images(self, count: int) -> tuple[tuple[torch.Tensor, ...], range]:
-        """(the run's first `count` images, or the few more that make whole groups, on the device, numbers of the groups)."""
-        groups = range(-(-count // self.group))
-        keys = next(iter(self.batches))[: self.group * len(groups)]
-        batch = self.samples.__getitems__(keys)
-        if isinstance(batch, str):
-            raise RunError(f"cannot read {batch}")
-        images, parameters, labels, indices = batch
-        return (moved(images, self.device), parameters, moved(labels, self.device), indices), range(len(keys) // self.group)
+    def first_images(self, count: int) -> Batch:
+        """The run's first `count` images, or the few more that make whole groups."""
+        groups = -(-count // self.group)
+        keys = next(iter(self.batches))[: self.group * groups]
+        images, parameters, labels, indices = readable(self.samples.__getitems__(keys))
+        device = self.run.device
+        return Batch(moved(images, device), parameters, moved(labels, device), indices, range(len(keys) // self.group))
 
 
 def eval_batches(length: int, batch_size: int, world_size: int, rank: int) -> list[list]:
@@ -227,45 +261,43 @@ def eval_batches(length: int, batch_size: int, world_size: int, rank: int) -> li
 
 def moved(images: Images, device: torch.device) -> Images:
     """Images on the device, without waiting for the copy."""
-    return images.to(device, non_blocking=True) if isinstance(images, torch.Tensor) else tuple(moved(i, device) for i in images)
+    if isinstance(images, tuple):
+        return tuple(moved(crops, device) for crops in images)
+    return images.to(device, non_blocking=True)
+
+
+def readable(batch: tuple | str) -> tuple:
+    """What Samples returned; RunError if that is the name of an image that cannot be read."""
+    if isinstance(batch, str):
+        raise RunError(f"cannot read {batch}")
+    return batch
 
 
 def to_device(loader: DataLoader, device: torch.device) -> Iterator[tuple[torch.Tensor, ...]]:
     """The loader's batches, images and labels on `device`, parameters and indices on the host.
 
-    The next batch is copied (on a stream of its own) while the current one is in use.
-
-    Raises RunError naming the image that cannot be read, or the likely reason if a worker process died.
+    The next batch is copied (on a stream of its own) while the current one is in use. Raises RunError naming the image
+    that cannot be read, or the likely reason if a worker process died.
     """
-    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def batches() -> Iterator[tuple[torch.Tensor, ...]]:
-        for batch in loader:
-            if isinstance(batch, str):
-                raise RunError(f"cannot read {batch}")
-            if stream is not None:
-                images, parameters, labels, indices = batch
-                with torch.cuda.stream(stream):
-                    batch = moved(images, device), parameters, moved(labels, device), indices
-            yield batch
-
     try:
-        if stream is None:
-            yield from batches()
+        if device.type != "cuda":
+            yield from map(readable, loader)
             return
-        iterator = batches()
-        ahead = next(iterator, None)
-        while ahead is not None:
-            current = ahead
+        stream, ahead = torch.cuda.Stream(device), None
+        for batch in loader:
+            images, parameters, labels, indices = readable(batch)
+            with torch.cuda.stream(stream):
+                images, labels = moved(images, device), moved(labels, device)
+            if ahead is not None:
+                yield ahead
             torch.cuda.current_stream(device).wait_stream(stream)
-            for tensor in (*(current[0] if isinstance(current[0], tuple) else current[:1]), current[2]):
+            for tensor in (*(images if isinstance(images, tuple) else (images,)), labels):
                 tensor.record_stream(torch.cuda.current_stream(device))
-            ahead = next(iterator, None)
-            yield current
+            ahead = images, parameters, labels, indices
+        if ahead is not None:
+            yield ahead
     except RuntimeError as error:
-        if "DataLoader" in str(error):
-            reason = str(error).splitlines()[0]
-            raise RunError(
-                f"a data loading worker died or hung ({reason}); if memory or /dev/shm ran out, lower --workers or --micro-batch"
-            ) from None
-        raise
+        if "DataLoader" not in str(error):
+            raise
+        reason, hint = str(error).splitlines()[0], "if memory or /dev/shm ran out, lower --workers or --micro-batch"
+        raise RunError(f"a data loading worker died or hung ({reason}); {hint}") from None

@@ -39,7 +39,8 @@ def _mean_and_scale(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 def normalize(images: torch.Tensor) -> torch.Tensor:
     """(B, 3, H, W) with values 0..255 -> float32, ImageNet mean and deviation removed."""
     mean, scale = _mean_and_scale(images.device)
-    # Colour planes, as the networks read them, and in place: three times faster than on the loader's interleaved colours.
+    # Colour planes, as the networks read them, and in place: three times faster than on the loader's interleaved
+    # colours.
     return images.to(torch.float32, memory_format=torch.contiguous_format, copy=True).sub_(mean).mul_(scale)
 
 
@@ -49,33 +50,28 @@ def denormalize(images: torch.Tensor) -> torch.Tensor:
     return images / scale + mean
 
 
+def _prepared(image: torch.Tensor, _rng, size: tuple[int, int], crop_ratio: float) -> tuple[torch.Tensor, tuple]:
+    return eval_transform(image, size, crop_ratio), ()
+
+
 def eval_loader(source: Source, size: tuple[int, int], crop_ratio: float, batch_size: int, run: Run) -> DataLoader:
     """This rank's share of `source`, resized and centre-cropped, as uint8 batches."""
-
-    def transform(image: torch.Tensor, _rng) -> tuple[torch.Tensor, tuple]:
-        return eval_transform(image, size, crop_ratio), ()
-
+    samples = Samples(source, functools.partial(_prepared, size=size, crop_ratio=crop_ratio), 0)
     batches = eval_batches(len(source), batch_size, run.world, run.rank)
-    return make_loader(Samples(source, transform, 0), batches, run.workers, run.device, persistent=False)
+    return make_loader(samples, batches, run.workers, run.device, persistent=False)
 
 
 Predict = Callable[[torch.nn.Module, torch.Tensor], dict[str, torch.Tensor]]
 
 
-def _logits(model: torch.nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
+def logits_of(model: torch.nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"": model(images)}
 
 
 @torch.no_grad()
 def evaluate(
-    model: torch.nn.Module,
-    loader,
-    device: torch.device,
-    autocast: Callable,
-    *,
-    predict: Predict = _logits,
-    real: list[list[int]] | None = None,
-    between: Callable[[], None] | None = None,
+    model: torch.nn.Module, loader, device: torch.device, autocast: Callable, *, predict: Predict = logits_of,
+    real: list[list[int]] | None = None, between: Callable[[], None] | None = None,
 ) -> dict[str, float]:
     """{"top1", "top5", "loss"} over all ranks' images (each rank brings its own loader), and "real" with `real` labels.
 
@@ -130,33 +126,39 @@ def evaluate(
     return result
 
 
-def _as_trained(recipe, content: dict, args, saved: tuple[str, ...]):
-    """The recipe with the checkpoint's values of the fields `saved`, unless a flag says otherwise."""
-    before = content["recipe"] if isinstance(content.get("recipe"), dict) else {}
-    before = {k: before[k] for k in saved if getattr(args, k) is None and k in before}
-    return dataclasses.replace(recipe, **{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in before.items()})
+def validate(run: Run, predict: Predict = logits_of) -> dict[str, float]:
+    """The end of an epoch: val_* of evaluate() for the model and val_ema_* for its average; {} without validation
+    images."""
+    record: dict[str, float] = {}
+    if run.val_loader is not None:
+        for title, model in (("val", run.parts["model"]), ("val_ema", run.parts["ema"])):
+            if model is not None:
+                autocast = run.parts["scaler"].autocast
+                metrics = evaluate(model, run.val_loader, run.device, autocast, predict=predict, between=run.check_stop)
+                record |= {f"{title}_{k}": v for k, v in metrics.items()}
+    return record
 
 
-def trained_model(run: Run, make_model: Callable, *, saved: tuple[str, ...], adapt: Callable) -> tuple[torch.nn.Module, object, list[str]]:
-    """(model of --weights in eval mode on the device, recipe as it was trained, class names) for pictures and analyses.
+def trained_model(
+    run: Run, make_model: Callable, *, saved: tuple[str, ...], adapt: Callable | None, content: dict | None = None,
+    classes: list[str] | None = None,
+) -> tuple[torch.nn.Module, object, list[str]]:
+    """(model of --weights, or last.pt of --out, in eval mode on the device; recipe as it was trained; class names).
 
-    Without --weights last.pt of --out is taken. Arguments: see evaluate_weights. Classes of an official checkpoint are
-    named by their numbers.
+    make_model(args, recipe, num_classes) builds the model; recipe fields named in `saved` are the checkpoint's unless a
+    flag sets them; adapt: see checkpoint.load_pretrained; content: the file's, if it is read already; classes: those
+    that the model must have, else the checkpoint's (of an official one their numbers).
     """
     args = run.args
     args.weights = args.weights or str(run.out / "last.pt")
-    content = checkpoint.load(args.weights, "--weights")
-    recipe = _as_trained(run.recipe, content, args, saved)
-    if isinstance(content.get("data"), dict):
-        classes = content["data"]["classes"]
-    else:
-        heads = [v for k, v in checkpoint.weights(content).items() if k.startswith(checkpoint.HEADS) and k.endswith(".weight")]
-        if not heads:
-            raise UserError(f"--weights {args.weights}: holds no classifier")
-        one_each = len(heads) > 1 and all(len(v) == 1 for v in heads)  # a classifier of its own for every class
-        classes = [str(i) for i in range(len(heads) if one_each else len(heads[-1]))]
+    content = checkpoint.load(args.weights, "--weights") if content is None else content
+    before = {k: v for k, v in checkpoint.recipe_of(content).items() if k in saved and getattr(args, k) is None}
+    recipe = dataclasses.replace(run.recipe, **before)
+    classes = classes or checkpoint.classes_of(content)
+    if not classes:
+        raise UserError(f"--weights {args.weights}: holds no classifier")
     model = make_model(args, recipe, len(classes))
-    checkpoint.load_pretrained(model, args, run.method, new_head=False, say=run.say, adapt=adapt, content=content)
+    checkpoint.load_pretrained(model, run, new_head=False, adapt=adapt, content=content)
     return model.to(run.device).eval(), recipe, classes
 
 
@@ -170,49 +172,44 @@ def read_file(file: str, flag: str) -> torch.Tensor:
 
 
 def read_image(file: str, size: tuple[int, int], crop_ratio: float, flag: str) -> torch.Tensor:
-    """An image file as the network is tested on it: uint8 (3, *size). UserError, naming `flag`, if it cannot be read."""
+    """An image file as the network is tested on it: uint8 (3, *size). UserError, naming `flag`, if it cannot be
+    read."""
     return eval_transform(read_file(file, flag), size, crop_ratio)
 
 
-def evaluate_weights(run: Run, make_model: Callable, *, saved: tuple[str, ...], adapt: Callable, predict: Predict = _logits) -> None:
+def evaluate_weights(run: Run, make_model: Callable, *, predict: Predict = logits_of, **options) -> None:
     """--eval: accuracy of --weights (or last.pt of --out) on --data's validation images and on each of --eval-data.
 
-    make_model(args, recipe, num_classes) builds the model; recipe fields named in `saved` are taken from the checkpoint
-    unless a flag sets them; adapt: see checkpoint.load_pretrained. Without --data, --eval-data is all that is evaluated.
+    make_model and options: see trained_model. Without --data, --eval-data is all that is evaluated.
     """
-    args, recipe = run.args, run.recipe
+    args = run.args
     check_amp(run.amp, run.device)
     args.weights = args.weights or str(run.out / "last.pt")
-    content = checkpoint.load(args.weights, "--weights")
-    classes = content["data"]["classes"] if isinstance(content.get("data"), dict) else None
-    sources = {}
+    content, sources = checkpoint.load(args.weights, "--weights"), {}
+    classes = checkpoint.classes_of(content) if isinstance(content.get("data"), dict) else None
     if args.data:
-        options = dict(val_data=args.val_data, coarse_labels=args.coarse_labels, classes=classes, splits=("val",), say=run.say)
-        sources[args.data] = run.first(lambda: open_data(args.data, **options))["val"]
-        if classes is not None and classes != sources[args.data].classes:
-            raise UserError(
-                f"--data: its {len(sources[args.data].classes)} classes are not the {len(classes)} that {args.weights} was trained on"
-            )
-        classes = sources[args.data].classes
+        where = dict(val_data=args.val_data, coarse_labels=args.coarse_labels, classes=classes)
+        source = run.first(lambda: open_data(args.data, **where, splits=("val",), say=run.say))["val"]
+        sources[args.data] = source
+        if classes is not None and classes != source.classes:
+            numbers = f"its {len(source.classes)} classes are not the {len(classes)}"
+            raise UserError(f"--data: {numbers} that {args.weights} was trained on")
+        classes = source.classes
     for path in args.eval_data or []:
         sources[path] = run.first(lambda path=path: open_images(path, "--eval-data", classes, run.say))
-    real = real_labels(args.real_labels, next(iter(sources.values()))) if args.real_labels else None
-    recipe = _as_trained(recipe, content, args, saved)
-    state = checkpoint.weights(content, ema=args.use_ema)
-    head = next((v for k, v in state.items() if k in ("head.weight", "fc.weight")), None)
     first = next(iter(sources.values()))
-    model = make_model(args, recipe, len(first.classes) if head is None or args.data else len(head))
-    checkpoint.load_pretrained(model, args, run.method, new_head=False, say=run.say, adapt=adapt, content=content)
-    model.to(run.device)
-    autocast = Precision(run.amp, run.device).autocast
+    real = real_labels(args.real_labels, first) if args.real_labels else None
+    classes = classes or checkpoint.classes_of(content) or first.classes
+    model, recipe, _ = trained_model(run, make_model, content=content, classes=classes, **options)
+    autocast, size = Precision(run.amp, run.device).autocast, recipe.img_size
     for name, source in sources.items():
-        loader = eval_loader(source, recipe.img_size, recipe.eval_crop_ratio, args.micro_batch or 64, run)
-        metrics = evaluate(model, loader, run.device, autocast, predict=predict, real=real if source is first else None)
-        size = recipe.img_size
+        loader = eval_loader(source, size, recipe.eval_crop_ratio, args.micro_batch or 64, run)
+        known = real if source is first else None
+        metrics = evaluate(model, loader, run.device, autocast, predict=predict, real=known)
         run.say(f"{name}: {len(source)} images at {size[0]} x {size[1]}, crop ratio {recipe.eval_crop_ratio:g}")
-        for head_name in dict.fromkeys(k.partition("_")[2] for k in metrics):
-            own = {k.partition("_")[0]: v for k, v in metrics.items() if k.partition("_")[2] == head_name}
-            run.say("  ".join([*[head_name] * bool(head_name), *[f"{k} {v:.5g}" for k, v in own.items()]]))
+        for head in dict.fromkeys(k.partition("_")[2] for k in metrics):
+            own = {k.partition("_")[0]: v for k, v in metrics.items() if k.partition("_")[2] == head}
+            run.say("  ".join([*[head] * bool(head), *[f"{k} {v:.5g}" for k, v in own.items()]]))
 
 
 def real_labels(file: str, source: Source) -> list[list[int]]:
@@ -229,26 +226,22 @@ def real_labels(file: str, source: Source) -> list[list[int]]:
         match = re.search(r"ILSVRC2012_val_(\d{8})", source.name(i))
         number = int(match[1]) - 1 if match else -1
         if not isinstance(labels, list) or not 0 <= number < len(labels):
-            raise UserError(f"--real-labels {file}: no entry for {source.name(i)}; files must keep their names ILSVRC2012_val_NNNNNNNN")
+            hint = "files must keep their names ILSVRC2012_val_NNNNNNNN"
+            raise UserError(f"--real-labels {file}: no entry for {source.name(i)}; {hint}")
         found.append(labels[number])
     return found
 
 
-# ---- Fixed features: kNN, retrieval, linear classifier -----------------------------------------------------------------
+# ---- Fixed features: kNN, retrieval, linear classifier ---------------------------------------------------------------
 
 
 @torch.no_grad()
 def extract(
-    embed: Callable[[torch.Tensor], torch.Tensor],
-    source: Source,
-    size: tuple[int, int],
-    crop_ratio: float,
-    run: Run,
-    *,
-    batch_size: int = 64,
-    title: str = "features",
+    embed: Callable[[torch.Tensor], torch.Tensor], source: Source, size: tuple[int, int], crop_ratio: float, run: Run,
+    *, batch_size: int = 64, title: str = "features",
 ) -> torch.Tensor:
-    """embed(normalised images (B, 3, *size)) -> (B, D) of every image of `source`, in its order: float32 (N, D), on all ranks.
+    """embed(normalised images (B, 3, *size)) -> (B, D) of every image of `source`, in its order: float32 (N, D), on all
+    ranks.
 
     Each rank computes its share; whoever calls puts the network into eval mode. A signal is answered every 8 batches.
     """
@@ -258,7 +251,8 @@ def extract(
     autocast = Precision(run.amp, run.device).autocast
     most = -(-len(source) // run.world)
     batches = to_device(loader, run.device)
-    with tqdm(total=len(source), desc=title, unit="img", leave=False, disable=run.rank > 0 or not sys.stderr.isatty()) as bar:
+    silent = run.rank > 0 or not sys.stderr.isatty()
+    with tqdm(total=len(source), desc=title, unit="img", leave=False, disable=silent) as bar:
         for round_ in range(-(-most // batch_size)):  # as many on every rank, though one may have a batch less
             if round_ % 8 == 0:
                 run.check_stop()
@@ -271,8 +265,10 @@ def extract(
     mine = torch.cat(parts)
     shares = run.gather(F.pad(mine, (0, 0, 0, most - len(mine)))).view(run.world, most, -1)
     if not torch.isfinite(shares).all():
-        raise RunError(f"{title}: features are not finite; the network has diverged, or overflows in 16 bits (--amp fp32)")
-    return shares.transpose(0, 1).reshape(run.world * most, -1)[: len(source)]  # rank r holds every world-th image from r on
+        reason = "the network has diverged, or overflows in 16 bits (--amp fp32)"
+        raise RunError(f"{title}: features are not finite; {reason}")
+    # Rank r holds every world-th image from r on.
+    return shares.transpose(0, 1).reshape(run.world * most, -1)[: len(source)]
 
 
 def _rows(collection: int) -> int:
@@ -281,7 +277,9 @@ def _rows(collection: int) -> int:
 
 
 @torch.no_grad()
-def nearest(queries: torch.Tensor, keys: torch.Tensor, k: int, chunk: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def nearest(
+    queries: torch.Tensor, keys: torch.Tensor, k: int, chunk: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(cosines, indices), each (B, k), of the k nearest of keys (M, D) to queries (B, D), nearest first.
 
     Nothing needs to be normalised; memory is bounded by chunk x M numbers.
@@ -293,7 +291,8 @@ def nearest(queries: torch.Tensor, keys: torch.Tensor, k: int, chunk: int | None
 
 
 def vote(cosines: torch.Tensor, labels: torch.Tensor, sigma: float, num_classes: int) -> torch.Tensor:
-    """Class probabilities (B, C) by the neighbours' cosines and labels, both (B, k): weights exp(cos / sigma), thesis Eq. 2.6."""
+    """Class probabilities (B, C) by the neighbours' cosines and labels, both (B, k): weights exp(cos / sigma), thesis
+    Eq. 2.6."""
     weights = (cosines / sigma).softmax(dim=1)  # the same as exponentials over their sum, without their size
     return weights.new_zeros(len(weights), num_classes).scatter_add_(1, labels, weights)
 
@@ -302,19 +301,23 @@ NEIGHBOURS = (10, 15, 20, 25, 30)  # k is chosen among these (thesis section 2.4
 
 
 def knn_answers(cosines: torch.Tensor, labels: torch.Tensor, sigma: float, num_classes: int) -> dict[int, torch.Tensor]:
-    """{k: answers (B,)} of the kNN classifier for each k of NEIGHBOURS, from the nearest ones' cosines and labels, (B, 30)."""
-    parts = list(zip(cosines.split(1024), labels.split(1024)))  # votes are as wide as there are classes
-    return {k: torch.cat([vote(c[:, :k], y[:, :k], sigma, num_classes).argmax(1) for c, y in parts]) for k in NEIGHBOURS}
+    """{k: answers (B,)} of the kNN classifier for each k of NEIGHBOURS, from the nearest ones' cosines and labels, (B,
+    30)."""
+    parts, answers = list(zip(cosines.split(1024), labels.split(1024))), {}  # votes are as wide as there are classes
+    for k in NEIGHBOURS:
+        answers[k] = torch.cat([vote(c[:, :k], y[:, :k], sigma, num_classes).argmax(1) for c, y in parts])
+    return answers
 
 
 @torch.no_grad()
 def knn_probabilities(
-    queries: torch.Tensor, keys: torch.Tensor, labels: torch.Tensor, k: int, sigma: float, num_classes: int, chunk: int | None = None
+    queries: torch.Tensor, keys: torch.Tensor, labels: torch.Tensor, k: int, sigma: float, num_classes: int,
+    chunk: int | None = None,
 ) -> torch.Tensor:
     """Class probabilities of queries (B, D) by their k nearest of keys (M, D) with labels (M,): (B, C), thesis Eq. 2.6.
 
-    Neighbours by cosine, each with weight exp(cos / sigma); a class without a neighbour gets exactly 0. Nothing needs to
-    be normalised; memory is bounded by chunk x M numbers.
+    Neighbours by cosine, each with weight exp(cos / sigma); a class without a neighbour gets exactly 0. Nothing needs
+    to be normalised; memory is bounded by chunk x M numbers.
     """
     cosines, indices = nearest(queries, keys, k, chunk)
     return vote(cosines, labels[indices], sigma, num_classes)
@@ -322,22 +325,16 @@ def knn_probabilities(
 
 @torch.no_grad()
 def mean_average_precision(
-    queries: torch.Tensor,
-    query_labels: torch.Tensor,
-    gallery: torch.Tensor,
-    gallery_labels: torch.Tensor,
-    chunk: int | None = None,
-    *,
-    offsets: torch.Tensor | None = None,
-    groups: torch.Tensor | None = None,
+    queries: torch.Tensor, query_labels: torch.Tensor, gallery: torch.Tensor, gallery_labels: torch.Tensor,
+    chunk: int | None = None, *, offsets: torch.Tensor | None = None, groups: torch.Tensor | None = None,
 ) -> float:
     """Mean over queries (B, D) of the average precision of the gallery (M, D) ranked by cosine, in 0..1; exact.
 
     offsets (B, G) and groups (M,), numbers below G: offsets[query, group of the item] is added to the cosine.
 
-    AP: mean over the relevant items (same label) of the precision at their rank; of equal scores the last rank counts, as
-    in scikit-learn. Queries without a relevant item are left out. The gallery is not put in order: only the ranks of the
-    relevant items are looked up. Memory is bounded by chunk x M numbers.
+    AP: mean over the relevant items (same label) of the precision at their rank; of equal scores the last rank counts,
+    as in scikit-learn. Queries without a relevant item are left out. The gallery is not put in order: only the ranks of
+    the relevant items are looked up. Memory is bounded by chunk x M numbers.
     """
     by_label = gallery_labels.argsort(stable=True)  # one slice per class
     gallery, sorted_labels = F.normalize(gallery, dim=1), gallery_labels[by_label]
@@ -354,7 +351,10 @@ def mean_average_precision(
             if a == b:
                 continue
             relevant = row[by_label[a:b]].sort().values
-            ranks = M - torch.searchsorted(ascending, relevant) if cuda else torch.from_numpy(_ranks(row.numpy(), relevant.numpy()))
+            if cuda:
+                ranks = M - torch.searchsorted(ascending, relevant)
+            else:
+                ranks = torch.from_numpy(_ranks(row.numpy(), relevant.numpy()))
             found = (b - a) - torch.searchsorted(relevant, relevant)  # relevant ones among them
             total += (found.double() / ranks).mean().item()
             count += 1
@@ -388,16 +388,19 @@ def _ranks(scores: np.ndarray, relevant: np.ndarray) -> np.ndarray:
 def logistic_regression(
     features: torch.Tensor, labels: torch.Tensor, num_classes: int, C: float = 1.0, max_steps: int = 2000
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(weight (num_classes, D), bias (num_classes,)) at the minimum of C sum_i CE_i + ||weight||^2 / 2, features (M, D).
+    """(weight (num_classes, D), bias (num_classes,)) at the minimum of C sum_i CE_i + ||weight||^2 / 2, features (M,
+    D).
 
-    scikit-learn's objective for more than two classes (for two it fits one vector: its optimum at C is this one's at C / 2):
-    the bias is not penalised, the losses are summed. By L-BFGS in float64, until no step improves; of bias, unique up to a constant, the one whose mean is 0 is returned.
+    scikit-learn's objective for more than two classes (for two it fits one vector: its optimum at C is this one's at C
+    / 2): the bias is not penalised, the losses are summed. By L-BFGS in float64, until no step improves; of bias,
+    unique up to a constant, the one whose mean is 0 is returned.
     """
     x, D = features.double(), features.shape[1]
     parameters = torch.zeros(num_classes, D + 1, dtype=torch.float64, device=x.device, requires_grad=True)
     optimizer = torch.optim.LBFGS(
-        [parameters], max_iter=max_steps, max_eval=2 * max_steps, history_size=20, tolerance_grad=1e-9, tolerance_change=1e-14, line_search_fn="strong_wolfe"
-    )  # fmt: skip
+        [parameters], max_iter=max_steps, max_eval=2 * max_steps, history_size=20, tolerance_grad=1e-9,
+        tolerance_change=1e-14, line_search_fn="strong_wolfe",
+    )
     scale = 1 / (C * len(x))  # the mean form, whose size depends on neither C nor M
 
     def objective() -> torch.Tensor:

@@ -1,8 +1,9 @@
 """Bytes to pixels: decoding, resizing and cropping on uint8 tensors.
 
 Images are uint8 tensors (3, H, W) in RGB whose memory is channels-last, as the JPEG decoder leaves them: torch's
-antialiased resize is several times faster on that layout than on planes, and agrees with PIL's to about 50 dB or better.
-EXIF orientation is not applied (the papers' numbers were measured without it) and of animations the first frame counts.
+antialiased resize is several times faster on that layout than on planes, and agrees with PIL's to about 50 dB or
+better. EXIF orientation is not applied (the papers' numbers were measured without it) and of animations the first frame
+counts.
 """
 
 import io
@@ -20,7 +21,8 @@ MAX_PIXELS = 178_956_970  # Pillow's limit for a decompression bomb; JPEGs decod
 def decode(data: bytes) -> torch.Tensor:
     """Encoded image (any format Pillow reads) -> uint8 (3, H, W), RGB.
 
-    Raises OSError or ValueError, with a reason, for anything that is not a whole image of 8 bits per channel or 16-bit grey.
+    Raises OSError or ValueError, with a reason, for anything that is not a whole image of 8 bits per channel or 16-bit
+    grey.
     """
     if data[:2] == b"\xff\xd8":
         height, width, channels, bits = _jpeg_header(data)

@@ -24,11 +24,19 @@ class Lamb(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params, lr: float, betas=(0.9, 0.999), eps: float = 1e-6, weight_decay: float = 0.0, max_grad_norm: float | None = 1.0
+        self, params, lr: float, betas=(0.9, 0.999), eps: float = 1e-6, weight_decay: float = 0.0,
+        max_grad_norm: float | None = 1.0,
     ):
         if not lr >= 0 or not eps >= 0 or not weight_decay >= 0 or not all(0 <= b < 1 for b in betas):
-            raise ValueError(f"Lamb: lr {lr}, eps {eps}, weight_decay {weight_decay} must not be negative, betas {betas} lie in [0, 1)")
-        super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, max_grad_norm=max_grad_norm))
+            numbers = f"lr {lr}, eps {eps}, weight_decay {weight_decay} must not be negative"
+            raise ValueError(f"Lamb: {numbers}, betas {betas} lie in [0, 1)")
+        options = dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
+        super().__init__(params, options)
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        for p, state in self.state.items():  # torch leaves `step` on the host for all but its own fused optimizers
+            state["step"] = state["step"].to(p.device)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -38,67 +46,39 @@ class Lamb(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
-        groups = [(group, params) for group, params in groups if params]
-        if not groups:
-            return loss
-        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        max_norm = groups[0][0]["max_grad_norm"]
-        if max_norm is not None:
-            norm = global_norm([p.grad for _, params in groups for p in params])
-            divisor = (norm / max_norm if scale is None else norm / (scale * max_norm)).clamp(min=1.0)
-            scale = divisor if scale is None else divisor * scale
-        if scale is not None and scale.dtype != torch.float32:  # the fused kernels read the scale in single precision
-            for _, params in groups:
-                torch._foreach_div_([p.grad for p in params], scale)
-            scale = None
+        gradients = [p.grad for _, params in groups for p in params]
+        scale, max_norm = getattr(self, "grad_scale", None), self.param_groups[0]["max_grad_norm"]
+        if gradients and max_norm is not None:
+            norm = global_norm(gradients) / (max_norm if scale is None else max_norm * scale)
+            torch._foreach_div_(gradients, norm.clamp(min=1.0))
         for group, params in groups:
             # A GPU takes all tensors in one launch; a CPU is faster one tensor at a time, which stays in its cache.
-            for chunk in [params] if params[0].is_cuda else [[p] for p in params]:
-                self._update(group, chunk, scale, found_inf)
+            for chunk in [params] if params and params[0].is_cuda else [[p] for p in params]:
+                self._update(group, chunk, scale, getattr(self, "found_inf", None))
         return loss
 
     def _update(self, group: dict, params: list[torch.Tensor], scale, found_inf) -> None:
-        grads, states = [p.grad for p in params], [self.state[p] for p in params]
-        for p, state in zip(params, states):
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+        for p in params:
+            if not self.state[p]:
+                step = torch.zeros((), dtype=torch.float32, device=p.device)
+                self.state[p].update(step=step, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        states = [[self.state[p][key] for p in params] for key in ("exp_avg", "exp_avg_sq", "step")]
         # Adam on a zero tensor with learning rate -1 leaves there the direction m_hat / (sqrt(v_hat) + eps): one fused
         # pass that also divides the gradients and skips the update where found_inf says so.
         update = [torch.zeros_like(p) for p in params]
         adam(
-            update,
-            grads,
-            [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states],
-            [],
-            [s["step"] for s in states],
-            foreach=False,
-            fused=True,
-            capturable=False,
-            differentiable=False,
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=-1.0,
-            weight_decay=0.0,
-            eps=group["eps"],
-            maximize=False,
-            grad_scale=scale,
-            found_inf=found_inf,
+            update, [p.grad for p in params], states[0], states[1], [], states[2],
+            fused=True, amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=-1.0, weight_decay=0.0,
+            eps=group["eps"], maximize=False, grad_scale=scale, found_inf=found_inf,
         )
         step_size = -group["lr"] if found_inf is None else -group["lr"] * (1 - found_inf)
         if group["weight_decay"] == 0:
-            if found_inf is not None:
-                torch._foreach_mul_(update, step_size)
-                torch._foreach_add_(params, update)
-            else:
-                torch._foreach_add_(params, update, alpha=step_size)
-            return
-        torch._foreach_add_(update, params, alpha=group["weight_decay"])
-        weight_norm, update_norm = torch.stack(torch._foreach_norm(params)), torch.stack(torch._foreach_norm(update))
-        ratio = torch.where((weight_norm > 0) & (update_norm > 0), weight_norm / update_norm, 1.0)
-        torch._foreach_mul_(update, list((ratio * step_size).unbind()))
+            torch._foreach_mul_(update, step_size)
+        else:
+            torch._foreach_add_(update, params, alpha=group["weight_decay"])
+            weight_norm, update_norm = (torch.stack(torch._foreach_norm(x)) for x in (params, update))
+            ratio = torch.where((weight_norm > 0) & (update_norm > 0), weight_norm / update_norm, 1.0)
+            torch._foreach_mul_(update, list((ratio * step_size).unbind()))
         torch._foreach_add_(params, update)
 
 
@@ -108,7 +88,8 @@ def global_norm(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """[not decayed, decayed]: no decay for 1-d tensors, biases and names in model.no_weight_decay(); frozen ones in neither."""
+    """[not decayed, decayed]: no decay for 1-d tensors, biases and names in model.no_weight_decay(); frozen ones in
+    neither."""
     skip = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
     plain, decayed = [], []
     for name, parameter in model.named_parameters():
@@ -117,12 +98,14 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": plain, "weight_decay": 0.0}, {"params": decayed, "weight_decay": weight_decay}]
 
 
-def cosine_lr(step: float, total: float, warmup: float, base_lr: float, min_lr: float = 0.0, warmup_lr: float = 0.0) -> float:
+def cosine_lr(
+    step: float, total: float, warmup: float, base_lr: float, min_lr: float = 0.0, warmup_lr: float = 0.0
+) -> float:
     """Learning rate at time `step` of `total`, all three times in one unit (the scripts': epochs, as a real number).
 
-    Linear from warmup_lr to base_lr while step < warmup, then min_lr + (base_lr - min_lr) / 2 (1 + cos(pi step / total)).
-    The warm-up replaces the cosine's start, it does not shift it. The official code evaluates this once per epoch, one
-    epoch late; the scripts here evaluate it at every iteration, on time.
+    Linear from warmup_lr to base_lr while step < warmup, then min_lr + (base_lr - min_lr) / 2 (1 + cos(pi step /
+    total)). The warm-up replaces the cosine's start, it does not shift it. The official code evaluates this once per
+    epoch, one epoch late; the scripts here evaluate it at every iteration, on time.
     """
     if step < warmup:
         return warmup_lr + step * (base_lr - warmup_lr) / warmup
@@ -163,7 +146,8 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module, skip: torch.Tensor | None = None) -> None:
-        """Average in the model's current state; `skip` (0-dim, 1 or 0): change nothing where it is 1, decided on the device."""
+        """Average in the model's current state; `skip` (0-dim, 1 or 0): change nothing where it is 1, decided on the
+        device."""
         if self._floats is None:
             own, new = self.model.state_dict(), model.state_dict()
             pairs = [(own[k], new[k]) for k in own]

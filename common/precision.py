@@ -1,4 +1,5 @@
-"""One path for fp32, bf16 and fp16: autocast, accumulation, loss scaling, clipping, and the guard against broken numbers.
+"""One path for fp32, bf16 and fp16: autocast, accumulation, loss scaling, clipping, and the guard against broken
+numbers.
 
 Nothing here makes the host wait for the device: whether a step is applied is decided by a flag on the device, which the
 host reads a few steps later (common.run).
@@ -18,7 +19,7 @@ from common.errors import UserError
 from common.optim import global_norm
 
 AMP = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SCALE_GROWTH_STEPS = 2000  # steps without overflow after which fp16's loss scale doubles (torch.amp.GradScaler's default)
+SCALE_GROWTH_STEPS = 2000  # steps without overflow after which fp16's loss scale doubles, as torch's GradScaler does
 
 
 def check_amp(amp: str, device: torch.device) -> None:
@@ -51,8 +52,8 @@ class Precision:
 
     @contextlib.contextmanager
     def forward(self, model: nn.Module) -> Iterator[None]:
-        """For forward and loss of one micro-batch, to be followed by backward(): autocast, and gradients exchanged between
-        ranks only with the step's last micro-batch."""
+        """For forward and loss of one micro-batch, to be followed by backward(): autocast, and gradients exchanged
+        between ranks only with the step's last micro-batch."""
         self.micro_batch += 1
         if isinstance(model, DistributedDataParallel) and self.micro_batch < self.accumulation:
             self.unsynchronised.enter_context(model.no_sync())
@@ -65,7 +66,9 @@ class Precision:
         self.unsynchronised.close()
         self.loss += loss.detach().float() / self.accumulation
 
-    def step(self, optimizer: torch.optim.Optimizer, lr: float, asked: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    def step(
+        self, optimizer: torch.optim.Optimizer, lr: float, asked: float = 0.0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Clip, apply, clear. Returns (stats, skipped), tensors on the device.
 
         stats (3,): mean loss over all ranks, number of ranks whose loss or gradient is not finite, sum of what the
@@ -84,8 +87,8 @@ class Precision:
             skipped = self.broken
         for group in optimizer.param_groups:
             group["lr"] = lr
-        # Division by this one number inside the fused kernel is both the unscaling and the clipping. LAMB's definition of
-        # the latter (Apex): divide by max(1, norm / clip), with no epsilon.
+        # Division by this one number inside the fused kernel is both the unscaling and the clipping. LAMB's definition
+        # of the latter (Apex): divide by max(1, norm / clip), with no epsilon.
         clip = 1.0 if self.clip_grad is None else (norm / self.clip_grad).clamp(min=1.0)
         optimizer.grad_scale, optimizer.found_inf = self.scale * clip, skipped
         optimizer.step()

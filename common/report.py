@@ -79,7 +79,8 @@ def benchmark(run: Run, build: Callable[[], torch.nn.Module], loss: Callable[...
             model(images)
 
     machine = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "CPU"
-    run.say(f"{args.model}, {parameters / 1e6:.2f} M parameters, {gmacs:.3f} GMACs, batch {batch} per rank, {run.amp}, {machine}")
+    cost = f"{parameters / 1e6:.2f} M parameters, {gmacs:.3f} GMACs"
+    run.say(f"{args.model}, {cost}, batch {batch} per rank, {run.amp}, {machine}")
     for name, step in (("training", train_step), ("inference", inference)):
         wrapped.train(name == "training")
         rate, memory = speed(step, batch * run.world, run.device)
@@ -94,26 +95,29 @@ def describe(run: Run, build: Callable[[], torch.nn.Module], data: TrainingData)
     """The banner of a training run."""
     args, recipe, size = run.args, run.recipe, run.recipe.img_size
     parameters, gmacs = count(build, size)
-    return (
-        f"model    {args.model}, {parameters / 1e6:.2f} M parameters, {gmacs:.3f} GMACs at {size[0]} x {size[1]}, {len(data.classes)} classes\n"
-        f"data     {args.data}, {len(data.source)} training images, {'no' if data.val is None else len(data.val)} validation images\n"
-        f"batch    {recipe.batch_size} = {run.world} ranks x {data.micro_batch} x {data.accumulation} accumulation, {run.amp} on {run.device.type}, {run.workers} workers per rank\n"
-        f"steps    {recipe.epochs} epochs x {data.steps}\n"
-        f"recipe   {args.recipe}: {', '.join(f'{f.name} {getattr(recipe, f.name)}' for f in dataclasses.fields(recipe))}\n"
-        f"differs from the paper: {'; '.join(differences(recipe, run.paper)) or 'nothing'}"
-        + (" (but this recipe is none of the paper's)" if args.recipe == "shapes" else "")
-    )
+    cost = f"{parameters / 1e6:.2f} M parameters, {gmacs:.3f} GMACs at {size[0]} x {size[1]}"
+    images = f"{len(data.source)} training images, {'no' if data.val is None else len(data.val)} validation images"
+    batch = f"{run.world} ranks x {data.micro_batch} x {data.accumulation} accumulation, {run.amp} on {run.device.type}"
+    fields = ", ".join(f"{f.name} {getattr(recipe, f.name)}" for f in dataclasses.fields(recipe))
+    ours = " (but this recipe is none of the paper's)" if args.recipe == "shapes" else ""
+    return "\n".join([
+        f"model    {args.model}, {cost}, {len(data.classes)} classes", f"data     {args.data}, {images}",
+        f"batch    {recipe.batch_size} = {batch}, {run.workers} workers per rank",
+        f"steps    {recipe.epochs} epochs x {data.steps}", f"recipe   {args.recipe}: {fields}",
+        f"differs from the paper: {'; '.join(differences(recipe, run.paper)) or 'nothing'}{ours}",
+    ])
 
 
 def show_batch(path: str | Path, data: TrainingData, prepare: Callable) -> None:
-    """PNG of the run's first 16 images. prepare(batch, groups) -> (images before mixing, as the network sees them, ...)."""
-    before, after, *_ = prepare(*data.first_images(16))
-    save_batch(path, [("before mixing", denormalize(before)), ("after mixing: what the network is fed", denormalize(after))])
+    """PNG of the run's first 16 images. prepare(batch) -> (images before mixing, as the network sees them, ...)."""
+    before, after, *_ = prepare(data.first_images(16))
+    rows = {"before mixing": before, "after mixing: what the network is fed": after}
+    save_batch(path, [(title, denormalize(images)) for title, images in rows.items()])
 
 
 def show_crops(path: str | Path, data: TrainingData) -> None:
     """PNG of the run's first 8 images' crops: one row of pictures per crop."""
-    images = data.first_images(8)[0][0]
+    images = data.first_images(8).images
     crops = [crop[:8].cpu() for batch in images for crop in batch.unbind(1)]
     rows = [[Image.fromarray(c.permute(1, 2, 0).contiguous().numpy()) for c in crop] for crop in crops]
     save_sheet(path, [(f"crop {i + 1} of {len(rows)}", row) for i, row in enumerate(rows)])
@@ -123,7 +127,8 @@ def save_batch(path: str | Path, rows: list[tuple[str, torch.Tensor]], columns: 
     """PNG with one titled grid per row entry; images (B, 3, H, W) with values 0..255."""
     strips = []
     for title, batch in rows:
-        grid = make_grid(batch[: 2 * columns].clamp(0, 255).round().to(torch.uint8).cpu(), nrow=columns, padding=2, pad_value=255)
+        pixels = batch[: 2 * columns].clamp(0, 255).round().to(torch.uint8).cpu()
+        grid = make_grid(pixels, nrow=columns, padding=2, pad_value=255)
         strips.append((title, [Image.fromarray(grid.permute(1, 2, 0).numpy())]))
     save_sheet(path, strips)
 
@@ -211,7 +216,8 @@ def save_plot(path: str | Path, panels: list[dict[str, list[tuple[float, float]]
 
 
 def save_scatter(path: str | Path, points: dict[str, tuple[float, float]], x_label: str, y_label: str) -> None:
-    """PNG of named points (x, y); those on the upper right of the convex hull, which no mixture of others beats, are stars."""
+    """PNG of named points (x, y); those on the upper right of the convex hull, which no mixture of others beats, are
+    stars."""
     width, height, x0, y0, x1, y1 = 640, 480, 64, 28, 480, 440
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)

@@ -1,7 +1,7 @@
 """One run: ranks, output folder, log, progress, signals, checkpoints and resuming.
 
-What decides the result (order, augmentation, learning rate, random draws) is a pure function of (seed, epoch, step), so a
-run is resumed exactly from weights, optimizer state and these two counters.
+What decides the result (order, augmentation, learning rate, random draws) is a pure function of (seed, epoch, step),
+so a run is resumed exactly from weights, optimizer state and these two counters.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import fcntl
 import importlib.util
 import json
 import math
@@ -36,7 +37,7 @@ from tqdm import tqdm
 from common import checkpoint
 from common.batchnorm import synchronise
 from common.cli import differences
-from common.errors import RunError, UserError
+from common.errors import RunError, UserError, one_line
 
 FLAG_LAG = 3  # steps after which the host reads a step's flags from a GPU: long done by then, so nothing waits
 SAVE, STOP = 1.0, 2.0**16  # what a signal asks of a rank; a sum over ranks tells both
@@ -47,74 +48,72 @@ class Stopped(Exception):
     """A signal asked for an end and the state is saved."""
 
 
-# ---- Starting and ending -----------------------------------------------------------------------------------------------
+# ---- Starting and ending ---------------------------------------------------------------------------------------------
 
 
 def launch(main: Callable[[], None]) -> None:
-    """Runs a script's main; turns its end into one line and an exit status (0, 1, 2, 128 + signal)."""
-    status, rank = 1, int(os.environ.get("RANK", 0))
+    """Runs a script's main and ends the process, whatever main ended by and whatever still runs beside it."""
+    status = 1
+    try:
+        status = outcome(main)
+    finally:
+        _quit(status)
+
+
+def outcome(main: Callable[[], None]) -> int:
+    """main()'s exit status: 0, 1, 2 or 128 + signal. A failure is told in one line, an unforeseen one by its
+    traceback."""
+    status, line, rank = 1, None, int(os.environ.get("RANK", 0))
     try:
         main()
         status = 0
     except SystemExit as end:
         status = end.code or 0
     except Stopped as stopped:
-        _end_of_run(128 + stopped.args[0])
-        _quit(128 + stopped.args[0])  # from here: leaving the block takes a loader down whose workers are in the middle of a batch
+        status = 128 + stopped.args[0]
+    except KeyboardInterrupt:
+        status = 130
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")
     except (UserError, RunError) as error:
         status = 2 if isinstance(error, UserError) else 1
         if "--debug" in sys.argv:
             traceback.print_exc()
         if _first_to_report(rank):
-            _report(f"error: {error}" if rank == 0 else f"error (rank {rank}): {error}")
-    except KeyboardInterrupt:
-        status = 130
-    except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")
-        status = 1
+            line = str(error)
     except torch.cuda.OutOfMemoryError:
-        status = 1
-        _report(f"error (rank {rank}): the GPU's memory is full; lower --micro-batch (the result stays the same) or use --grad-checkpoint")
-    except RuntimeError as error:
-        status = 1
-        if not _lost_contact(error):
-            raise
-        time.sleep(3)  # the rank that failed speaks first
-        _report(
-            f"error (rank {rank}): lost contact with another rank{_WHERE['text']}: it died or hangs (see its own message); --resume auto goes on from the last checkpoint"
-        )
-    finally:
-        _end_of_run(status)
-    sys.stdout.flush()
-    if dist.is_initialized():  # taking gloo down can block (torch 2.6) or abort (2.15); by now all is written
-        _quit(status)
-    sys.exit(status)
+        line = "the GPU's memory is full; lower --micro-batch (the result stays the same) or use --grad-checkpoint"
+    except BaseException as error:
+        if _lost_contact(error):
+            time.sleep(3)  # the rank that failed speaks first
+            where = "".join(f" at epoch {run.epoch}, step {run.step}" for run in _CURRENT if run.started)
+            hint = "it died or hangs (see its own message); --resume auto goes on from the last checkpoint"
+            line = f"lost contact with another rank{where}: {hint}"
+        else:
+            traceback.print_exc()
+    with contextlib.suppress(OSError):
+        if line:
+            text = " ".join(line.splitlines())
+            print(f"error (rank {rank}): {text}" if rank else f"error: {text}", file=sys.stderr, flush=True)
+    while _CURRENT:
+        _CURRENT.pop().close(status)
+    return status
 
 
 def _quit(status: int) -> None:
-    """Ends the process and its data loading workers at once; nothing is taken down."""
+    """Ends the process and its data loading workers at once. Nothing is taken down: workers ignore the SIGTERM by which
+    Python would wait for them, gloo can block (torch 2.6) or abort (2.15), and by now everything is written."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise that a worker was killed
     for child in multiprocessing.active_children():
-        child.kill()  # they ignore SIGTERM
+        child.kill()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, RuntimeError):  # closed, or a signal came in the middle of a print
+        with contextlib.suppress(OSError, RuntimeError, ValueError):  # closed, or a signal came during a print
             stream.flush()
     os._exit(status)
 
 
-_WHERE = {"text": ""}  # " at epoch E, step S" for the message above
 _CURRENT: list[Run] = []
 _STORE: list = []  # where the ranks meet
-
-
-def _end_of_run(status: int) -> None:
-    while _CURRENT:
-        _CURRENT.pop().close(status)
-
-
-def _report(line: str) -> None:
-    with contextlib.suppress(OSError):
-        print(line.replace("\n", " "), file=sys.stderr, flush=True)
 
 
 def _first_to_report(rank: int) -> bool:
@@ -127,29 +126,29 @@ def _first_to_report(rank: int) -> bool:
         return True
 
 
-def _lost_contact(error: RuntimeError) -> bool:
-    signs = ("Connection closed by peer", "Connection reset", "Broken pipe", "Timed out", "timed out", "gloo", "NCCL", "Socket")
-    return dist.is_initialized() and any(s in str(error) for s in signs)
+def _lost_contact(error: BaseException) -> bool:
+    signs = ("connection closed by peer", "connection reset", "broken pipe", "timed out", "gloo", "nccl", "socket")
+    said = str(error).lower()
+    return isinstance(error, RuntimeError) and dist.is_initialized() and any(s in said for s in signs)
 
 
 def connect(device: str | None, timeout: int) -> tuple[torch.device, int, int]:
-    """(device, rank, world size) from torchrun's environment; one process without it. UserError if half of it is set."""
+    """(device, rank, world size) from torchrun's environment; one process without it. UserError if half of it is
+    set."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     given = [n for n in names if n in os.environ]
     if given and len(given) < len(names):
         missing = ", ".join(n for n in names if n not in given)
-        raise UserError(
-            f"the environment sets {', '.join(given)} but not {missing}; start several ranks with torchrun, one with plain python"
-        )
+        hint = "start several ranks with torchrun, one with plain python"
+        raise UserError(f"the environment sets {', '.join(given)} but not {missing}; {hint}")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here; leave the flag out to run on the CPU")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     rank, world, local = (int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if device == "cuda":
         if local >= torch.cuda.device_count():
-            raise UserError(
-                f"torchrun starts more ranks per node than there are GPUs ({torch.cuda.device_count()}); lower --nproc_per_node"
-            )
+            gpus = f"there are GPUs ({torch.cuda.device_count()})"
+            raise UserError(f"torchrun starts more ranks per node than {gpus}; lower --nproc_per_node")
         torch.cuda.set_device(local)
         device = f"cuda:{local}"
     if given and not dist.is_initialized():
@@ -158,34 +157,17 @@ def connect(device: str | None, timeout: int) -> tuple[torch.device, int, int]:
             store, _, _ = next(rendezvous("env://", timeout=wait))
             # Ranks that torchrun starts again find the store of those that died: addresses in it would lead nowhere.
             store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-            dist.init_process_group("nccl" if "cuda" in device else "gloo", store=store, rank=rank, world_size=world, timeout=wait)
+            backend = "nccl" if "cuda" in device else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
             _STORE.append(store)
         except (RuntimeError, ValueError) as error:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            raise UserError(
-                f"ranks cannot meet at {where}: {' '.join(str(error).split())[:200]}; use torchrun --standalone or another --master-port"
-            ) from None
+            hint = "use torchrun --standalone or another --master-port"
+            raise UserError(f"ranks cannot meet at {where}: {one_line(error, 200)}; {hint}") from None
     return torch.device(device), rank, world
 
 
-def split_batch(batch_size: int, world: int, micro_batch: int | None, group: int) -> tuple[int, int]:
-    """(micro-batch per rank, accumulation steps) with world x micro-batch x accumulation = batch_size.
-
-    Micro-batches consist of whole mixing groups. UserError with the two nearest batch sizes that would do.
-    """
-    unit = world * (micro_batch or group)
-    if micro_batch is not None and (micro_batch < 1 or micro_batch % group):
-        raise UserError(f"--micro-batch {micro_batch}: must be a multiple of the {group} images that are mixed together (--mix-group)")
-    if batch_size % unit:
-        near = sorted({max(1, batch_size // unit) * unit, (batch_size // unit + 1) * unit})
-        parts = f"{world} ranks x {micro_batch or group} images" + ("" if micro_batch else " (--mix-group, the least a rank can take)")
-        raise UserError(f"--batch-size {batch_size}: not a multiple of {parts}; the nearest that are: {' and '.join(map(str, near))}")
-    local = batch_size // world
-    micro = micro_batch or max(m for m in range(group, local + 1, group) if local % m == 0 and (m <= 256 or m == group))
-    return micro, local // micro
-
-
-# ---- The run -------------------------------------------------------------------------------------------------------------
+# ---- The run ---------------------------------------------------------------------------------------------------------
 
 
 class Run:
@@ -198,16 +180,15 @@ class Run:
         self.out = Path(args.out or f"runs/{method}_{args.model.replace('/', '_')}")
         self.epoch = self.step = 0  # what comes next
         self.best = -math.inf
-        self.loss_sum, self.loss_count = 0.0, 0
+        self.loss_sum, self.loss_count, self.last_loss = 0.0, 0, math.nan
         self.stop_signal, self.stop_agreed = 0, False  # asked of this rank; known to all ranks
         self.save_asked, self.save_agreed = False, False
         self.lag = FLAG_LAG if self.device.type == "cuda" else 0
         self.pending: deque = deque()  # (stats, files, lr) of steps whose flags the host has not read
         self.skipped_in_a_row = self.skipped_steps = 0
-        self.log_bytes = 0
-        self.waited = 0.0
-        self.bar = self.writer = None
-        self.locked = self.started = False
+        self.log_bytes, self.log_failed = 0, False
+        self.bar = self.writer = self.lock = None
+        self.started = False
         _CURRENT.append(self)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
@@ -232,14 +213,13 @@ class Run:
         """One line of strict JSON in log.jsonl (numbers that are not finite become null)."""
         if self.rank != 0:
             return
-        line = json.dumps(_json_safe(record), allow_nan=False) + "\n"
+        line = (json.dumps(_json_safe(record), allow_nan=False) + "\n").encode()
         try:
             with open(self.out / "log.jsonl", "ab") as f:
-                f.write(line.encode())
-                f.flush()
-            self.log_bytes += len(line.encode())
+                f.write(line)
+            self.log_bytes += len(line)
         except OSError as error:
-            if not getattr(self, "log_failed", False):
+            if not self.log_failed:
                 self.log_failed = True
                 self.say(f"warning: cannot write {self.out / 'log.jsonl'} ({error.strerror}); training goes on")
 
@@ -252,13 +232,6 @@ class Run:
             return self.args.workers
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-
-    def _of_all_ranks(self, items: list) -> list:
-        if self.world == 1:
-            return items
-        gathered: list = [None] * self.world
-        dist.all_gather_object(gathered, items)
-        return [item for part in gathered for item in part]
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Every rank's tensor (n, ...), rank 0's first: (world n, ...), the same on all ranks. No gradient."""
@@ -273,42 +246,6 @@ class Run:
         result = []
         self._on_rank_0(lambda: result.append(action()))
         return result[0] if result else action()
-
-    # -- folder
-
-    def open_folder(self) -> None:
-        """Takes the output folder; UserError if it cannot be written or holds another run."""
-        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and self.args.resume is None:
-            self.args.resume = "auto"  # torchrun --max-restarts started this process again
-        self._on_rank_0(self._open_folder)
-
-    def _open_folder(self) -> None:
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            probe = self.out / ".probe"
-            probe.write_text("")
-            probe.unlink()
-        except OSError as error:
-            raise UserError(f"--out {self.out}: cannot be written ({error.strerror})") from None
-        lock = self.out / "lock"
-        me = f"{socket.gethostname()} {os.getpid()} {_process_start(os.getpid())}"
-        if lock.exists():
-            host, pid, start = (lock.read_text().split() + ["", "0", ""])[:3]
-            if host == socket.gethostname() and pid.isdigit() and (_process_start(int(pid)) or "gone") == start:
-                raise UserError(f"--out {self.out}: in use by process {pid}; choose another folder or stop that run")
-            if host and host != socket.gethostname() and self.args.resume is None:
-                raise UserError(f"--out {self.out}: locked by process {pid} on {host}; if that run is dead, remove {lock}")
-        if (self.out / "last.pt").exists() and self.args.resume is None:
-            raise UserError(f"--out {self.out}: holds a run already; --resume auto goes on with it, another --out starts anew")
-        lock.unlink(missing_ok=True)  # a dead process's
-        try:
-            with open(lock, "x") as f:
-                f.write(me)
-        except FileExistsError:
-            raise UserError(f"--out {self.out}: another run has just started there; choose another folder") from None
-        self.locked = True
-        for leftover in self.out.glob("*.tmp"):  # of a write that was killed
-            leftover.unlink(missing_ok=True)
 
     def _on_rank_0(self, action: Callable[[], None]) -> None:
         """Runs `action` on rank 0 while the others wait; if it fails there, all ranks stop."""
@@ -326,6 +263,48 @@ class Run:
         if error is not None:
             raise error
 
+    # -- folder
+
+    def open_folder(self) -> None:
+        """Takes the output folder; UserError if it cannot be written or holds another run."""
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and self.args.resume is None:
+            self.args.resume = "auto"  # torchrun --max-restarts started this process again
+        self._on_rank_0(self._open_folder)
+
+    def _open_folder(self) -> None:
+        path, where, here = self.out / "lock", f"--out {self.out}", socket.gethostname()
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            lock = open(path, "a+")
+            lock.seek(0)
+            owner = lock.read().strip()  # "process PID on HOST", left behind if that was killed
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it, however this process ends
+            if not path.exists() or not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                raise BlockingIOError  # its last owner removed it just now, and somebody may have made another
+        except BlockingIOError:
+            owner = owner or "another run, which has just started"
+            raise UserError(f"{where}: in use by {owner}; choose another folder or stop that run") from None
+        except OSError as error:
+            raise UserError(f"{where}: cannot be written ({error.strerror})") from None
+        if owner and not owner.endswith(f" on {here}") and self.args.resume is None:
+            raise UserError(f"{where}: locked by {owner}; if that run is dead, remove {path}")
+        if (self.out / "last.pt").exists() and self.args.resume is None:
+            path.unlink()
+            raise UserError(f"{where}: holds a run already; --resume auto goes on with it, another --out starts anew")
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {here}\n")
+        lock.flush()
+        self.lock = lock
+        for leftover in self.out.glob("*.tmp"):  # of a write that was killed
+            leftover.unlink(missing_ok=True)
+
+    def _unlock(self) -> None:
+        if self.lock is not None:
+            with contextlib.suppress(OSError):
+                (self.out / "lock").unlink()
+            self.lock.close()
+            self.lock = None
+
     # -- starting
 
     def prepare(self, model: nn.Module, micro_batch: int) -> nn.Module:
@@ -335,25 +314,26 @@ class Run:
         model = synchronise(model, self.device)
         if self.args.compile:
             cuda = self.device.type == "cuda"
-            if importlib.util.find_spec("triton") is None if cuda else not any(map(shutil.which, ("c++", "g++", "clang++"))):
-                raise UserError(
-                    f"--compile: needs {'the package triton' if cuda else 'a C++ compiler'}, not found here; leave the flag out"
-                )
+            found = importlib.util.find_spec("triton") if cuda else any(map(shutil.which, ("c++", "g++", "clang++")))
+            if not found:
+                needed = "the package triton" if cuda else "a C++ compiler"
+                raise UserError(f"--compile: needs {needed}, not found here; leave the flag out")
             model.compile()
         if self.world > 1:
             # Buffers are equal on all ranks by themselves: BatchNorm's statistics are synchronised, memories gathered.
             device_ids = [self.device.index] if self.device.type == "cuda" else None
-            model = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False)
+            model = DistributedDataParallel(
+                model, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False
+            )
         return model
 
-    def start(self, *, model: nn.Module, optimizer, precision, ema=None, data: dict, extra: dict[str, object] | None = None) -> None:
+    def start(self, data: dict, **parts) -> None:
         """Registers what a checkpoint holds, resumes if asked to, and checks that all ranks hold the same weights.
 
-        data: TrainingData.identity() and what else must be the same when the run goes on (a teacher);
-        extra: further objects with state_dict() and load_state_dict() (method state).
+        data: TrainingData.identity() and what else must be the same when the run goes on (a teacher); parts: "model",
+        "optimizer" and whatever else has state_dict() and load_state_dict(), or None.
         """
-        self.parts = {"model": model, "optimizer": optimizer, "scaler": precision, "ema": ema and ema.model, **(extra or {})}
-        self.data_info = data
+        self.parts, self.data_info = parts, data
         if self.args.resume:
             self._resume()
         self._check_same_weights()
@@ -369,68 +349,65 @@ class Run:
                     (self.out / "log.jsonl").write_bytes(b"")
             self.log_bytes = 0
         self.started = True
-        self.log(
-            {
-                "status": "started",
-                "epoch": self.epoch,
-                "step": self.step,
-                "seed": self.args.seed,
-                "world_size": self.world,
-                "recipe": dataclasses.asdict(self.recipe),
-                "differs_from_paper": differences(self.recipe, self.paper),
-                "allowed_changes": self.args.allow_changes,
-                **{k: v for k, v in data.items() if k not in ("classes", "digest")},
-            }
-        )
+        self.log({
+            "status": "started", "epoch": self.epoch, "step": self.step, "seed": self.args.seed,
+            "world_size": self.world, "recipe": dataclasses.asdict(self.recipe),
+            "differs_from_paper": differences(self.recipe, self.paper), "allowed_changes": self.args.allow_changes,
+            **{k: v for k, v in data.items() if k not in ("classes", "digest")},
+        })
 
     def _resume(self) -> None:
-        saved, changes = None, []
-        if self.args.resume == "auto":
-            for name in ("last.pt", "previous.pt"):
-                if (self.out / name).exists():
-                    try:
-                        saved = checkpoint.load(self.out / name, "--resume")
-                        break
-                    except UserError as error:
-                        self.say(f"warning: {error}")
-            if saved is None:
-                if (self.out / "last.pt").exists():
-                    raise UserError(f"--resume auto: no good checkpoint in {self.out}; start anew with another --out")
-                self.say(f"nothing to resume in {self.out}: starting from the beginning")
-                return
-        else:
-            saved, name = checkpoint.load(self.args.resume, "--resume"), self.args.resume
+        found = self._newest_checkpoint()
+        if found is None:
+            return self.say(f"nothing to resume in {self.out}: starting from the beginning")
+        name, saved = found
+        flag = f"--resume {self.args.resume}"
         if "optimizer" not in saved or "epoch" not in saved:
-            raise UserError(f"--resume {self.args.resume}: holds weights only; to start from them use --weights {self.args.resume}")
+            raise UserError(f"{flag}: holds weights only; to start from them use --weights {self.args.resume}")
         lacking = [key for key in (*self.parts, *self._counters(), *self._identity()) if key not in saved]
         if lacking:
-            raise UserError(f"--resume {self.args.resume}: lacks {', '.join(lacking)}; it was not written by this version's training")
-        asked = (self.method, self.args.model)
-        if (saved["method"], saved["model_name"]) != asked:
+            raise UserError(f"{flag}: lacks {', '.join(lacking)}; it was not written by this version's training")
+        if (saved["method"], saved["model_name"]) != (self.method, self.args.model):
             raise UserError(
-                f"--resume {self.args.resume}: holds {saved['method']} {saved['model_name']}, you asked for {asked[0]} {asked[1]}"
+                f"{flag}: holds {saved['method']} {saved['model_name']}, you asked for {self.method} {self.args.model}"
             )
         now = _compared(plain_recipe(self.recipe), self.args.seed, self.data_info)
         then = _compared(saved["recipe"], saved["seed"], saved["data"])
         changes = [f"{k} was {then.get(k)}, now {now.get(k)}" for k in {**then, **now} if then.get(k) != now.get(k)]
         if changes and not self.args.allow_changes:
-            raise UserError(
-                f"--resume {self.args.resume}: the run was started differently: {'; '.join(changes)}; repeat its flags, or add --allow-changes"
-            )
-        checkpoint.load_weights(self.parts["model"], saved["model"], f"--resume {self.args.resume}")
+            told = f"the run was started differently: {'; '.join(changes)}"
+            raise UserError(f"{flag}: {told}; repeat its flags, or add --allow-changes")
+        self._restore(saved, flag)
+        with_changes = f" with changes: {'; '.join(changes)}" if changes else ""
+        self.say(f"resumed from {name} at epoch {self.epoch}, step {self.step}{with_changes}")
+
+    def _newest_checkpoint(self) -> tuple[str, dict] | None:
+        """(name, content) of what --resume asks for; None if there is nothing."""
+        if self.args.resume != "auto":
+            return self.args.resume, checkpoint.load(self.args.resume, "--resume")
+        for name in ("last.pt", "previous.pt"):
+            if (self.out / name).exists():
+                try:
+                    return name, checkpoint.load(self.out / name, "--resume")
+                except UserError as error:
+                    self.say(f"warning: {error}")
+        if (self.out / "last.pt").exists():
+            raise UserError(f"--resume auto: no good checkpoint in {self.out}; start anew with another --out")
+        return None
+
+    def _restore(self, saved: dict, flag: str) -> None:
+        checkpoint.load_weights(self.parts["model"], saved["model"], flag)
         for key, part in self.parts.items():
-            if key == "model" or (part is None and saved.get(key) is None):
+            if key == "model" or (part is None and saved[key] is None):
                 continue
-            if part is None or saved.get(key) is None:
-                raise UserError(
-                    f"--resume {self.args.resume}: the checkpoint {'has' if part is None else 'lacks'} {key}, this run {'lacks' if part is None else 'has'} it"
-                )
+            if part is None or saved[key] is None:
+                verbs = ("has", "lacks") if part is None else ("lacks", "has")
+                raise UserError(f"{flag}: the checkpoint {verbs[0]} {key}, this run {verbs[1]} it")
             try:
                 part.load_state_dict(saved[key])
             except (ValueError, KeyError, RuntimeError) as error:
-                raise UserError(
-                    f"--resume {self.args.resume}: its {key} state does not fit ({' '.join(str(error).split())[:120]}); to start from the weights use --weights"
-                ) from None
+                problem = f"its {key} state does not fit ({one_line(error)})"
+                raise UserError(f"{flag}: {problem}; to start from the weights use --weights") from None
         for key in self._counters():
             if key not in ("rng", "log_bytes"):
                 setattr(self, key, saved[key])
@@ -440,35 +417,35 @@ class Run:
             with open(self.out / "log.jsonl", "r+b") as f:
                 self.log_bytes = min(saved["log_bytes"], f.seek(0, 2))
                 f.truncate(self.log_bytes)
-        self.say(
-            f"resumed from {name} at epoch {self.epoch}, step {self.step}" + (f" with changes: {'; '.join(changes)}" if changes else "")
-        )
 
     def _check_same_weights(self) -> None:
         """RunError if ranks hold different weights: they would diverge without a word."""
-        if self.world == 1:
-            return
-        sums = torch.stack([p.detach().double().sum() for p in self.parts["model"].parameters()]).sum().reshape(1)
-        all_sums = [torch.empty_like(sums) for _ in range(self.world)]
-        dist.all_gather(all_sums, sums)
-        if any(not torch.equal(s, all_sums[0]) for s in all_sums):
-            raise RunError(f"the ranks hold different weights at epoch {self.epoch}, step {self.step}; resume from the last checkpoint")
+        if self.world > 1:
+            sums = torch.stack([p.detach().double().sum() for p in self.parts["model"].parameters()]).sum().reshape(1)
+            if any(not torch.equal(s, sums[0]) for s in self.gather(sums)):
+                where = f"at epoch {self.epoch}, step {self.step}"
+                raise RunError(f"the ranks hold different weights {where}; resume from the last checkpoint")
 
     # -- the loop
+
+    def rng(self, purpose: str, number: int) -> random.Random:
+        """A generator of this step, the same on all ranks."""
+        return random.Random(f"{purpose}-{self.args.seed}-{self.epoch}-{self.step}-{number}")
 
     def seed_step(self, micro_batch: int) -> None:
         """Torch's generators for one micro-batch (stochastic depth, dropout): a function of seed, step and rank."""
         torch.manual_seed(hash((self.args.seed, self.epoch, self.step, micro_batch, self.rank)) & (2**63 - 1))
 
-    def steps(self, total: int, images_per_step: int) -> Iterator[int]:
-        """The optimizer steps of this epoch that are still to do, with a progress bar on rank 0."""
+    def steps(self, data) -> Iterator[int]:
+        """The optimizer steps of this epoch that are still to do, with a progress bar on rank 0. data: TrainingData."""
+        data.begin(self.epoch, self.step)
         if self.rank == 0 and sys.stderr.isatty():
-            total_images, done = total * images_per_step, self.step * images_per_step
-            self.bar = tqdm(total=total_images, initial=done, desc=f"epoch {self.epoch}", unit="img", unit_scale=True, dynamic_ncols=True, leave=False)  # fmt: skip
-        self.epoch_start, self.first_step, self.waited, self.last_line = time.time(), self.step, 0.0, time.time()
-        self.images_per_step, self.total_steps = images_per_step, total
-        while self.step < total:
-            _WHERE["text"] = f" at epoch {self.epoch}, step {self.step}"
+            total, done = (n * self.recipe.batch_size for n in (data.steps, self.step))
+            self.bar = tqdm(total=total, initial=done, desc=f"epoch {self.epoch}", unit="img", unit_scale=True,
+                            dynamic_ncols=True, leave=False)
+        self.epoch_start = self.last_line = time.time()
+        self.first_step, self.waited, self.data = self.step, 0.0, data
+        while self.step < data.steps:
             yield self.step
 
     def wait_for(self, batches: Iterator):
@@ -483,18 +460,15 @@ class Run:
         save, self.save_asked = self.save_asked, False
         return SAVE * save + STOP * (self.stop_signal != 0)
 
-    def after_step(self, stats: torch.Tensor, lr: float, files: Callable[[], list[str]]) -> None:
-        """Counts the step, reads the flags of an earlier one, saves and stops where asked.
-
-        files() names the images of this rank's batch, for the message about a loss that is not finite.
-        """
+    def after_step(self, stats: torch.Tensor, lr: float) -> None:
+        """Counts the step, reads the flags of an earlier one, saves and stops where asked. stats: see
+        Precision.step."""
         event = None
         if self.device.type == "cuda":
-            host = torch.empty(3, pin_memory=True)
-            stats = host.copy_(stats, non_blocking=True)
+            stats = torch.empty(3, pin_memory=True).copy_(stats, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-        self.pending.append((stats, event, lr, self.epoch, self.step, files))
+        self.pending.append((stats, event, lr, self.epoch, self.step, self.data.seen))
         self.step += 1
         self._read_flags(self.lag)
         self._progress(lr)
@@ -506,43 +480,41 @@ class Run:
 
     def _read_flags(self, lag: int) -> None:
         while len(self.pending) > lag:
-            stats, event, lr, epoch, step, files = self.pending.popleft()
+            stats, event, lr, epoch, step, seen = self.pending.popleft()
             if event is not None:
                 event.synchronize()
             loss, bad, asked = stats.tolist()
             self.stop_agreed |= asked >= STOP
             self.save_agreed |= asked % STOP > 0
-            if bad:
-                self.skipped_steps += 1
-                self.skipped_in_a_row += 1
-                if self.amp != "fp16" or self.skipped_in_a_row > MAX_SKIPPED:
-                    names = self._of_all_ranks(files())
-                    self.log({"status": "failed", "reason": "loss or gradient not finite", "epoch": epoch, "step": step, "lr": lr, "files": names})  # fmt: skip
-                    raise RunError(
-                        f"loss or gradient not finite at epoch {epoch}, step {step}, lr {lr:g}; nothing of that step was applied."
-                        f" Its images: {', '.join(names[:4])}, ... (all {len(names)} in {self.out / 'log.jsonl'})"
-                    )
-            else:
-                self.skipped_in_a_row = 0
-                self.loss_sum += loss
-                self.loss_count += 1
-                self.last_loss = loss
+            if not bad:
+                self.skipped_in_a_row, self.last_loss = 0, loss
+                self.loss_sum, self.loss_count = self.loss_sum + loss, self.loss_count + 1
+                continue
+            self.skipped_steps, self.skipped_in_a_row = self.skipped_steps + 1, self.skipped_in_a_row + 1
+            if self.amp != "fp16" or self.skipped_in_a_row > MAX_SKIPPED:
+                names = self.data.names(self.gather(torch.cat(seen).to(self.device)))
+                reason = "loss or gradient not finite"
+                record = {"status": "failed", "reason": reason, "epoch": epoch, "step": step, "lr": lr}
+                self.log({**record, "files": names})
+                images = f"Its images: {', '.join(names[:4])}, ... (all {len(names)} in {self.out / 'log.jsonl'})"
+                where = f"at epoch {epoch}, step {step}, lr {lr:g}"
+                raise RunError(f"{reason} {where}; nothing of that step was applied. {images}")
 
     def _progress(self, lr: float) -> None:
-        loss = getattr(self, "last_loss", float("nan"))
         if self.bar is not None:
-            self.bar.update(self.images_per_step)
-            self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2e}", refresh=False)
+            self.bar.update(self.recipe.batch_size)
+            self.bar.set_postfix(loss=f"{self.last_loss:.4f}", lr=f"{lr:.2e}", refresh=False)
         elif self.rank == 0 and time.time() - self.last_line > 30:
-            self.last_line = time.time()
-            done, rate = self.step - self.first_step, (self.step - self.first_step) / (time.time() - self.epoch_start)
-            left = (self.total_steps - self.step + (self.recipe.epochs - self.epoch - 1) * self.total_steps) / max(rate, 1e-9)
-            self.say(
-                f"epoch {self.epoch} step {self.step}/{self.total_steps}  loss {loss:.4f}  lr {lr:.2e}  {done * self.images_per_step / (time.time() - self.epoch_start):.0f} img/s  ETA {datetime.timedelta(seconds=int(left))}"
-            )
+            self.last_line, total = time.time(), self.data.steps
+            rate = (self.step - self.first_step) / (time.time() - self.epoch_start)  # steps per second
+            left = datetime.timedelta(seconds=int(((self.recipe.epochs - self.epoch) * total - self.step) / rate))
+            where, speed = f"epoch {self.epoch} step {self.step}/{total}", f"{rate * self.recipe.batch_size:.0f} img/s"
+            self.say(f"{where}  loss {self.last_loss:.4f}  lr {lr:.2e}  {speed}  ETA {left}")
 
-    def end_of_training_epoch(self) -> dict:
-        """Figures of the epoch's training part; saves `last.pt`, from which a resumed run goes straight to evaluation."""
+    def end_of_training_epoch(self, lr: float) -> dict:
+        """Figures of the epoch's training part; saves `last.pt`, from which a resumed run goes straight to evaluation.
+
+        lr: the next epoch's first learning rate."""
         self._read_flags(0)
         seconds, done = time.time() - self.epoch_start, self.step - self.first_step
         if self.bar is not None:
@@ -553,15 +525,13 @@ class Run:
         if self.stop_agreed:
             self._stop()
         waiting = self.waited / seconds if done else 0.0
-        if waiting > 0.3 and self.rank == 0:
+        if waiting > 0.3:
             self.say(f"warning: {waiting:.0%} of this epoch was waiting for data; raise --workers (now {self.workers})")
         return {
-            "epoch": self.epoch,
-            "step": (self.epoch + 1) * self.total_steps,
+            "epoch": self.epoch, "step": (self.epoch + 1) * self.data.steps,
             "train_loss": self.loss_sum / max(self.loss_count, 1),
-            "images_per_s": done * self.images_per_step / seconds if done else None,
-            "waiting_for_data": waiting,
-            "skipped_steps": self.skipped_steps,
+            "images_per_s": done * self.recipe.batch_size / seconds if done else None, "waiting_for_data": waiting,
+            "skipped_steps": self.skipped_steps, "lr": lr,
         }
 
     def end_of_epoch(self, record: dict, score: float | None) -> None:
@@ -570,7 +540,8 @@ class Run:
             self.best = score
             self._on_rank_0(lambda: checkpoint.save_copy(self.out / "last.pt", self.out / "best.pt"))
         self.log(record)
-        self.say("  ".join(f"{k} {v:.5g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items() if v is not None))
+        shown = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in record.items() if v is not None}
+        self.say("  ".join(f"{k} {v}" for k, v in shown.items()))
         if self.writer is not None:
             for key, value in record.items():
                 if isinstance(value, (int, float)) and math.isfinite(value):
@@ -580,14 +551,6 @@ class Run:
 
     def finish(self) -> None:
         self.log({"status": "completed", "epochs": self.recipe.epochs, "best": self.best})
-
-    def check_stop(self) -> None:
-        """Ends the run if any rank was asked to, with what is on disk (before training, and during evaluation)."""
-        asked = torch.tensor([float(self.stop_signal != 0)], device=self.device)
-        if self.world > 1:
-            dist.all_reduce(asked)
-        if asked.item():
-            self._stop()
 
     # -- saving and stopping
 
@@ -599,29 +562,26 @@ class Run:
 
     def _identity(self) -> dict:
         """What the run is."""
+        versions = {m.__name__: str(m.__version__) for m in (torch, torchvision)} | {"python": sys.version.split()[0]}
         return {
-            "method": self.method,
-            "model_name": self.args.model,
-            "seed": self.args.seed,
-            "recipe": plain_recipe(self.recipe),
-            "data": self.data_info,
-            "world_size": self.world,
-            "versions": {"torch": str(torch.__version__), "torchvision": str(torchvision.__version__), "python": sys.version.split()[0]},
+            "method": self.method, "model_name": self.args.model, "seed": self.args.seed,
+            "recipe": plain_recipe(self.recipe), "data": self.data_info, "world_size": self.world, "versions": versions,
         }
 
     def save(self) -> None:
         """Writes last.pt (the one before becomes previous.pt); only rank 0 writes."""
         self._read_flags(0)  # raises if what would be saved comes after a broken step
         state = {key: part if part is None else part.state_dict() for key, part in self.parts.items()}
+        content, folder = {**state, **self._counters(), **self._identity()}, self.out
+        self._on_rank_0(lambda: checkpoint.save(content, folder / "last.pt", keep=folder / "previous.pt"))
 
-        def write() -> None:
-            checkpoint.save(
-                {**state, **self._counters(), **self._identity()},
-                self.out / "last.pt",
-                keep=self.out / "previous.pt",
-            )
-
-        self._on_rank_0(write)
+    def check_stop(self) -> None:
+        """Ends the run if any rank was asked to, with what is on disk (before training, and during evaluation)."""
+        asked = torch.tensor([float(self.stop_signal != 0)], device=self.device)
+        if self.world > 1:
+            dist.all_reduce(asked)
+        if asked.item():
+            self._stop()
 
     def _on_signal(self, number: int, _frame) -> None:
         if self.stop_signal and number == signal.SIGINT:  # the second ctrl-C: now
@@ -635,19 +595,12 @@ class Run:
         self.save_asked = True  # Slurm's warning before the time is up: last.pt is written after this step
 
     def _stop(self) -> None:
-        number = self.stop_signal or signal.SIGTERM
-        self.log({"status": "preempted", "signal": int(number), "epoch": self.epoch, "step": self.step})
-        if hasattr(self, "parts") and (self.out / "last.pt").exists():
-            self.say(
-                f"stopped by signal {int(number)} at epoch {self.epoch}, step {self.step}; the same command with --resume auto --out {self.out} goes on"
-            )
-        raise Stopped(int(number))
-
-    def _unlock(self) -> None:
-        if self.locked:
-            with contextlib.suppress(OSError):
-                (self.out / "lock").unlink()
-            self.locked = False
+        number = int(self.stop_signal or signal.SIGTERM)
+        self.log({"status": "preempted", "signal": number, "epoch": self.epoch, "step": self.step})
+        if self.started and (self.out / "last.pt").exists():
+            where, hint = f"epoch {self.epoch}, step {self.step}", f"--resume auto --out {self.out}"
+            self.say(f"stopped by signal {number} at {where}; the same command with {hint} goes on")
+        raise Stopped(number)
 
     def close(self, status: int) -> None:
         if self.bar is not None:
@@ -677,17 +630,3 @@ def _json_safe(value):
     if isinstance(value, (list, tuple)):
         return [_json_safe(v) for v in value]
     return value
-
-
-def _process_start(pid: int) -> str:
-    """When process `pid` started, in clock ticks, "" if there is none ("alive" where the system does not tell)."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return ""
-    except PermissionError:
-        pass
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
-    except (OSError, IndexError):
-        return "alive"

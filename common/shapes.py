@@ -63,8 +63,9 @@ def draw(split: str, index: int) -> tuple[np.ndarray, np.ndarray, int]:
         ink = ((x + phase) % period - period / 2) ** 2 + ((y + phase) % period - period / 2) ** 2 < (0.33 * period) ** 2
     image[mask] = np.where(ink[mask][:, None], dark, light)
 
-    noise = np.frombuffer(rng.randbytes(image.size), dtype=np.uint8).reshape(image.shape) * np.float32(0.1) - np.float32(12.8)
-    return np.clip(image + noise, 0, 255).astype(np.uint8), mask, label
+    noise = np.frombuffer(rng.randbytes(image.size), dtype=np.uint8).reshape(image.shape)
+    image = image + (noise * np.float32(0.1) - np.float32(12.8))
+    return np.clip(image, 0, 255).astype(np.uint8), mask, label
 
 
 def object_mask(split: str, index: int) -> torch.Tensor:

@@ -237,7 +237,7 @@ def _coarse_level(file: str, source: Source) -> tuple[list[str], np.ndarray]:
     return coarse, to_coarse[source.labels]
 
 
-# ---- Folders and tar archives ------------------------------------------------------------------------------------------
+# ---- Folders and tar archives ----------------------------------------------------------------------------------------
 
 
 def _open_path(spec: str, val_data: str | None, classes: list[str] | None, splits, say) -> dict[str, Source]:
@@ -265,7 +265,8 @@ def _open_path(spec: str, val_data: str | None, classes: list[str] | None, split
 def open_images(path: str, flag: str, classes: list[str] | None = None, say: Callable[[str], None] = print) -> Source:
     """One folder of class folders, or one tar of class folders or class tars, as a Source.
 
-    classes fixes the labels. Folders named 0, 1, 2, ... that are not among them are taken as label numbers (ImageNet-V2).
+    classes fixes the labels. Folders named 0, 1, 2, ... that are not among them are taken as label numbers
+    (ImageNet-V2).
     """
     if not Path(path).exists():
         raise UserError(f"{flag}: {path} does not exist")
@@ -479,7 +480,8 @@ def no_cache(folder: Path, error: OSError) -> str:
 
 
 def cached_index(key: list, build: Callable[[], list[np.ndarray]], say: Callable[[str], None]) -> list[np.ndarray]:
-    """build(), kept in the cache under a hash of `key`; where that cannot be written it is said, and built again next time."""
+    """build(), kept in the cache under a hash of `key`; where that cannot be written it is said, and built again next
+    time."""
     folder = cache_folder()
     file = folder / (hashlib.sha256(repr(key).encode()).hexdigest()[:24] + ".npz")
     try:
@@ -497,7 +499,7 @@ def cached_index(key: list, build: Callable[[], list[np.ndarray]], say: Callable
     return arrays
 
 
-# ---- Data sets with a layout of their own --------------------------------------------------------------------------------
+# ---- Data sets with a layout of their own ----------------------------------------------------------------------------
 
 
 def _cifar(folder: str, split: str, name: str) -> Source:
@@ -574,8 +576,8 @@ def _inaturalist(folder: str, split: str, name: str) -> Source:
 def _eurosat(folder: str, split: str, name: str) -> Source:
     """EuroSAT (arXiv:1709.00029) as torchvision lays it out: eurosat/2750/CLASS/*.jpg.
 
-    There is no official split. Here 30% of each class, drawn once and for all, are the test images: of the 27,000 images
-    8,100, as many as in the transfer benchmarks.
+    There is no official split. Here 30% of each class, drawn once and for all, are the test images: of the 27,000
+    images 8,100, as many as in the transfer benchmarks.
     """
     root = Path(folder) / "eurosat" / "2750"
     if not root.is_dir():
@@ -591,8 +593,8 @@ def _eurosat(folder: str, split: str, name: str) -> Source:
 
 
 def _sun397(folder: str, split: str, name: str) -> Source:
-    """SUN397 as torchvision lays it out, SUN397/ClassName.txt and SUN397/a/abbey/*.jpg, with the first of the ten official
-    partitions, Training_01.txt and Testing_01.txt, in Partitions/, SUN397/ or the folder itself."""
+    """SUN397 as torchvision lays it out, SUN397/ClassName.txt and SUN397/a/abbey/*.jpg, with the first of the ten
+    official partitions, Training_01.txt and Testing_01.txt, in Partitions/, SUN397/ or the folder itself."""
     root, file = Path(folder) / "SUN397", f"{'Training' if split == 'train' else 'Testing'}_01.txt"
     lists = [p / file for p in (Path(folder) / "Partitions", root, Path(folder)) if (p / file).is_file()]
     if not (root / "ClassName.txt").is_file() or not lists:
@@ -618,8 +620,8 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def _cog(folder: str, split: str, name: str) -> Source:
-    """One level of ImageNet-CoG (arXiv:2012.05649): ImageNet-21k's folders nXXXXXXXX/*.JPEG and the two split files, the levels'
-    concepts (five lists) and {concept: {"train": [file names], "test" or "val": [...]}}."""
+    """One level of ImageNet-CoG (arXiv:2012.05649): ImageNet-21k's folders nXXXXXXXX/*.JPEG and the two split files,
+    the levels' concepts (five lists) and {concept: {"train": [file names], "test" or "val": [...]}}."""
     tables = []
     for file in (COG_LEVELS, COG_SPLITS):
         try:

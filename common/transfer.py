@@ -6,14 +6,14 @@
     python -m common.transfer finetuned flowers102=runs/a cars=runs/b --top1 83.1 --out results/vit_b_finetuned.json
     python -m common.transfer compare results/*.json --out results/compare
 
-features: on frozen features of each data set a linear classifier, a kNN classifier and retrieval. finetuned: the same table of
-runs that were fine-tuned by `--recipe transfer` of a script. compare: what correlates with what (Kornblith et al.,
-arXiv:1805.08974, "Do Better ImageNet Models Transfer Better?").
+features: on frozen features of each data set a linear classifier, a kNN classifier and retrieval. finetuned: the same
+table of runs that were fine-tuned by `--recipe transfer` of a script. compare: what correlates with what (Kornblith et
+al., arXiv:1805.08974, "Do Better ImageNet Models Transfer Better?").
 
-The protocol is t-ReX's (arXiv:2206.15369): features of the training set, cost chosen on a fifth of it that is held out class by
-class, then a fit to all of it, accuracy on the test set, mean over seeds; the log odds of these accuracies are averaged over
-the data sets. The test set decides nothing. Where it differs: t-ReX draws 30 costs with Optuna, here a grid is searched; its
-logistic regressions stop at scikit-learn's default tolerance, here at the optimum.
+The protocol is t-ReX's (arXiv:2206.15369): features of the training set, cost chosen on a fifth of it that is held out
+class by class, then a fit to all of it, accuracy on the test set, mean over seeds; the log odds of these accuracies are
+averaged over the data sets. The test set decides nothing. Where it differs: t-ReX draws 30 costs with Optuna, here a
+grid is searched; its logistic regressions stop at scikit-learn's default tolerance, here at the optimum.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from common.report import save_json, save_scatter
 from common.run import Run, launch
 from common.sources import Source, cache_folder, no_cache, open_data
 
-# ---- Data sets -----------------------------------------------------------------------------------------------------------
+# ---- Data sets -------------------------------------------------------------------------------------------------------
 
 COG, KORNBLITH, THESIS_TOP1 = "arXiv:2012.05649", "arXiv:1805.08974, Table 1", "thesis Table 2.9"
 SETS = {  # name: (metric, where that is the benchmark's metric)
@@ -83,7 +83,7 @@ def chosen_sets(names: list[str], root: str | None) -> dict[str, str]:
     return found
 
 
-# ---- Features ------------------------------------------------------------------------------------------------------------
+# ---- Features --------------------------------------------------------------------------------------------------------
 
 
 def cached_features(
@@ -111,7 +111,7 @@ def cached_features(
     return found
 
 
-# ---- Classifiers ---------------------------------------------------------------------------------------------------------
+# ---- Classifiers -----------------------------------------------------------------------------------------------------
 
 SGD_ABOVE = 2**28  # numbers in the training features, from which on the linear classifier is fitted by SGD
 COSTS = [10.0**e for e in range(-5, 7)]  # then half a decade around the best
@@ -152,10 +152,11 @@ def predict(classifier: Linear, features: torch.Tensor) -> torch.Tensor:
 def fit_logistic(
     x: torch.Tensor, y: torch.Tensor, rest: torch.Tensor, held: torch.Tensor, classes: int, metric: str
 ) -> tuple[Linear, dict]:
-    """(classifier, {"C"}): logistic regression with the cost that is best on the images `held`, refitted to all of (x, y).
+    """(classifier, {"C"}): logistic regression with the cost that is best on the images `held`, refitted to all of (x,
+    y).
 
-    Costs rise by decades until three in a row are worse than the best, then its neighbours half a decade away are tried; the
-    smallest of equally good ones counts.
+    Costs rise by decades until three in a row are worse than the best, then its neighbours half a decade away are
+    tried; the smallest of equally good ones counts.
     """
     scores: dict[float, float] = {}
 
@@ -180,7 +181,8 @@ def fit_logistic(
 def sgd_classifier(
     x: torch.Tensor, y: torch.Tensor, classes: int, lr: float, weight_decay: float, seed: int, *, epochs: int = 100, batch: int = 1024
 ) -> Linear:
-    """Softmax classifier by SGD with momentum 0.9 and a cosine schedule, from 0: (weight (K, D), bias (K,)). t-ReX's numbers."""
+    """Softmax classifier by SGD with momentum 0.9 and a cosine schedule, from 0: (weight (K, D), bias (K,)). t-ReX's
+    numbers."""
     generator = torch.Generator().manual_seed(seed)
     weight, bias = (torch.zeros(s, device=x.device, requires_grad=True) for s in ((classes, x.shape[1]), (classes,)))
     optimizer = torch.optim.SGD([weight, bias], lr=lr, momentum=0.9, weight_decay=weight_decay)
@@ -198,8 +200,8 @@ def sgd_classifier(
 
 
 def fit_sgd(x, y, rest, held, classes: int, metric: str, seed: int) -> tuple[Linear, dict]:
-    """(classifier, {"lr", "weight_decay"}): the same by SGD on L2-normalised features, for data too large for L-BFGS; the best of
-    30 draws of learning rate in 0.1..100 and weight decay in 1e-12..1e-4."""
+    """(classifier, {"lr", "weight_decay"}): the same by SGD on L2-normalised features, for data too large for L-BFGS;
+    the best of 30 draws of learning rate in 0.1..100 and weight decay in 1e-12..1e-4."""
     rng = random.Random(f"sgd-{seed}")
     draws = [(10 ** rng.uniform(-1, 2), 10 ** rng.uniform(-12, -4)) for _ in range(SGD_DRAWS)]
     scores = [accuracy(predict(sgd_classifier(x[rest], y[rest], classes, *draw, seed), x[held]), y[held], metric) for draw in draws]
@@ -248,7 +250,7 @@ def assess(train: torch.Tensor, train_labels, test: torch.Tensor, test_labels, c
     }
 
 
-# ---- Tables --------------------------------------------------------------------------------------------------------------
+# ---- Tables ----------------------------------------------------------------------------------------------------------
 
 
 def bounded_log_odds(percent: float, images: int) -> float:
@@ -297,7 +299,7 @@ def write(result: dict, out: Path) -> None:
     out.with_suffix(".txt").write_text(table(result) + "\n", encoding="utf-8")
 
 
-# ---- Commands ------------------------------------------------------------------------------------------------------------
+# ---- Commands --------------------------------------------------------------------------------------------------------
 
 
 def check_writable(folder: Path) -> None:
@@ -310,7 +312,8 @@ def check_writable(folder: Path) -> None:
 
 
 def load_network(args, say) -> tuple[torch.nn.Module, str, tuple[int, int], float, float | None]:
-    """(network in eval mode, its name, test resolution, crop ratio, its top-1 where it was trained) of --model and --weights."""
+    """(network in eval mode, its name, test resolution, crop ratio, its top-1 where it was trained) of --model and
+    --weights."""
     content = checkpoint.load(args.weights, "--weights") if args.weights else None
     size, ratio, top1, where = (224, 224), 0.875, None, f"--weights {args.weights}"
     if content is not None and isinstance(content.get("method"), str):
@@ -423,7 +426,8 @@ def pearson(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def bootstrap(statistic: Callable, x: np.ndarray, y: np.ndarray, draws: int = 10_000) -> tuple[float, float]:
-    """The 95% percentile interval of statistic(x, y) over resampled pairs; draws in which it is not defined do not count."""
+    """The 95% percentile interval of statistic(x, y) over resampled pairs; draws in which it is not defined do not
+    count."""
     picks = np.random.default_rng(0).integers(0, len(x), (draws, len(x)))
     values = np.array([statistic(x[p], y[p]) for p in picks])
     low, high = np.nanpercentile(values, [2.5, 97.5])
@@ -431,10 +435,11 @@ def bootstrap(statistic: Callable, x: np.ndarray, y: np.ndarray, draws: int = 10
 
 
 def compare(args) -> None:
-    """Several results: adjusted log odds, their correlation with the accuracy where the networks were trained, scatter plot.
+    """Several results: adjusted log odds, their correlation with the accuracy where the networks were trained, scatter
+    plot.
 
-    Adjusted (Kornblith et al., section 3): a set's log odds less the mean of all networks on it. Compared are the sets that all results
-    have. Correlations are with the log odds of the top-1 accuracy (Spearman's is the same without).
+    Adjusted (Kornblith et al., section 3): a set's log odds less the mean of all networks on it. Compared are the sets
+    that all results have. Correlations are with the log odds of the top-1 accuracy (Spearman's is the same without).
     """
     results = {}
     for file in args.files:
