@@ -24,10 +24,9 @@ Where the official code differs from what stands here:
 - its learning rate is constant within an epoch and one epoch late; here it follows the formula at every iteration;
 - its mixup draw is one per GPU, hence depends on the number of GPUs; here it is one per `mix_group` images of the
   global batch, whatever runs them;
-- dropout (off but in Table 3.8) also falls on the MLP's hidden layer; here on the embeddings and on each branch's
-  output;
-- without RandAugment or AutoAugment its colour jitter of 0.3 takes their place; here nothing does, the thesis names
-  none;
+- dropout (off but in Table 3.8) also falls on the MLP's hidden layer; here on embeddings and on the branches' output;
+- without RandAugment or AutoAugment it jitters colours by 0.3; here nothing takes their place, the thesis names
+  nothing;
 - repeated augmentation is silently off without torchrun; here it is not;
 - its keys' bias gets a gradient that is rounding noise (softmax cancels that bias); here it gets none.
 """
@@ -39,7 +38,7 @@ import math
 import random
 import sys
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -54,8 +53,7 @@ from torchvision.transforms import v2
 
 @dataclass(frozen=True)
 class Recipe:
-    """The column DeiT-B of Table 3.9, which serves every size; the flags are the columns of the ablation in Table
-    3.8."""
+    """The column DeiT-B of Table 3.9, which serves every size; its fields are the columns of Table 3.8's ablation."""
 
     epochs: Annotated[int, "passes over as many images as the data set has", "1 or more"] = 300
     batch_size: Annotated[int, "images per optimizer step, over all GPUs", "1 or more"] = 1024
@@ -131,8 +129,7 @@ MODELS |= {f"{name}_distilled": {**config, "distilled": True} for name, config i
 
 
 class PatchEmbed(nn.Module):
-    """Images (B, 3, H, W) -> tokens (B, H/p * W/p, C): a p x p convolution of stride p, computed as one matrix
-    product."""
+    """Images (B, 3, H, W) -> tokens (B, H/p * W/p, C): a p x p convolution of stride p, as one matrix product."""
 
     def __init__(self, dim: int, patch: int):
         super().__init__()
@@ -233,8 +230,7 @@ class ViT(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters of two or more dimensions that are not decayed all the same (the distillation token is
-        decayed)."""
+        """Parameters of two or more dimensions that are not decayed; the distillation token is."""
         return {"pos_embed", "cls_token"}
 
     def heads(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -273,8 +269,7 @@ def build_model(
 
 
 def whole_patches(img_size: int | tuple[int, int], patch: int, name: str) -> tuple[int, int]:
-    """(H, W) of an image size S or (H, W); ValueError with the nearest good ones unless it is a multiple of the
-    patch."""
+    """(H, W) of an image size S or (H, W); ValueError with the nearest good ones if patches do not fill it."""
     size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
     if any(s < patch or s % patch for s in size):
         near = " or ".join("x".join(str(max(patch, (s // patch + up) * patch)) for s in size) for up in (0, 1))
@@ -286,12 +281,8 @@ def whole_patches(img_size: int | tuple[int, int], patch: int, name: str) -> tup
 def resize_pos_embed(
     pos_embed: torch.Tensor, grid: tuple[int, int], *, old_grid: tuple[int, int] | None = None
 ) -> torch.Tensor:
-    """Position embedding (1, prefix + N, C) for another grid: bicubic (a = -0.75), no antialiasing, prefix tokens
-    untouched.
-
-    old_grid: None for a square one. Section 3.3 says bicubic because it about keeps the vectors' norm. Computed in
-    float32 or wider. Unchanged if the grids are equal.
-    """
+    """Position embedding (1, prefix + N, C) for another grid than the old one (None: a square): bicubic (a = -0.75),
+    which about keeps the vectors' norm (section 3.3), not antialiased, in float32 or wider; prefix tokens stay."""
     tokens = pos_embed.shape[1]
     side = math.isqrt(tokens)
     old_grid = old_grid or (side, side)
@@ -354,9 +345,8 @@ def label_loss(outputs: torch.Tensor | tuple[torch.Tensor, torch.Tensor], target
 
 
 def predict(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Log-probabilities or logits (B, K) for evaluation; of a distilled model (section 3.3, rows of Table 3.3) {"": the
-    late fusion, log of the mean of the two softmax outputs; "class": the class head; "distillation": the distillation
-    head}."""
+    """Logits (B, K) for evaluation; of a distilled model (section 3.3, rows of Table 3.3) "class" and "distillation":
+    those of its heads, and "": the late fusion, the log of the mean of their softmax outputs."""
     if not getattr(model, "distilled", False):
         return {"": model(images)}
     class_logits, dist_logits = model.heads(images)
@@ -365,36 +355,24 @@ def predict(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 # ---- Augmentation: Table 3.9 -----------------------------------------------------------------------------------------
-#
-# A loader process decodes, crops, flips and applies RandAugment; normalisation, erasing and mixing run on the device, a
-# batch at a time.
 
 
 def random_resized_crop(height: int, width: int, rng: random.Random) -> tuple[int, int, int, int]:
-    """(top, left, crop height, crop width): area 8-100% of the image, aspect 3/4..4/3 (log-uniform), ten attempts.
-
-    If none fits: the central crop with the aspect ratio clamped to that range.
-    """
+    """(top, left, crop height, crop width): area 8-100% of the image, aspect 3/4..4/3 (log-uniform), ten attempts; if
+    none fits, the central crop with the aspect ratio clamped to that range."""
     for _ in range(10):
         area = rng.uniform(0.08, 1.0) * height * width
         aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
         crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < crop_width <= width and 0 < crop_height <= height:
             return rng.randint(0, height - crop_height), rng.randint(0, width - crop_width), crop_height, crop_width
-    crop_height, crop_width = height, width
-    if width / height < 3 / 4:
-        crop_height = min(height, max(1, round(width / (3 / 4))))
-    elif width / height > 4 / 3:
-        crop_width = min(width, max(1, round(height * (4 / 3))))
+    crop_height, crop_width = min(height, round(width / (3 / 4))), min(width, round(height * (4 / 3)))
     return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 
 
 def erasing_box(height: int, width: int, rng: random.Random) -> tuple[int, int, int, int]:
     """Random erasing's (top, left, box height, box width): area 2-33% of the image, height/width 0.3..1/0.3
-    (log-uniform).
-
-    Ten attempts at a box smaller than the image in both directions, else none, (0, 0, 0, 0): timm's customisation.
-    """
+    (log-uniform); ten attempts at a box smaller than the image in both directions, else none: (0, 0, 0, 0)."""
     for _ in range(10):
         area = rng.uniform(0.02, 1 / 3) * height * width
         aspect = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
@@ -405,7 +383,7 @@ def erasing_box(height: int, width: int, rng: random.Random) -> tuple[int, int, 
 
 
 class TrainTransform:
-    """The loader's part of the augmentation.
+    """A loader process' part; normalisation, erasing and mixing run on the device, a batch at a time.
 
     (uint8 image (3, H, W), rng) -> (uint8 (3, *img_size), parameters for `erase`: top, left, height, width of the box,
     seed of its noise; height 0: nothing is erased).
@@ -433,11 +411,8 @@ class TrainTransform:
 
 
 def erase(images: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
-    """Random erasing of normalised images (B, 3, H, W), in place: boxes (B, 5) of TrainTransform get standard normal
-    noise.
-
-    `parameters` stays on the host. Each box has a generator of its own: the noise depends on the image alone.
-    """
+    """Random erasing of normalised images (B, 3, H, W), in place: boxes (B, 5) of TrainTransform, which stay on the
+    host, get standard normal noise. Each has a generator of its own: the noise depends on the image alone."""
     generator = torch.Generator(images.device)
     for image, (top, left, height, width, seed) in zip(images, parameters.int().tolist()):
         if height:
@@ -472,14 +447,10 @@ def apply_operation(image: Image.Image, operation: str, level: float, sign: int)
     def affine(*matrix: float) -> Image.Image:
         return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=FILL)
 
-    if operation == "AutoContrast":
-        return ImageOps.autocontrast(image)
-    if operation == "Equalize":
-        return ImageOps.equalize(image)
-    if operation == "Invert":
-        return ImageOps.invert(image)
-    if operation == "Rotate":
-        return image.rotate(sign * 30 * level, Image.Resampling.BICUBIC, fillcolor=FILL)
+    if operation in ("AutoContrast", "Equalize", "Invert"):
+        return getattr(ImageOps, operation.lower())(image)
+    if operation in ("Color", "Contrast", "Brightness", "Sharpness"):
+        return getattr(ImageEnhance, operation)(image).enhance(1 + sign * 0.9 * level)
     if operation == "Posterize":
         bits = 4 - int(4 * level)
         return ImageOps.posterize(image, bits) if bits else Image.new("RGB", image.size)  # recent Pillow refuses 0 bits
@@ -488,8 +459,8 @@ def apply_operation(image: Image.Image, operation: str, level: float, sign: int)
     if operation == "SolarizeAdd":
         add = int(110 * level)
         return image.point([min(255, v + add) if v < 128 else v for v in range(256)] * 3)
-    if operation in ("Color", "Contrast", "Brightness", "Sharpness"):
-        return getattr(ImageEnhance, operation)(image).enhance(1 + sign * 0.9 * level)
+    if operation == "Rotate":
+        return image.rotate(sign * 30 * level, Image.Resampling.BICUBIC, fillcolor=FILL)
     if operation == "ShearX":
         return affine(1, sign * 0.3 * level, 0, 0, 1, 0)
     if operation == "ShearY":
@@ -499,10 +470,8 @@ def apply_operation(image: Image.Image, operation: str, level: float, sign: int)
     return affine(1, 0, 0, 0, 1, sign * 0.45 * level * image.height)
 
 
-@dataclass(frozen=True)
-class Mix:
-    """One draw: share `lam` of the image itself, and cutmix's box (None: mixup) as (top, bottom, left, right)
-    pixels."""
+class Mix(NamedTuple):
+    """One draw: the image's own share `lam`, and cutmix's box (top, bottom, left, right) in pixels (None: mixup)."""
 
     lam: float
     box: tuple[int, int, int, int] | None = None
@@ -523,10 +492,7 @@ def draw_mix(recipe: Recipe, rng: random.Random) -> Mix:
 
 def cutmix_box(lam: float, height: int, width: int, cy: int, cx: int) -> Mix:
     """Box of about (1 - lam) of the area around (cy, cx), clipped to the image; lam becomes what the clipped box
-    leaves.
-
-    An odd side loses a pixel, as in the official code.
-    """
+    leaves. An odd side loses a pixel, as in the official code."""
     half_h, half_w = int(height * math.sqrt(1 - lam)) // 2, int(width * math.sqrt(1 - lam)) // 2
     top, bottom = max(cy - half_h, 0), min(cy + half_h, height)
     left, right = max(cx - half_w, 0), min(cx + half_w, width)
@@ -562,13 +528,10 @@ def parse_args(argv: list[str] | None = None):
     """(arguments, the recipe with the flags given, the paper's recipe)."""
     from common import cli
 
-    def paper_of(args) -> Recipe:
-        return paper_recipe(args.recipe, args.model, distillation=args.distillation, data=args.data or "")
-
     parser = cli.make_parser("deit", __doc__, Recipe, RECIPES, model="deit_b", recipe="in1k", teacher=TEACHER)
-    models = [*MODELS, "torchvision/NAME"]
-    # Section 3.4.5: the learning rate is in proportion to the batch.
-    args, recipe, paper = cli.read(parser, argv, models, RECIPES, paper_of, lr_follows_batch=True)
+    args = cli.parse(parser, argv, [*MODELS, "torchvision/NAME"], RECIPES)
+    paper = paper_recipe(args.recipe, args.model, distillation=args.distillation, data=args.data or "")
+    recipe = cli.override(paper, args, lr_follows_batch=True)  # section 3.4.5
     if recipe.distillation == "none":
         cli.refuse(args, ("alpha", "tau"), "has no effect without a teacher; add --distillation hard or soft")
     if recipe.distillation == "hard":
@@ -645,7 +608,6 @@ if __name__ == "__main__":
     try:
         from common.run import launch
     except ModuleNotFoundError as error:
-        needed = "common/ of this project beside the script, not hidden by another package named common, and tqdm"
-        print(f"error: {error}; needed: {needed}", file=sys.stderr)
+        print(f"error: {error}; needed: tqdm, and our common/, not another package named common", file=sys.stderr)
         sys.exit(2)
     launch(main)

@@ -7,7 +7,6 @@ import dataclasses
 import difflib
 import math
 import typing
-from collections.abc import Callable
 
 import torchvision
 
@@ -65,7 +64,8 @@ def make_parser(
 
 def _add_run_flags(parser: Parser) -> None:
     flag = parser.add_argument_group("data").add_argument
-    flag("--data", metavar="DATA", help="shapes, FOLDER, FILE.tar or NAME:FOLDER (see common/sources.py); default: shapes")
+    flag("--data", metavar="DATA",
+         help="shapes, FOLDER, FILE.tar or NAME:FOLDER (see common/sources.py); default: shapes")
     flag("--val-data", metavar="PATH",
          help="validation images, if not in --data: folder or tar of class folders; none: train without")
     flag("--coarse-labels", metavar="FILE",
@@ -133,26 +133,35 @@ def converter(kind):
     return convert
 
 
-def read(
-    parser: Parser, argv: list[str] | None, models, recipes, paper_recipe: Callable, *, lr_follows_batch: bool = False
-) -> tuple[argparse.Namespace, object, object]:
-    """(arguments, the recipe with the flags that were given, the paper's recipe); UserError for what does not go
-    together.
-
-    paper_recipe(arguments) is the paper's recipe; lr_follows_batch: unless --lr says otherwise its learning rate
-    changes in proportion to the batch size.
-    """
+def parse(parser: Parser, argv: list[str] | None, models, recipes) -> argparse.Namespace:
+    """The arguments; UserError unless --model and --recipe are among those given ("torchvision/NAME" stands for all of
+    torchvision's classifiers)."""
     args = parser.parse_args(argv)
-    _check_names(args, models, recipes)
-    paper = paper_recipe(args)
+    if args.model.startswith("torchvision/") and "torchvision/NAME" in models:
+        check_torchvision("--model torchvision/", args.model.removeprefix("torchvision/"))
+    else:
+        check_choice("--model", args.model, models)
+    check_choice("--recipe", args.recipe, recipes)
+    if args.data is None and not args.eval_data:
+        args.data = "shapes"
+    return args
+
+
+def override(paper, args: argparse.Namespace, *, lr_follows_batch: bool = False):
+    """The paper's recipe with the flags that were given; UserError for values that cannot be.
+
+    lr_follows_batch: without --lr the learning rate changes in proportion to the batch size.
+    """
     names = [f.name for f in dataclasses.fields(paper)]
     recipe = dataclasses.replace(paper, **{n: getattr(args, n) for n in names if getattr(args, n) is not None})
     if lr_follows_batch and args.lr is None:
         recipe = dataclasses.replace(recipe, lr=paper.lr * recipe.batch_size / paper.batch_size)
     check_recipe(recipe)
-    if hasattr(args, "teacher"):
-        _check_teacher(args, recipe.distillation)
-    return args, recipe, paper
+    if getattr(recipe, "distillation", None) == "none":
+        refuse(args, ("teacher", "teacher_weights"), "has no effect without a teacher; add --distillation hard")
+    elif getattr(args, "teacher", None) is not None:
+        check_torchvision("--teacher", args.teacher)
+    return recipe
 
 
 def differences(recipe, paper) -> list[str]:
@@ -192,25 +201,6 @@ def check_recipe(recipe) -> None:
             flag = f"--{low.replace('_', '-')}"
             least = f"{flag} {getattr(recipe, low)}"
             raise UserError(f"--lr {recipe.lr}: is below {least}, the rate would rise; lower {flag} too")
-
-
-def _check_names(args: argparse.Namespace, models, recipes) -> None:
-    """UserError unless --model and --recipe are known ("torchvision/NAME" where it is among the models); completes
-    --data."""
-    if args.model.startswith("torchvision/") and "torchvision/NAME" in models:
-        check_torchvision("--model torchvision/", args.model.removeprefix("torchvision/"))
-    else:
-        check_choice("--model", args.model, models)
-    check_choice("--recipe", args.recipe, recipes)
-    if args.data is None and not args.eval_data:
-        args.data = "shapes"
-
-
-def _check_teacher(args: argparse.Namespace, distillation: str) -> None:
-    if distillation == "none":
-        refuse(args, ("teacher", "teacher_weights"), "has no effect without a teacher; add --distillation hard")
-    elif args.teacher is not None:
-        check_torchvision("--teacher", args.teacher)
 
 
 def refuse(args: argparse.Namespace, flags: tuple[str, ...], why: str) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 
 import deit3
 from common.errors import UserError
-from common.run import split_batch
+from common.data import split_batch
 
 
 def refused(result, *parts):
