@@ -1,5 +1,4 @@
-"""BatchNorm whose statistics are those of all ranks' images: on a GPU torch's own, on a CPU (which that has no
-version for) this one."""
+"""BatchNorm whose statistics are those of all ranks' images: torch's own on a GPU, this one on a CPU."""
 
 from __future__ import annotations
 
@@ -48,8 +47,7 @@ class SyncedBatchNorm(_BatchNorm):
 
 
 def synchronise(model: nn.Module, device: torch.device) -> nn.Module:
-    """`model` with every BatchNorm synchronised; its parameters and buffers stay the same objects, under their
-    names."""
+    """`model` with every BatchNorm synchronised; its parameters and buffers stay what they are."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return model
     if device.type == "cuda":

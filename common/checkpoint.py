@@ -57,8 +57,8 @@ def save(checkpoint: dict, path: Path, *, keep: Path | None = None) -> None:
 
 
 def save_copy(path: Path, copy: Path) -> None:
-    """`copy` becomes the same file as `path`, atomically, without writing it again where links are possible. RunError
-    if it cannot be written."""
+    """`copy` becomes the same file as `path`, atomically and by a link where that is possible. RunError if it is
+    not."""
     try:
         _link(path, copy)
         _sync_folder(copy.parent)
@@ -163,8 +163,7 @@ HEADS = ("head.", "head_dist.", "fc.", "classifier.", "heads.")  # classifiers: 
 
 
 def classes_of(content: dict) -> list[str]:
-    """Names of the classes that a checkpoint tells apart, numbers where it does not say them; [] without a
-    classifier."""
+    """Names of the classes that a checkpoint tells apart, numbers where it does not say; [] without a classifier."""
     if isinstance(content.get("data"), dict):
         return content["data"]["classes"]
     heads = [v for k, v in weights(content).items() if k.startswith(HEADS) and k.endswith(".weight") and v.ndim > 1]
@@ -235,8 +234,7 @@ def take_part(model: torch.nn.Module, state: dict[str, torch.Tensor], prefix: st
 
 
 def plain(value):
-    """`value` with tensors on the CPU in storage of their own and all else plain; TypeError for what a file may not
-    hold."""
+    """`value` with tensors on the CPU in storage of their own, all else plain; TypeError for what may not be."""
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu()
         return value.clone() if value.untyped_storage().nbytes() != value.numel() * value.element_size() else value

@@ -57,7 +57,7 @@ def make_parser(
         flag("--teacher-weights", metavar="FILE",
              help="of that classifier, or a checkpoint of any script here; default: torchvision's weights")
     if grad_checkpoint:
-        flag("--grad-checkpoint", action="store_true",
+        flag("--grad-checkpoint", action="store_true", default=None,
              help="recompute activations in the backward pass: less memory for one more forward pass")
     return parser
 
@@ -104,7 +104,7 @@ def _add_evaluation_flags(parser: Parser) -> None:
 
 
 def _add_recipe_flags(parser: Parser, recipe_class: type) -> None:
-    """One flag per field of the Recipe dataclass: Annotated[type, help], or Annotated[type, help, rule] with a rule of
+    """One flag per field of the Recipe dataclass: Annotated[type, help] or [type, help, rule]; rules: see
     check_recipe."""
     group = parser.add_argument_group("recipe (unset: the paper's value)")
     for name, hint in typing.get_type_hints(recipe_class, include_extras=True).items():

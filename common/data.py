@@ -152,8 +152,7 @@ def _worker_init(_: int) -> None:
 def make_loader(
     samples: Samples, batches: Sampler, workers: int, device: torch.device, *, persistent: bool = True
 ) -> DataLoader:
-    """DataLoader over whole micro-batches, which workers have ready ahead of need; persistent ones live through all
-    epochs."""
+    """DataLoader over whole micro-batches, ready ahead of need; persistent workers live through all epochs."""
     return DataLoader(
         samples, batch_sampler=batches, num_workers=workers, collate_fn=_identity, pin_memory=device.type == "cuda",
         worker_init_fn=_worker_init, persistent_workers=workers > 0 and persistent,
@@ -182,8 +181,7 @@ def split_batch(batch_size: int, world: int, micro_batch: int | None, group: int
 
 class Batch(NamedTuple):
     """A micro-batch: images uint8 (B, 3, h, w) or a tuple of crops (B, n, 3, h, w), and labels (B,) on the device;
-    parameters (B, P) of the transform and indices (B,) on the host; numbers of its mixing groups within the global
-    batch."""
+    parameters (B, P) of the transform and indices (B,) on the host; its mixing groups' numbers."""
 
     images: Images
     parameters: torch.Tensor
@@ -236,8 +234,7 @@ class TrainingData:
             yield batch
 
     def identity(self) -> dict:
-        """For Run.start: the classes' names, a digest of the training images' names and labels, the number of
-        validation images."""
+        """For Run.start: the classes, a digest of the training images' names and labels, the validation set's size."""
         return {"classes": self.classes, "digest": self.source.digest(), "val_images": len(self.val or ())}
 
     def names(self, indices: torch.Tensor) -> list[str]:

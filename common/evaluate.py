@@ -39,8 +39,7 @@ def _mean_and_scale(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 def normalize(images: torch.Tensor) -> torch.Tensor:
     """(B, 3, H, W) with values 0..255 -> float32, ImageNet mean and deviation removed."""
     mean, scale = _mean_and_scale(images.device)
-    # Colour planes, as the networks read them, and in place: three times faster than on the loader's interleaved
-    # colours.
+    # Colour planes, as the networks read them, in place: three times faster than on interleaved colours.
     return images.to(torch.float32, memory_format=torch.contiguous_format, copy=True).sub_(mean).mul_(scale)
 
 
@@ -127,8 +126,7 @@ def evaluate(
 
 
 def validate(run: Run, predict: Predict = logits_of) -> dict[str, float]:
-    """The end of an epoch: val_* of evaluate() for the model and val_ema_* for its average; {} without validation
-    images."""
+    """The end of an epoch: val_* of evaluate() for the model, val_ema_* for its average; {} without --val-data."""
     record: dict[str, float] = {}
     if run.val_loader is not None:
         for title, model in (("val", run.parts["model"]), ("val_ema", run.parts["ema"])):
@@ -172,8 +170,7 @@ def read_file(file: str, flag: str) -> torch.Tensor:
 
 
 def read_image(file: str, size: tuple[int, int], crop_ratio: float, flag: str) -> torch.Tensor:
-    """An image file as the network is tested on it: uint8 (3, *size). UserError, naming `flag`, if it cannot be
-    read."""
+    """An image file as the network is tested on it: uint8 (3, *size). UserError names `flag` if it cannot be."""
     return eval_transform(read_file(file, flag), size, crop_ratio)
 
 
@@ -291,8 +288,8 @@ def nearest(
 
 
 def vote(cosines: torch.Tensor, labels: torch.Tensor, sigma: float, num_classes: int) -> torch.Tensor:
-    """Class probabilities (B, C) by the neighbours' cosines and labels, both (B, k): weights exp(cos / sigma), thesis
-    Eq. 2.6."""
+    """Class probabilities (B, C) by the neighbours' cosines and labels, both (B, k), weighted exp(cos / sigma): Eq.
+    2.6."""
     weights = (cosines / sigma).softmax(dim=1)  # the same as exponentials over their sum, without their size
     return weights.new_zeros(len(weights), num_classes).scatter_add_(1, labels, weights)
 
@@ -301,8 +298,7 @@ NEIGHBOURS = (10, 15, 20, 25, 30)  # k is chosen among these (thesis section 2.4
 
 
 def knn_answers(cosines: torch.Tensor, labels: torch.Tensor, sigma: float, num_classes: int) -> dict[int, torch.Tensor]:
-    """{k: answers (B,)} of the kNN classifier for each k of NEIGHBOURS, from the nearest ones' cosines and labels, (B,
-    30)."""
+    """{k: answers (B,)} of the kNN classifier for each k of NEIGHBOURS, by the nearest's cosines and labels (B, 30)."""
     parts, answers = list(zip(cosines.split(1024), labels.split(1024))), {}  # votes are as wide as there are classes
     for k in NEIGHBOURS:
         answers[k] = torch.cat([vote(c[:, :k], y[:, :k], sigma, num_classes).argmax(1) for c, y in parts])

@@ -89,8 +89,7 @@ def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
 
 def from_torchvision(name: str, content: dict | None, where: str, flag: str, *, headless: bool = False) -> nn.Module:
     """torchvision's classifier `name` with the weights of a file's `content`, or with torchvision's own, downloaded
-    (None; `flag` is what a message names instead). headless: the file may lack the classifier, which is then a fresh
-    one."""
+    (None; `flag` is what a message names instead). headless: a file without the classifier gets a fresh one."""
     if content is None:
         try:
             return torchvision.models.get_model(name, weights="DEFAULT")
@@ -109,8 +108,7 @@ def from_torchvision(name: str, content: dict | None, where: str, flag: str, *, 
 
 def classifier_inputs(model: nn.Module, where: str) -> Callable[[torch.Tensor], torch.Tensor]:
     """images (B, 3, H, W) -> features (B, D) for other tasks: model.transfer_features(images) if it has that, else what
-    its classifier is given; of several classifiers the inputs side by side. UserError if there is none of the usual
-    kind."""
+    its classifier is given; of several the inputs side by side. UserError if there is none of the usual kind."""
     if hasattr(type(model), "transfer_features"):
         return model.transfer_features
     found = []

@@ -88,8 +88,7 @@ def global_norm(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """[not decayed, decayed]: no decay for 1-d tensors, biases and names in model.no_weight_decay(); frozen ones in
-    neither."""
+    """[not decayed, decayed]: no decay for 1-d tensors, biases and model.no_weight_decay(); frozen ones: in neither."""
     skip = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
     plain, decayed = [], []
     for name, parameter in model.named_parameters():
@@ -146,7 +145,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module, skip: torch.Tensor | None = None) -> None:
-        """Average in the model's current state; `skip` (0-dim, 1 or 0): change nothing where it is 1, decided on the
+        """Average in the model's current state; `skip` (0-dim): nothing changes where it is 1, decided on the
         device."""
         if self._floats is None:
             own, new = self.model.state_dict(), model.state_dict()

@@ -61,7 +61,7 @@ def launch(main: Callable[[], None]) -> None:
 
 
 def outcome(main: Callable[[], None]) -> int:
-    """main()'s exit status: 0, 1, 2 or 128 + signal. A failure is told in one line, an unforeseen one by its
+    """main()'s exit status: 0, 1, 2 or 128 + signal. A failure is told in one line, an unforeseen one by a
     traceback."""
     status, line, rank = 1, None, int(os.environ.get("RANK", 0))
     try:
@@ -133,8 +133,7 @@ def _lost_contact(error: BaseException) -> bool:
 
 
 def connect(device: str | None, timeout: int) -> tuple[torch.device, int, int]:
-    """(device, rank, world size) from torchrun's environment; one process without it. UserError if half of it is
-    set."""
+    """(device, rank, world size) from torchrun's environment; one process without it. UserError for half of it."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     given = [n for n in names if n in os.environ]
     if given and len(given) < len(names):
@@ -461,8 +460,7 @@ class Run:
         return SAVE * save + STOP * (self.stop_signal != 0)
 
     def after_step(self, stats: torch.Tensor, lr: float) -> None:
-        """Counts the step, reads the flags of an earlier one, saves and stops where asked. stats: see
-        Precision.step."""
+        """Counts the step, reads the flags of an earlier one, saves and stops where asked. stats: Precision.step's."""
         event = None
         if self.device.type == "cuda":
             stats = torch.empty(3, pin_memory=True).copy_(stats, non_blocking=True)

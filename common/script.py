@@ -1,5 +1,5 @@
-"""What every script does around its loop: finding out what it was asked to do, and all that training needs before its
-first step."""
+"""What every script does around its loop: finding out what it is asked to do, and all that comes before the first
+step."""
 
 from __future__ import annotations
 
@@ -96,8 +96,7 @@ def set_up(
 
 
 def finish(run: Run, *panels: list[str]) -> None:
-    """The end of training: the log is closed, curves.png has one panel of the log's figures over the epochs for each
-    list of names."""
+    """The end of training: curves.png gets a panel of the log's figures over the epochs for each list."""
     run.finish()
     if run.rank == 0 and run.val_loader is not None:
         report.save_curves(run.out / "curves.png", run.out / "log.jsonl", list(panels))
