@@ -85,7 +85,7 @@ def test_every_model_builds_with_the_papers_drop_rate(name):
 
 def test_parallel_branches_are_two_residual_sums():
     torch.manual_seed(0)
-    block = deit3.Block(48, 3, branches=2, layer_scale=0.5, drop_path=0.0).eval()
+    block = deit3.ParallelBlock(48, 3, scale=0.5, drop_path=0.0).eval()
     x = torch.randn(2, 5, 48)
     y = x + block.gamma_1 * block.attn(block.norm1(x)) + block.gamma_1_1 * block.attn1(block.norm11(x))
     y = y + block.gamma_2 * block.mlp(block.norm2(y)) + block.gamma_2_1 * block.mlp1(block.norm21(y))
@@ -94,7 +94,7 @@ def test_parallel_branches_are_two_residual_sums():
 
 def test_kept_only_stochastic_depth_equals_masking():
     torch.manual_seed(0)
-    block = deit3.Block(48, 3, branches=1, layer_scale=0.3, drop_path=0.4)
+    block = deit3.Block(48, 3, scale=0.3, drop_path=0.4)
     x = torch.randn(16, 5, 48, requires_grad=True)
     torch.manual_seed(1)
     kept_only = block(x)
@@ -109,7 +109,7 @@ def test_kept_only_stochastic_depth_equals_masking():
 
 
 def test_F11_a_block_that_drops_every_sample_still_has_gradients():
-    block = deit3.Block(48, 3, branches=1, layer_scale=0.3, drop_path=1 - 1e-9)
+    block = deit3.Block(48, 3, scale=0.3, drop_path=1 - 1e-9)
     x = torch.randn(4, 5, 48)
     y = block(x)
     assert torch.equal(y, x)
