@@ -5,21 +5,8 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.nn.functional import all_reduce  # unlike dist.all_reduce it has a gradient
 from torch.nn.modules.batchnorm import _BatchNorm
-
-
-class SumOverRanks(torch.autograd.Function):
-    """The sum of a tensor over all ranks; its gradient is the sum of the ranks' gradients."""
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
-        total = x.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
-        return SumOverRanks.forward(ctx, gradient.contiguous())
 
 
 class SyncedBatchNorm(_BatchNorm):
@@ -34,10 +21,10 @@ class SyncedBatchNorm(_BatchNorm):
         dtype, x = x.dtype, x.float()
         axes, shape = [d for d in range(x.ndim) if d != 1], [1, -1] + [1] * (x.ndim - 2)
         count = torch.full((1,), x.numel() / x.shape[1], dtype=x.dtype, device=x.device)
-        total, count = SumOverRanks.apply(torch.cat([x.sum(axes), count])).split([x.shape[1], 1])
+        total, count = all_reduce(torch.cat([x.sum(axes), count])).split([x.shape[1], 1])
         mean = total / count
         centred = x - mean.view(shape)
-        variance = SumOverRanks.apply(centred.square().sum(axes)) / count
+        variance = all_reduce(centred.square().sum(axes)) / count
         with torch.no_grad():
             self.num_batches_tracked.add_(1)
             self.running_mean.lerp_(mean, self.momentum)

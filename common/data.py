@@ -15,24 +15,25 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from common.errors import RunError, UserError
+from common.errors import RunError, UserError, one_line
 from common.run import Run
 from common.sources import Source, open_data
 
 # ---- Order -----------------------------------------------------------------------------------------------------------
 
 
-def epoch_order(length: int, epoch: int, seed: int, repeats: int) -> np.ndarray:
-    """Sample indices of one epoch for all ranks together: a permutation, each index `repeats` times in a row.
+def epoch_length(length: int, repeats: int) -> int:
+    """Samples of an epoch. With repeats (repeated augmentation) still about as many as there are images, hence
+    length/repeats distinct ones: a multiple of 256 as the official sampler has it, unless there are fewer images than
+    that."""
+    return length if repeats == 1 else length // 256 * 256 or length
 
-    With repeats > 1 (repeated augmentation) an epoch still has about `length` samples, hence length/repeats distinct
-    images; it is cut to a multiple of 256 as the official sampler does, except for data sets smaller than that.
-    """
+
+def epoch_order(length: int, epoch: int, seed: int, repeats: int) -> np.ndarray:
+    """Sample indices of one epoch for all ranks together: a permutation, each index `repeats` times in a row."""
     generator = torch.Generator().manual_seed(epoch + (seed << 20))
     order = torch.randperm(length, generator=generator).numpy()
-    if repeats == 1:
-        return order
-    return np.repeat(order[: -(-length // repeats)], repeats)[: length // 256 * 256 or length]
+    return np.repeat(order[: -(-length // repeats)], repeats)[: epoch_length(length, repeats)]
 
 
 class RepeatedAugSampler(Sampler[int]):
@@ -46,7 +47,7 @@ class RepeatedAugSampler(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return (self.length // 256 * 256 or self.length) // self.world_size
+        return epoch_length(self.length, self.repeats) // self.world_size
 
     def __iter__(self) -> Iterator[int]:
         order = epoch_order(self.length, self.epoch, self.seed, self.repeats)
@@ -57,23 +58,18 @@ class GlobalBatches(Sampler[list]):
     """This rank's micro-batches of every global batch, as lists of keys (epoch, index, repeat).
 
     The global batch of step s is samples [s B, (s + 1) B) of epoch_order, dealt out like cards to B / group groups. A
-    group is what one GPU was in the papers: `group` images that share one mixup or cutmix draw and are mixed with each
-    other only. Ranks and micro-batches are made of whole groups, so that who is mixed with whom depends on neither.
+    group is what a GPU was in the papers: `group` images that share one mixup or cutmix draw and are mixed with each
+    other only. Ranks and micro-batches are made of whole groups: who is mixed with whom depends on neither.
     Neighbouring groups stay together: repeats of an image then mostly land in one micro-batch and share a decode.
     """
 
-    def __init__(
-        self, length: int, *, batch_size: int, micro_batch: int, group: int, world_size: int, rank: int, repeats: int,
-        seed: int,
-    ):
+    def __init__(self, length: int, *, batch_size: int, micro_batch: int, group: int, world_size: int, rank: int,
+                 repeats: int, seed: int):
         self.length, self.batch_size, self.micro_batch, self.group = length, batch_size, micro_batch, group
         self.world_size, self.rank, self.repeats, self.seed = world_size, rank, repeats, seed
-        self.steps = len(epoch_order(length, 0, seed, repeats)) // batch_size  # optimiser steps per epoch
+        self.steps = epoch_length(length, repeats) // batch_size  # optimizer steps per epoch
         self.accumulation = batch_size // world_size // micro_batch
-        self.epoch = self.first_step = 0
-
-    def set_epoch(self, epoch: int, first_step: int = 0) -> None:
-        self.epoch, self.first_step = epoch, first_step
+        self.epoch = self.first_step = 0  # what comes next
 
     def __len__(self) -> int:
         return (self.steps - self.first_step) * self.accumulation
@@ -86,10 +82,8 @@ class GlobalBatches(Sampler[list]):
 
     def __iter__(self) -> Iterator[list]:
         order = epoch_order(self.length, self.epoch, self.seed, self.repeats)
-        groups_per_batch = self.batch_size // self.group
         for step in range(self.first_step, self.steps):
-            positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-            positions = positions.reshape(self.group, groups_per_batch).T  # a row per group
+            positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size).reshape(self.group, -1).T
             for micro_batch in range(self.accumulation):
                 mine = positions[list(self.groups(micro_batch))].ravel()
                 yield [(self.epoch, int(order[p]), int(p % self.repeats)) for p in mine]
@@ -120,7 +114,7 @@ class Samples(Dataset):
                 try:
                     decoded[index] = self.source.read(index)
                 except (OSError, ValueError) as error:
-                    return f"{self.source.name(index)}: {' '.join(str(error).split())}"
+                    return f"{self.source.name(index)}: {one_line(error, 1000)}"
             rng = random.Random((((self.seed << 32) + epoch) << 40) + (index << 8) + repeat)
             crops, extra = self.transform(decoded[index], rng)
             several = isinstance(crops, tuple)
@@ -161,10 +155,8 @@ def make_loader(
 
 
 def split_batch(batch_size: int, world: int, micro_batch: int | None, group: int) -> tuple[int, int]:
-    """(micro-batch per rank, accumulation steps) with world x micro-batch x accumulation = batch_size.
-
-    Micro-batches consist of whole mixing groups. UserError with the two nearest batch sizes that would do.
-    """
+    """(micro-batch per rank, accumulation steps) with world x micro-batch x accumulation = batch_size, micro-batches of
+    whole mixing groups. UserError with the two nearest batch sizes that would do."""
     unit = world * (micro_batch or group)
     if micro_batch is not None and (micro_batch < 1 or micro_batch % group):
         mixed = f"the {group} images that are mixed together (--mix-group)"
@@ -221,7 +213,7 @@ class TrainingData:
 
     def begin(self, epoch: int, first_step: int) -> None:
         """An epoch, from optimizer step `first_step` on."""
-        self.batches.set_epoch(epoch, first_step)
+        self.batches.epoch, self.batches.first_step = epoch, first_step
         self.stream = to_device(self.loader, self.run.device)
 
     def micro_batches(self) -> Iterator[Batch]:

@@ -29,11 +29,10 @@ from common.sources import Source, open_data, open_images
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in 0..1, RGB
 
 
-@functools.lru_cache
+@functools.lru_cache  # kept on the device: making them anew would cost a synchronising copy per batch
 def _mean_and_scale(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    # Kept on the device: making them anew would cost a synchronising copy per batch.
-    mean = torch.tensor([255 * m for m in MEAN], device=device).view(1, 3, 1, 1)
-    return mean, torch.tensor([1 / (255 * s) for s in STD], device=device).view(1, 3, 1, 1)
+    values = torch.tensor([[255 * m for m in MEAN], [1 / (255 * s) for s in STD]], device=device)
+    return values.view(2, 1, 3, 1, 1).unbind()
 
 
 def normalize(images: torch.Tensor) -> torch.Tensor:
@@ -95,32 +94,26 @@ def evaluate(
         with autocast():
             outputs = predict(model, normalize(images))
         for name, logits in outputs.items():
-            total = sums.setdefault(name, torch.zeros(6, dtype=torch.float64, device=device))
             logits = logits.float()
             right = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-            total[0] += right[:, 0].sum()
-            total[1] += right.sum()
-            total[2] += F.cross_entropy(logits, labels, reduction="sum")
-            total[3] += len(labels)
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            found = [right[:, 0].sum(), right.sum(), loss, torch.full((), len(labels), device=device)]
             if real is not None:
-                for index, answer in zip(indices.tolist(), logits.argmax(1).tolist()):
-                    total[4] += answer in real[index]
-                    total[5] += len(real[index]) > 0
+                answers = zip(indices.tolist(), logits.argmax(1).tolist())
+                hits = [(answer in real[index], len(real[index]) > 0) for index, answer in answers]
+                found += torch.tensor(hits, device=device).sum(0).unbind()
+            sums[name] = sums.get(name, 0) + torch.stack([x.double() for x in found])
     model.train(training)
-    names = list(sums)
-    if dist.is_initialized():  # a rank that had no image does not know the names
-        of_ranks: list = [None] * dist.get_world_size()
-        dist.all_gather_object(of_ranks, names)
-        names = max(of_ranks, key=len)
+    of_ranks = [sums]
+    if dist.is_initialized():
+        of_ranks = [None] * dist.get_world_size()
+        dist.all_gather_object(of_ranks, {name: total.cpu() for name, total in sums.items()})
     result = {}
-    for name in names:
-        total = sums.get(name, torch.zeros(6, dtype=torch.float64, device=device))
-        if dist.is_initialized():
-            dist.all_reduce(total)
-        top1, top5, loss, count, real_right, real_count = total.tolist()
+    for name in max(of_ranks, key=len):  # a rank that had no image does not know the names
+        top1, top5, loss, count, *hits = sum(s[name] for s in of_ranks if name in s).tolist()
         found = {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count}
-        if real is not None:
-            found["real"] = 100 * real_right / max(real_count, 1)
+        if hits:
+            found["real"] = 100 * hits[0] / max(hits[1], 1)
         result |= {f"{key}_{name}" if name else key: value for key, value in found.items()}
     return result
 

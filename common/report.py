@@ -5,19 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.utils import make_grid
 
 from common.cli import differences
 from common.data import TrainingData
 from common.evaluate import denormalize
+from common.images import to_pil
 from common.models import on_meta
 from common.optim import make_optimizer
 from common.precision import Precision, check_amp
@@ -35,21 +36,12 @@ def count(build: Callable[[], torch.nn.Module], img_size: tuple[int, int]) -> tu
 def speed(step: Callable[[], None], images: int, device: torch.device, *, seconds: float = 5.0) -> tuple[float, float]:
     """(images per second, peak memory in MiB) of step(), which handles `images` images; memory is NaN on the CPU."""
     step()
-    step()
     cuda = device.type == "cuda"
     if cuda:
-        torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-    start, done = time.perf_counter(), 0
-    while time.perf_counter() - start < seconds or done < 2:
-        step()
-        done += 1
-        if cuda and done % 4 == 0:
-            torch.cuda.synchronize(device)
-    if cuda:
-        torch.cuda.synchronize(device)
-    rate = done * images / (time.perf_counter() - start)
-    return rate, torch.cuda.max_memory_allocated(device) / 2**20 if cuda else float("nan")
+    timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())  # waits for the GPU
+    rate = images / timer.blocked_autorange(min_run_time=seconds).mean
+    return rate, torch.cuda.max_memory_allocated(device) / 2**20 if cuda else math.nan
 
 
 def benchmark(run: Run, build: Callable[[], torch.nn.Module], loss: Callable[..., torch.Tensor]) -> None:
@@ -81,14 +73,12 @@ def benchmark(run: Run, build: Callable[[], torch.nn.Module], loss: Callable[...
     machine = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "CPU"
     cost = f"{parameters / 1e6:.2f} M parameters, {gmacs:.3f} GMACs"
     run.say(f"{args.model}, {cost}, batch {batch} per rank, {run.amp}, {machine}")
-    for name, step in (("training", train_step), ("inference", inference)):
+    for name, step, products in (("training", train_step, 3), ("inference", inference, 1)):
         wrapped.train(name == "training")
         rate, memory = speed(step, batch * run.world, run.device)
-        share = (3 if name == "training" else 1) * 2 * gmacs * rate / run.world / 1e3
-        run.say(
-            f"{name:9s} {rate:9.1f} images/s  {share:7.2f} TFLOP/s per rank"
-            + ("" if math.isnan(memory) else f"  peak memory {memory:.0f} MiB")
-        )
+        tflops = products * 2 * gmacs * rate / run.world / 1e3
+        peak = "" if math.isnan(memory) else f"  peak memory {memory:.0f} MiB"
+        run.say(f"{name:9s} {rate:9.1f} images/s  {tflops:7.2f} TFLOP/s per rank{peak}")
 
 
 def describe(run: Run, build: Callable[[], torch.nn.Module], data: TrainingData) -> str:
@@ -112,25 +102,19 @@ def show_batch(path: str | Path, data: TrainingData, prepare: Callable) -> None:
     """PNG of the run's first 16 images. prepare(batch) -> (images before mixing, as the network sees them, ...)."""
     before, after, *_ = prepare(data.first_images(16))
     rows = {"before mixing": before, "after mixing: what the network is fed": after}
-    save_batch(path, [(title, denormalize(images)) for title, images in rows.items()])
+    save_sheet(path, [(title, [grid(denormalize(images), 8)]) for title, images in rows.items()])
 
 
 def show_crops(path: str | Path, data: TrainingData) -> None:
     """PNG of the run's first 8 images' crops: one row of pictures per crop."""
-    images = data.first_images(8).images
-    crops = [crop[:8].cpu() for batch in images for crop in batch.unbind(1)]
-    rows = [[Image.fromarray(c.permute(1, 2, 0).contiguous().numpy()) for c in crop] for crop in crops]
-    save_sheet(path, [(f"crop {i + 1} of {len(rows)}", row) for i, row in enumerate(rows)])
+    crops = [crop for batch in data.first_images(8).images for crop in batch.unbind(1)]
+    save_sheet(path, [(f"crop {i + 1} of {len(crops)}", list(map(to_pil, crop[:8].cpu()))) for i, crop in enumerate(crops)])
 
 
-def save_batch(path: str | Path, rows: list[tuple[str, torch.Tensor]], columns: int = 8) -> None:
-    """PNG with one titled grid per row entry; images (B, 3, H, W) with values 0..255."""
-    strips = []
-    for title, batch in rows:
-        pixels = batch[: 2 * columns].clamp(0, 255).round().to(torch.uint8).cpu()
-        grid = make_grid(pixels, nrow=columns, padding=2, pad_value=255)
-        strips.append((title, [Image.fromarray(grid.permute(1, 2, 0).numpy())]))
-    save_sheet(path, strips)
+def grid(images: torch.Tensor, columns: int) -> Image.Image:
+    """Two rows of pictures of images (B, 3, H, W) with values 0..255."""
+    pixels = images[: 2 * columns].clamp(0, 255).round().to(torch.uint8).cpu()
+    return to_pil(make_grid(pixels, nrow=columns, padding=2, pad_value=255))
 
 
 def save_sheet(path: str | Path, rows: list[tuple[str, list[Image.Image]]], gap: int = 4) -> None:

@@ -41,6 +41,7 @@ from common.errors import RunError, UserError, one_line
 
 FLAG_LAG = 3  # steps after which the host reads a step's flags from a GPU: long done by then, so nothing waits
 SAVE, STOP = 1.0, 2.0**16  # what a signal asks of a rank; a sum over ranks tells both
+COUNTERS = ("epoch", "step", "best", "loss_sum", "loss_count", "skipped_steps")  # of a run, kept in its checkpoints
 MAX_SKIPPED = 20  # consecutive fp16 overflows before the run stops
 
 
@@ -61,8 +62,7 @@ def launch(main: Callable[[], None]) -> None:
 
 
 def outcome(main: Callable[[], None]) -> int:
-    """main()'s exit status: 0, 1, 2 or 128 + signal. A failure is told in one line, an unforeseen one by a
-    traceback."""
+    """main()'s exit status: 0, 1, 2 or 128 + signal. A failure is told in one line; unforeseen: with its traceback."""
     status, line, rank = 1, None, int(os.environ.get("RANK", 0))
     try:
         main()
@@ -118,12 +118,9 @@ _STORE: list = []  # where the ranks meet
 
 def _first_to_report(rank: int) -> bool:
     """True on one rank only, where ranks can be asked; before they are connected, on rank 0."""
-    if not _STORE:
-        return rank == 0
-    try:
-        return _STORE[-1].add("reported_error", 1) == 1
-    except RuntimeError:
-        return True
+    with contextlib.suppress(RuntimeError):
+        return _STORE[-1].add("reported_error", 1) == 1 if _STORE else rank == 0
+    return True
 
 
 def _lost_contact(error: BaseException) -> bool:
@@ -198,13 +195,12 @@ class Run:
     # -- talking
 
     def say(self, text: str) -> None:
-        """One line on rank 0's standard output; a closed or ASCII-only output does not end the run."""
+        """One line on rank 0's standard output; a closed one, or one that knows ASCII only, does not end the run."""
         if self.rank == 0:
+            encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
             try:
-                tqdm.write(text, file=sys.stdout)
+                tqdm.write(text.encode(encoding, "backslashreplace").decode(encoding), file=sys.stdout)
                 sys.stdout.flush()
-            except UnicodeEncodeError:
-                tqdm.write(text.encode("ascii", "backslashreplace").decode(), file=sys.stdout)
             except BrokenPipeError:
                 sys.stdout = open(os.devnull, "w")
 
@@ -212,15 +208,16 @@ class Run:
         """One line of strict JSON in log.jsonl (numbers that are not finite become null)."""
         if self.rank != 0:
             return
-        line = (json.dumps(_json_safe(record), allow_nan=False) + "\n").encode()
+        finite = json.loads(json.dumps(record), parse_constant=lambda _: None)
+        line = (json.dumps(finite) + "\n").encode()
         try:
             with open(self.out / "log.jsonl", "ab") as f:
                 f.write(line)
             self.log_bytes += len(line)
         except OSError as error:
             if not self.log_failed:
-                self.log_failed = True
                 self.say(f"warning: cannot write {self.out / 'log.jsonl'} ({error.strerror}); training goes on")
+            self.log_failed = True
 
     # -- ranks
 
@@ -363,14 +360,14 @@ class Run:
         flag = f"--resume {self.args.resume}"
         if "optimizer" not in saved or "epoch" not in saved:
             raise UserError(f"{flag}: holds weights only; to start from them use --weights {self.args.resume}")
-        lacking = [key for key in (*self.parts, *self._counters(), *self._identity()) if key not in saved]
+        lacking = [key for key in (*self.parts, *self._state()) if key not in saved]
         if lacking:
             raise UserError(f"{flag}: lacks {', '.join(lacking)}; it was not written by this version's training")
         if (saved["method"], saved["model_name"]) != (self.method, self.args.model):
             raise UserError(
                 f"{flag}: holds {saved['method']} {saved['model_name']}, you asked for {self.method} {self.args.model}"
             )
-        now = _compared(plain_recipe(self.recipe), self.args.seed, self.data_info)
+        now = _compared(dataclasses.asdict(self.recipe), self.args.seed, self.data_info)
         then = _compared(saved["recipe"], saved["seed"], saved["data"])
         changes = [f"{k} was {then.get(k)}, now {now.get(k)}" for k in {**then, **now} if then.get(k) != now.get(k)]
         if changes and not self.args.allow_changes:
@@ -407,9 +404,8 @@ class Run:
             except (ValueError, KeyError, RuntimeError) as error:
                 problem = f"its {key} state does not fit ({one_line(error)})"
                 raise UserError(f"{flag}: {problem}; to start from the weights use --weights") from None
-        for key in self._counters():
-            if key not in ("rng", "log_bytes"):
-                setattr(self, key, saved[key])
+        for name in COUNTERS:
+            setattr(self, name, saved[name])
         torch.set_rng_state(saved["rng"]["torch"])
         random.setstate(saved["rng"]["python"])
         if self.rank == 0 and (self.out / "log.jsonl").exists():  # forget what was logged after the checkpoint
@@ -552,33 +548,28 @@ class Run:
 
     # -- saving and stopping
 
-    def _counters(self) -> dict:
-        """Where the run is."""
-        rng = {"torch": torch.get_rng_state(), "python": random.getstate()}
-        names = ("epoch", "step", "best", "loss_sum", "loss_count", "skipped_steps", "log_bytes")
-        return {**{name: getattr(self, name) for name in names}, "rng": rng}
-
-    def _identity(self) -> dict:
-        """What the run is."""
+    def _state(self) -> dict:
+        """Where the run is and what it is, for a checkpoint."""
         versions = {m.__name__: str(m.__version__) for m in (torch, torchvision)} | {"python": sys.version.split()[0]}
         return {
+            **{name: getattr(self, name) for name in COUNTERS}, "log_bytes": self.log_bytes,
+            "rng": {"torch": torch.get_rng_state(), "python": random.getstate()},
             "method": self.method, "model_name": self.args.model, "seed": self.args.seed,
-            "recipe": plain_recipe(self.recipe), "data": self.data_info, "world_size": self.world, "versions": versions,
+            "recipe": dataclasses.asdict(self.recipe), "data": self.data_info, "world_size": self.world,
+            "versions": versions,
         }
 
     def save(self) -> None:
         """Writes last.pt (the one before becomes previous.pt); only rank 0 writes."""
         self._read_flags(0)  # raises if what would be saved comes after a broken step
-        state = {key: part if part is None else part.state_dict() for key, part in self.parts.items()}
-        content, folder = {**state, **self._counters(), **self._identity()}, self.out
+        parts = {key: part if part is None else part.state_dict() for key, part in self.parts.items()}
+        content, folder = {**parts, **self._state()}, self.out
         self._on_rank_0(lambda: checkpoint.save(content, folder / "last.pt", keep=folder / "previous.pt"))
 
     def check_stop(self) -> None:
         """Ends the run if any rank was asked to, with what is on disk (before training, and during evaluation)."""
-        asked = torch.tensor([float(self.stop_signal != 0)], device=self.device)
-        if self.world > 1:
-            dist.all_reduce(asked)
-        if asked.item():
+        asked = torch.tensor([self.stop_signal != 0], dtype=torch.float32, device=self.device)
+        if self.gather(asked).any():
             self._stop()
 
     def _on_signal(self, number: int, _frame) -> None:
@@ -614,17 +605,3 @@ def _compared(recipe: dict, seed: int, data: dict) -> dict:
     """What must be the same when a run goes on."""
     others = {k: v for k, v in data.items() if k not in ("classes", "digest", "val_images")}
     return {**recipe, "seed": seed, "data": data["digest"], "classes": len(data["classes"]), **others}
-
-
-def plain_recipe(recipe) -> dict:
-    return checkpoint.plain(dataclasses.asdict(recipe))
-
-
-def _json_safe(value):
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(k): _json_safe(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_json_safe(v) for v in value]
-    return value

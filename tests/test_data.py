@@ -57,7 +57,7 @@ def all_micro_batches(world, accumulation, repeats=3, batch=32, group=4):
         batches = GlobalBatches(
             1000, batch_size=batch, micro_batch=micro, group=group, world_size=world, rank=rank, repeats=repeats, seed=0
         )
-        batches.set_epoch(2)
+        batches.epoch = 2
         for i, keys in enumerate(batches):
             step, which = divmod(i, accumulation)
             for number, start in zip(batches.groups(which), range(0, micro, group)):
@@ -83,7 +83,7 @@ def test_groups_are_the_official_ranks():
 def test_an_epoch_can_be_entered_in_the_middle():
     batches = GlobalBatches(100, batch_size=8, micro_batch=4, group=4, world_size=1, rank=0, repeats=1, seed=0)
     whole = list(batches)
-    batches.set_epoch(0, first_step=5)
+    batches.first_step = 5
     assert list(batches) == whole[10:]
 
 
