@@ -599,7 +599,7 @@ def main() -> None:
     from common.script import run_script
 
     run_script(
-        "deit", *parse_args(), MODELS, train=train, make_model=make_model, saved=("img_size", "eval_crop_ratio"),
+        "deit", *parse_args(), MODELS, train=train, make_model=make_model,
         adapt=fit_resolution, predict=predict, loss=lambda model, images, labels: label_loss(model(images), labels),
     )
 

@@ -731,10 +731,8 @@ def main() -> None:
         targets = mix_targets(labels, [Mix(1.0)], 1000, 0.0)
         return (bce_loss if recipe.loss == "bce" else F.cross_entropy)(model(images), targets)
 
-    saved = ("layer_scale", "img_size", "eval_crop_ratio")
     run_script(
-        "deit3", args, recipe, paper, MODELS, train=train, make_model=make_model, saved=saved, adapt=fit_resolution,
-        loss=loss,
+        "deit3", args, recipe, paper, MODELS, train=train, make_model=make_model, adapt=fit_resolution, loss=loss,
     )
 
 

@@ -184,34 +184,41 @@ def load_weights(model: torch.nn.Module, state: dict[str, torch.Tensor], where: 
     model.load_state_dict(state)
 
 
-def load_pretrained(
-    model: torch.nn.Module, run, *, new_head: bool, adapt: Callable | None = None, content: dict | None = None
+def fit(
+    model: torch.nn.Module, content: dict, where: str, say: Callable[[str], None], *, ema: bool = False,
+    adapt: Callable | None = None, new_head: bool = False,
 ) -> None:
-    """--weights into the model; a classifier for other classes is left fresh (only if new_head).
+    """A checkpoint's weights (ema: its averaged ones) into the model; UserError, naming `where`, if they do not fit.
 
-    adapt(model, state, content, say) changes the state dict in place to fit the model's resolution; content is the
-    whole file, read here unless it is given.
+    adapt(model, state, content, say) changes the state dict in place first, to the model's resolution; new_head: a
+    classifier for other classes is left fresh.
     """
-    args, where = run.args, f"--weights {run.args.weights}"
-    content = load(args.weights, "--weights") if content is None else content
-    if isinstance(content.get("model_name"), str) and content["model_name"] != args.model:
-        held = f"{content.get('method')} {content['model_name']}"
-        raise UserError(f"{where}: holds {held}, you asked for {run.method} {args.model}")
-    state = weights(content, ema=args.use_ema)
+    state = weights(content, ema=ema)
     narrow = {v.dtype for v in state.values()} & {torch.float16, torch.bfloat16}
     if narrow:
-        run.say(f"weights in {', '.join(str(d).removeprefix('torch.') for d in narrow)} loaded into float32")
+        say(f"weights in {', '.join(str(d).removeprefix('torch.') for d in narrow)} loaded into float32")
     if adapt is not None:
-        adapt(model, state, content, run.say)
+        adapt(model, state, content, say)
     own = model.state_dict()
     heads = [k for k in own if k in state and k.startswith(HEADS) and state[k].shape != own[k].shape]
     if heads:
         numbers = f"{len(state[heads[0]])} classes, the data {len(own[heads[0]])}"
         if not new_head:
             raise UserError(f"{where}: has {numbers}; evaluation needs the same")
-        run.say(f"new head: the checkpoint has {numbers}")
+        say(f"new head: the checkpoint has {numbers}")
         state.update({k: own[k] for k in heads})
     load_weights(model, state, where)
+
+
+def of_run(run) -> dict:
+    """The content of --weights (last.pt of --out without it); UserError if it is another method's or model's."""
+    args = run.args
+    args.weights = args.weights or str(run.out / "last.pt")
+    content = load(args.weights, "--weights")
+    if isinstance(content.get("model_name"), str) and content["model_name"] != args.model:
+        held = f"{content.get('method')} {content['model_name']}"
+        raise UserError(f"--weights {args.weights}: holds {held}, you asked for {run.method} {args.model}")
+    return content
 
 
 def take_part(model: torch.nn.Module, state: dict[str, torch.Tensor], prefix: str) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import signal
+import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -213,14 +214,16 @@ class TrainingData:
 
     def begin(self, epoch: int, first_step: int) -> None:
         """An epoch, from optimizer step `first_step` on."""
-        self.batches.epoch, self.batches.first_step = epoch, first_step
+        self.batches.epoch, self.batches.first_step, self.waited = epoch, first_step, 0.0
         self.stream = to_device(self.loader, self.run.device)
 
     def micro_batches(self) -> Iterator[Batch]:
         """This rank's micro-batches of the next optimizer step; torch's generators are seeded for each."""
         self.seen: list[torch.Tensor] = []
         for number in range(self.accumulation):
-            batch = Batch(*self.run.wait_for(self.stream), self.batches.groups(number))
+            start = time.time()
+            batch = Batch(*next(self.stream), self.batches.groups(number))
+            self.waited += time.time() - start
             self.run.seed_step(number)
             self.seen.append(batch.indices)
             yield batch

@@ -131,25 +131,23 @@ def validate(run: Run, predict: Predict = logits_of) -> dict[str, float]:
 
 
 def trained_model(
-    run: Run, make_model: Callable, *, saved: tuple[str, ...], adapt: Callable | None, content: dict | None = None,
+    run: Run, make_model: Callable, *, adapt: Callable | None, content: dict | None = None,
     classes: list[str] | None = None,
 ) -> tuple[torch.nn.Module, object, list[str]]:
     """(model of --weights, or last.pt of --out, in eval mode on the device; recipe as it was trained; class names).
 
-    make_model(args, recipe, num_classes) builds the model; recipe fields named in `saved` are the checkpoint's unless a
-    flag sets them; adapt: see checkpoint.load_pretrained; content: the file's, if it is read already; classes: those
-    that the model must have, else the checkpoint's (of an official one their numbers).
+    make_model(args, recipe, num_classes) builds the model by the checkpoint's recipe, less the flags that are given;
+    adapt: see checkpoint.fit; content: the file's, if it is read already; classes: those that the model must have, else
+    the checkpoint's (of an official one their numbers).
     """
-    args = run.args
-    args.weights = args.weights or str(run.out / "last.pt")
-    content = checkpoint.load(args.weights, "--weights") if content is None else content
-    before = {k: v for k, v in checkpoint.recipe_of(content).items() if k in saved and getattr(args, k) is None}
+    content, args = content or checkpoint.of_run(run), run.args
+    before = {k: v for k, v in checkpoint.recipe_of(content).items() if getattr(args, k, 0) is None}
     recipe = dataclasses.replace(run.recipe, **before)
-    classes = classes or checkpoint.classes_of(content)
+    classes, where = classes or checkpoint.classes_of(content), f"--weights {args.weights}"
     if not classes:
-        raise UserError(f"--weights {args.weights}: holds no classifier")
+        raise UserError(f"{where}: holds no classifier")
     model = make_model(args, recipe, len(classes))
-    checkpoint.load_pretrained(model, run, new_head=False, adapt=adapt, content=content)
+    checkpoint.fit(model, content, where, run.say, ema=args.use_ema, adapt=adapt)
     return model.to(run.device).eval(), recipe, classes
 
 
@@ -167,39 +165,37 @@ def read_image(file: str, size: tuple[int, int], crop_ratio: float, flag: str) -
     return eval_transform(read_file(file, flag), size, crop_ratio)
 
 
-def evaluate_weights(run: Run, make_model: Callable, *, predict: Predict = logits_of, **options) -> None:
+def evaluate_weights(run: Run, make_model: Callable, adapt: Callable | None, predict: Predict = logits_of) -> None:
     """--eval: accuracy of --weights (or last.pt of --out) on --data's validation images and on each of --eval-data.
 
-    make_model and options: see trained_model. Without --data, --eval-data is all that is evaluated.
+    make_model, adapt: see trained_model. Without --data, --eval-data is all that is evaluated.
     """
     args = run.args
     check_amp(run.amp, run.device)
-    args.weights = args.weights or str(run.out / "last.pt")
-    content, sources = checkpoint.load(args.weights, "--weights"), {}
+    content, sources = checkpoint.of_run(run), {}
     classes = checkpoint.classes_of(content) if isinstance(content.get("data"), dict) else None
     if args.data:
         where = dict(val_data=args.val_data, coarse_labels=args.coarse_labels, classes=classes)
         source = run.first(lambda: open_data(args.data, **where, splits=("val",), say=run.say))["val"]
-        sources[args.data] = source
-        if classes is not None and classes != source.classes:
+        if classes not in (None, source.classes):
             numbers = f"its {len(source.classes)} classes are not the {len(classes)}"
             raise UserError(f"--data: {numbers} that {args.weights} was trained on")
-        classes = source.classes
+        sources[args.data], classes = source, source.classes
     for path in args.eval_data or []:
         sources[path] = run.first(lambda path=path: open_images(path, "--eval-data", classes, run.say))
     first = next(iter(sources.values()))
     real = real_labels(args.real_labels, first) if args.real_labels else None
     classes = classes or checkpoint.classes_of(content) or first.classes
-    model, recipe, _ = trained_model(run, make_model, content=content, classes=classes, **options)
-    autocast, size = Precision(run.amp, run.device).autocast, recipe.img_size
+    model, recipe, _ = trained_model(run, make_model, adapt=adapt, content=content, classes=classes)
+    size = recipe.img_size
     for name, source in sources.items():
         loader = eval_loader(source, size, recipe.eval_crop_ratio, args.micro_batch or 64, run)
-        known = real if source is first else None
-        metrics = evaluate(model, loader, run.device, autocast, predict=predict, real=known)
+        options = dict(predict=predict, real=real if source is first else None)
+        metrics = evaluate(model, loader, run.device, Precision(run.amp, run.device).autocast, **options)
         run.say(f"{name}: {len(source)} images at {size[0]} x {size[1]}, crop ratio {recipe.eval_crop_ratio:g}")
         for head in dict.fromkeys(k.partition("_")[2] for k in metrics):
-            own = {k.partition("_")[0]: v for k, v in metrics.items() if k.partition("_")[2] == head}
-            run.say("  ".join([*[head] * bool(head), *[f"{k} {v:.5g}" for k, v in own.items()]]))
+            own = [f"{k.partition('_')[0]} {v:.5g}" for k, v in metrics.items() if k.partition("_")[2] == head]
+            run.say("  ".join([*[head] * bool(head), *own]))
 
 
 def real_labels(file: str, source: Source) -> list[list[int]]:

@@ -30,20 +30,16 @@ def from_checkpoint(
     content: dict, where: str, img_size: tuple[int, int], say: Callable, *, ema: bool = False
 ) -> nn.Module:
     """The model that a script's checkpoint holds (ema: its averaged weights), for images of `img_size`; UserError if
-    its script is not here.
-
-    A script offers Recipe, make_model(args, recipe, num_classes) and, if its weights depend on the resolution,
-    fit_resolution(model, state, content, say).
-    """
-    method = content["method"]
-    script = find_script(method, where)
+    its script is not here. A script offers Recipe, make_model(args, recipe, num_classes) and, if its weights depend on
+    the resolution, fit_resolution(model, state, content, say)."""
+    script = find_script(content["method"], where)
     try:
         recipe = script.Recipe(**{**checkpoint.recipe_of(content), "img_size": tuple(img_size)})
     except TypeError as error:
-        raise UserError(f"{where}: was written by another version of {method}.py ({error})") from None
+        raise UserError(f"{where}: was written by another version of {content['method']}.py ({error})") from None
     args = argparse.Namespace(model=content["model_name"], grad_checkpoint=False)
     model = script.make_model(args, recipe, len(content["data"]["classes"]))
-    _load(script, model, checkpoint.weights(content, ema=ema), content, where, say)
+    checkpoint.fit(model, content, where, say, ema=ema, adapt=getattr(script, "fit_resolution", None))
     return model
 
 
@@ -53,19 +49,12 @@ def from_official(
     """Model `name` of a script with weights that do not name it, such as the official files."""
     script = find_script(method, f"--model {method}/{name}")
     check_choice(f"--model {method}/", name, script.MODELS)
-    state = checkpoint.weights(content, ema=ema)
     try:
         model = script.build_model(name, len(checkpoint.classes_of(content)) or 1000, img_size)
     except ValueError as error:
         raise UserError(f"--img-size: {error}") from None
-    _load(script, model, state, content, where, say)
+    checkpoint.fit(model, content, where, say, ema=ema, adapt=getattr(script, "fit_resolution", None))
     return model
-
-
-def _load(script, model: nn.Module, state: dict, content: dict, where: str, say: Callable[[str], None]) -> None:
-    if hasattr(script, "fit_resolution"):
-        script.fit_resolution(model, state, content, say)
-    checkpoint.load_weights(model, state, where)
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -132,34 +132,32 @@ def _lost_contact(error: BaseException) -> bool:
 def connect(device: str | None, timeout: int) -> tuple[torch.device, int, int]:
     """(device, rank, world size) from torchrun's environment; one process without it. UserError for half of it."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    given = [n for n in names if n in os.environ]
-    if given and len(given) < len(names):
-        missing = ", ".join(n for n in names if n not in given)
+    given, missing = ([n for n in names if (n in os.environ) == there] for there in (True, False))
+    if given and missing:
         hint = "start several ranks with torchrun, one with plain python"
-        raise UserError(f"the environment sets {', '.join(given)} but not {missing}; {hint}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no GPU here; leave the flag out to run on the CPU")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        raise UserError(f"the environment sets {', '.join(given)} but not {', '.join(missing)}; {hint}")
     rank, world, local = (int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "cuda" and not gpus:
+        raise UserError("--device cuda: torch sees no GPU here; leave the flag out to run on the CPU")
+    device = device or ("cuda" if gpus else "cpu")
     if device == "cuda":
-        if local >= torch.cuda.device_count():
-            gpus = f"there are GPUs ({torch.cuda.device_count()})"
-            raise UserError(f"torchrun starts more ranks per node than {gpus}; lower --nproc_per_node")
-        torch.cuda.set_device(local)
+        if local >= gpus:
+            raise UserError(f"torchrun starts more ranks per node than there are GPUs ({gpus}); lower --nproc_per_node")
         device = f"cuda:{local}"
+        torch.cuda.set_device(local)
     if given and not dist.is_initialized():
-        wait = datetime.timedelta(seconds=timeout)
+        wait, backend = datetime.timedelta(seconds=timeout), "nccl" if "cuda" in device else "gloo"
         try:
             store, _, _ = next(rendezvous("env://", timeout=wait))
             # Ranks that torchrun starts again find the store of those that died: addresses in it would lead nowhere.
             store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-            backend = "nccl" if "cuda" in device else "gloo"
             dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
             _STORE.append(store)
         except (RuntimeError, ValueError) as error:
-            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            problem = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: {one_line(error, 200)}"
             hint = "use torchrun --standalone or another --master-port"
-            raise UserError(f"ranks cannot meet at {where}: {one_line(error, 200)}; {hint}") from None
+            raise UserError(f"ranks cannot meet at {problem}; {hint}") from None
     return torch.device(device), rank, world
 
 
@@ -175,24 +173,19 @@ class Run:
         self.amp = args.amp or ("bf16" if self.device.type == "cuda" else "fp32")
         self.out = Path(args.out or f"runs/{method}_{args.model.replace('/', '_')}")
         self.epoch = self.step = 0  # what comes next
-        self.best = -math.inf
-        self.loss_sum, self.loss_count, self.last_loss = 0.0, 0, math.nan
+        self.best, self.loss_sum, self.loss_count, self.last_loss = -math.inf, 0.0, 0, math.nan
         self.stop_signal, self.stop_agreed = 0, False  # asked of this rank; known to all ranks
         self.save_asked, self.save_agreed = False, False
         self.lag = FLAG_LAG if self.device.type == "cuda" else 0
-        self.pending: deque = deque()  # (stats, files, lr) of steps whose flags the host has not read
-        self.skipped_in_a_row = self.skipped_steps = 0
-        self.log_bytes, self.log_failed = 0, False
+        self.pending: deque = deque()  # steps whose flags the host has not read
+        self.skipped_in_a_row = self.skipped_steps = self.log_bytes = 0
         self.bar = self.writer = self.lock = None
-        self.started = False
+        self.started = self.log_failed = False
         _CURRENT.append(self)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
-        signal.signal(signal.SIGUSR1, self._on_usr1)
         if args.device is None and self.device.type == "cpu":
             self.say("no GPU found: running on the CPU")
-
-    # -- talking
 
     def say(self, text: str) -> None:
         """One line on rank 0's standard output; a closed one, or one that knows ASCII only, does not end the run."""
@@ -206,20 +199,16 @@ class Run:
 
     def log(self, record: dict) -> None:
         """One line of strict JSON in log.jsonl (numbers that are not finite become null)."""
-        if self.rank != 0:
-            return
-        finite = json.loads(json.dumps(record), parse_constant=lambda _: None)
-        line = (json.dumps(finite) + "\n").encode()
-        try:
-            with open(self.out / "log.jsonl", "ab") as f:
-                f.write(line)
-            self.log_bytes += len(line)
-        except OSError as error:
-            if not self.log_failed:
-                self.say(f"warning: cannot write {self.out / 'log.jsonl'} ({error.strerror}); training goes on")
-            self.log_failed = True
-
-    # -- ranks
+        if self.rank == 0:
+            finite = json.loads(json.dumps(record), parse_constant=lambda _: None)
+            try:
+                with open(self.out / "log.jsonl", "ab") as f:
+                    f.write(json.dumps(finite).encode() + b"\n")
+                    self.log_bytes = f.tell()
+            except OSError as error:
+                if not self.log_failed:
+                    self.say(f"warning: cannot write {self.out / 'log.jsonl'} ({error.strerror}); training goes on")
+                self.log_failed = True
 
     @property
     def workers(self) -> int:
@@ -229,21 +218,22 @@ class Run:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
+    # -- several ranks
+
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Every rank's tensor (n, ...), rank 0's first: (world n, ...), the same on all ranks. No gradient."""
-        if self.world == 1:
-            return tensor
-        parts = [torch.empty_like(tensor) for _ in range(self.world)]
-        dist.all_gather(parts, tensor.contiguous())
+        parts = [tensor] if self.world == 1 else [torch.empty_like(tensor) for _ in range(self.world)]
+        if self.world > 1:
+            dist.all_gather(parts, tensor.contiguous())
         return torch.cat(parts)
 
     def first(self, action: Callable):
         """action() of every rank, rank 0's before the others': what it builds (an index), they find."""
         result = []
-        self._on_rank_0(lambda: result.append(action()))
+        self.on_rank_0(lambda: result.append(action()))
         return result[0] if result else action()
 
-    def _on_rank_0(self, action: Callable[[], None]) -> None:
+    def on_rank_0(self, action: Callable[[], None]) -> None:
         """Runs `action` on rank 0 while the others wait; if it fails there, all ranks stop."""
         error = None
         if self.rank == 0:
@@ -251,21 +241,29 @@ class Run:
                 action()
             except (UserError, RunError) as raised:
                 error = raised
+        failed = torch.tensor([error is not None], dtype=torch.int32, device=self.device)
         if self.world > 1:
-            failed = torch.tensor([error is not None], dtype=torch.int32, device=self.device)
             dist.broadcast(failed, 0)
-            if failed.item() and error is None:
-                sys.exit(1)  # rank 0 says why
         if error is not None:
             raise error
+        if failed.item():
+            sys.exit(1)  # rank 0 says why
 
-    # -- folder
+    def _check_same_weights(self) -> None:
+        """RunError if ranks hold different weights: they would diverge without a word."""
+        if self.world > 1:
+            sums = torch.stack([p.detach().double().sum() for p in self.parts["model"].parameters()]).sum()[None]
+            if any(not torch.equal(s, sums[0]) for s in self.gather(sums)):
+                where = f"at epoch {self.epoch}, step {self.step}"
+                raise RunError(f"the ranks hold different weights {where}; resume from the last checkpoint")
+
+    # -- before the first step
 
     def open_folder(self) -> None:
         """Takes the output folder; UserError if it cannot be written or holds another run."""
         if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and self.args.resume is None:
             self.args.resume = "auto"  # torchrun --max-restarts started this process again
-        self._on_rank_0(self._open_folder)
+        self.on_rank_0(self._open_folder)
 
     def _open_folder(self) -> None:
         path, where, here = self.out / "lock", f"--out {self.out}", socket.gethostname()
@@ -284,13 +282,12 @@ class Run:
             raise UserError(f"{where}: cannot be written ({error.strerror})") from None
         if owner and not owner.endswith(f" on {here}") and self.args.resume is None:
             raise UserError(f"{where}: locked by {owner}; if that run is dead, remove {path}")
+        self.lock = lock
         if (self.out / "last.pt").exists() and self.args.resume is None:
-            path.unlink()
             raise UserError(f"{where}: holds a run already; --resume auto goes on with it, another --out starts anew")
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {here}\n")
         lock.flush()
-        self.lock = lock
         for leftover in self.out.glob("*.tmp"):  # of a write that was killed
             leftover.unlink(missing_ok=True)
 
@@ -301,26 +298,20 @@ class Run:
             self.lock.close()
             self.lock = None
 
-    # -- starting
-
     def prepare(self, model: nn.Module, micro_batch: int) -> nn.Module:
         """The model as it is trained: BatchNorm synchronised, compiled if asked for, wrapped for several ranks."""
         if micro_batch == 1 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
             raise UserError("--micro-batch 1: this model's BatchNorm needs at least 2 images per forward pass")
-        model = synchronise(model, self.device)
+        model, cuda = synchronise(model, self.device), self.device.type == "cuda"
         if self.args.compile:
-            cuda = self.device.type == "cuda"
-            found = importlib.util.find_spec("triton") if cuda else any(map(shutil.which, ("c++", "g++", "clang++")))
-            if not found:
+            if not (importlib.util.find_spec("triton") if cuda else any(map(shutil.which, ("c++", "g++", "clang++")))):
                 needed = "the package triton" if cuda else "a C++ compiler"
                 raise UserError(f"--compile: needs {needed}, not found here; leave the flag out")
             model.compile()
         if self.world > 1:
             # Buffers are equal on all ranks by themselves: BatchNorm's statistics are synchronised, memories gathered.
-            device_ids = [self.device.index] if self.device.type == "cuda" else None
-            model = DistributedDataParallel(
-                model, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False
-            )
+            options = dict(gradient_as_bucket_view=True, broadcast_buffers=False)
+            model = DistributedDataParallel(model, [self.device.index] if cuda else None, **options)
         return model
 
     def start(self, data: dict, **parts) -> None:
@@ -339,11 +330,9 @@ class Run:
             except ImportError:
                 raise UserError("--tensorboard: the package is not installed; pip install tensorboard") from None
             self.writer = SummaryWriter(self.out, purge_step=self.epoch)
-        if self.epoch == self.step == 0:
-            if self.rank == 0:
-                with contextlib.suppress(OSError):  # log() says so, once
-                    (self.out / "log.jsonl").write_bytes(b"")
-            self.log_bytes = 0
+        if self.epoch == self.step == 0 and self.rank == 0:
+            with contextlib.suppress(OSError):  # log() says so, once
+                (self.out / "log.jsonl").write_bytes(b"")
         self.started = True
         self.log({
             "status": "started", "epoch": self.epoch, "step": self.step, "seed": self.args.seed,
@@ -352,33 +341,8 @@ class Run:
             **{k: v for k, v in data.items() if k not in ("classes", "digest")},
         })
 
-    def _resume(self) -> None:
-        found = self._newest_checkpoint()
-        if found is None:
-            return self.say(f"nothing to resume in {self.out}: starting from the beginning")
-        name, saved = found
-        flag = f"--resume {self.args.resume}"
-        if "optimizer" not in saved or "epoch" not in saved:
-            raise UserError(f"{flag}: holds weights only; to start from them use --weights {self.args.resume}")
-        lacking = [key for key in (*self.parts, *self._state()) if key not in saved]
-        if lacking:
-            raise UserError(f"{flag}: lacks {', '.join(lacking)}; it was not written by this version's training")
-        if (saved["method"], saved["model_name"]) != (self.method, self.args.model):
-            raise UserError(
-                f"{flag}: holds {saved['method']} {saved['model_name']}, you asked for {self.method} {self.args.model}"
-            )
-        now = _compared(dataclasses.asdict(self.recipe), self.args.seed, self.data_info)
-        then = _compared(saved["recipe"], saved["seed"], saved["data"])
-        changes = [f"{k} was {then.get(k)}, now {now.get(k)}" for k in {**then, **now} if then.get(k) != now.get(k)]
-        if changes and not self.args.allow_changes:
-            told = f"the run was started differently: {'; '.join(changes)}"
-            raise UserError(f"{flag}: {told}; repeat its flags, or add --allow-changes")
-        self._restore(saved, flag)
-        with_changes = f" with changes: {'; '.join(changes)}" if changes else ""
-        self.say(f"resumed from {name} at epoch {self.epoch}, step {self.step}{with_changes}")
-
-    def _newest_checkpoint(self) -> tuple[str, dict] | None:
-        """(name, content) of what --resume asks for; None if there is nothing."""
+    def _newest_checkpoint(self) -> tuple[str, dict | None]:
+        """(name, content) of what --resume asks for; no content if there is nothing."""
         if self.args.resume != "auto":
             return self.args.resume, checkpoint.load(self.args.resume, "--resume")
         for name in ("last.pt", "previous.pt"):
@@ -389,18 +353,40 @@ class Run:
                     self.say(f"warning: {error}")
         if (self.out / "last.pt").exists():
             raise UserError(f"--resume auto: no good checkpoint in {self.out}; start anew with another --out")
-        return None
+        return "", None
+
+    def _resume(self) -> None:
+        name, saved = self._newest_checkpoint()
+        if saved is None:
+            return self.say(f"nothing to resume in {self.out}: starting from the beginning")
+        flag, asked = f"--resume {self.args.resume}", (self.method, self.args.model)
+        if "optimizer" not in saved or "epoch" not in saved:
+            raise UserError(f"{flag}: holds weights only; to start from them use --weights {self.args.resume}")
+        lacking = [key for key in (*self.parts, *self._state()) if key not in saved]
+        if lacking:
+            raise UserError(f"{flag}: lacks {', '.join(lacking)}; it was not written by this version's training")
+        if (saved["method"], saved["model_name"]) != asked:
+            held = f"{saved['method']} {saved['model_name']}"
+            raise UserError(f"{flag}: holds {held}, you asked for {' '.join(asked)}")
+        now = _compared(dataclasses.asdict(self.recipe), self.args.seed, self.data_info)
+        then = _compared(saved["recipe"], saved["seed"], saved["data"])
+        changes = [f"{k} was {then.get(k)}, now {now.get(k)}" for k in {**then, **now} if then.get(k) != now.get(k)]
+        if changes and not self.args.allow_changes:
+            told = f"the run was started differently: {'; '.join(changes)}"
+            raise UserError(f"{flag}: {told}; repeat its flags, or add --allow-changes")
+        self._restore(saved, flag)
+        changed = f" with changes: {'; '.join(changes)}" if changes else ""
+        self.say(f"resumed from {name} at epoch {self.epoch}, step {self.step}{changed}")
 
     def _restore(self, saved: dict, flag: str) -> None:
         checkpoint.load_weights(self.parts["model"], saved["model"], flag)
         for key, part in self.parts.items():
-            if key == "model" or (part is None and saved[key] is None):
-                continue
-            if part is None or saved[key] is None:
+            if (part is None) != (saved[key] is None):
                 verbs = ("has", "lacks") if part is None else ("lacks", "has")
                 raise UserError(f"{flag}: the checkpoint {verbs[0]} {key}, this run {verbs[1]} it")
             try:
-                part.load_state_dict(saved[key])
+                if part is not None and key != "model":
+                    part.load_state_dict(saved[key])
             except (ValueError, KeyError, RuntimeError) as error:
                 problem = f"its {key} state does not fit ({one_line(error)})"
                 raise UserError(f"{flag}: {problem}; to start from the weights use --weights") from None
@@ -410,16 +396,7 @@ class Run:
         random.setstate(saved["rng"]["python"])
         if self.rank == 0 and (self.out / "log.jsonl").exists():  # forget what was logged after the checkpoint
             with open(self.out / "log.jsonl", "r+b") as f:
-                self.log_bytes = min(saved["log_bytes"], f.seek(0, 2))
-                f.truncate(self.log_bytes)
-
-    def _check_same_weights(self) -> None:
-        """RunError if ranks hold different weights: they would diverge without a word."""
-        if self.world > 1:
-            sums = torch.stack([p.detach().double().sum() for p in self.parts["model"].parameters()]).sum().reshape(1)
-            if any(not torch.equal(s, sums[0]) for s in self.gather(sums)):
-                where = f"at epoch {self.epoch}, step {self.step}"
-                raise RunError(f"the ranks hold different weights {where}; resume from the last checkpoint")
+                f.truncate(min(saved["log_bytes"], f.seek(0, 2)))
 
     # -- the loop
 
@@ -433,22 +410,15 @@ class Run:
 
     def steps(self, data) -> Iterator[int]:
         """The optimizer steps of this epoch that are still to do, with a progress bar on rank 0. data: TrainingData."""
+        self.data, self.first_step, self.epoch_start = data, self.step, time.time()
+        self.last_line = self.epoch_start
         data.begin(self.epoch, self.step)
         if self.rank == 0 and sys.stderr.isatty():
-            total, done = (n * self.recipe.batch_size for n in (data.steps, self.step))
-            self.bar = tqdm(total=total, initial=done, desc=f"epoch {self.epoch}", unit="img", unit_scale=True,
-                            dynamic_ncols=True, leave=False)
-        self.epoch_start = self.last_line = time.time()
-        self.first_step, self.waited, self.data = self.step, 0.0, data
+            total, done = data.steps * self.recipe.batch_size, self.step * self.recipe.batch_size
+            look = dict(desc=f"epoch {self.epoch}", unit="img", unit_scale=True, dynamic_ncols=True, leave=False)
+            self.bar = tqdm(total=total, initial=done, **look)
         while self.step < data.steps:
             yield self.step
-
-    def wait_for(self, batches: Iterator):
-        """The next batch; the time spent waiting for it is counted."""
-        start = time.time()
-        batch = next(batches)
-        self.waited += time.time() - start
-        return batch
 
     def asked(self) -> float:
         """What signals asked of this rank since the last step, for the other ranks to know: SAVE, STOP, both or 0."""
@@ -488,8 +458,7 @@ class Run:
             if self.amp != "fp16" or self.skipped_in_a_row > MAX_SKIPPED:
                 names = self.data.names(self.gather(torch.cat(seen).to(self.device)))
                 reason = "loss or gradient not finite"
-                record = {"status": "failed", "reason": reason, "epoch": epoch, "step": step, "lr": lr}
-                self.log({**record, "files": names})
+                self.log({"status": "failed", "reason": reason, "epoch": epoch, "step": step, "lr": lr, "files": names})
                 images = f"Its images: {', '.join(names[:4])}, ... (all {len(names)} in {self.out / 'log.jsonl'})"
                 where = f"at epoch {epoch}, step {step}, lr {lr:g}"
                 raise RunError(f"{reason} {where}; nothing of that step was applied. {images}")
@@ -498,7 +467,7 @@ class Run:
         if self.bar is not None:
             self.bar.update(self.recipe.batch_size)
             self.bar.set_postfix(loss=f"{self.last_loss:.4f}", lr=f"{lr:.2e}", refresh=False)
-        elif self.rank == 0 and time.time() - self.last_line > 30:
+        elif time.time() - self.last_line > 30:
             self.last_line, total = time.time(), self.data.steps
             rate = (self.step - self.first_step) / (time.time() - self.epoch_start)  # steps per second
             left = datetime.timedelta(seconds=int(((self.recipe.epochs - self.epoch) * total - self.step) / rate))
@@ -506,9 +475,8 @@ class Run:
             self.say(f"{where}  loss {self.last_loss:.4f}  lr {lr:.2e}  {speed}  ETA {left}")
 
     def end_of_training_epoch(self, lr: float) -> dict:
-        """Figures of the epoch's training part; saves `last.pt`, from which a resumed run goes straight to evaluation.
-
-        lr: the next epoch's first learning rate."""
+        """Figures of the epoch's training part, with the next learning rate; saves `last.pt`, from which a resumed run
+        goes straight to evaluation."""
         self._read_flags(0)
         seconds, done = time.time() - self.epoch_start, self.step - self.first_step
         if self.bar is not None:
@@ -518,7 +486,7 @@ class Run:
             self.save()
         if self.stop_agreed:
             self._stop()
-        waiting = self.waited / seconds if done else 0.0
+        waiting = self.data.waited / seconds if done else 0.0
         if waiting > 0.3:
             self.say(f"warning: {waiting:.0%} of this epoch was waiting for data; raise --workers (now {self.workers})")
         return {
@@ -532,7 +500,7 @@ class Run:
         """Logs the epoch, keeps `best.pt` if `score` is the highest so far, and moves on to the next epoch."""
         if score is not None and score > self.best:
             self.best = score
-            self._on_rank_0(lambda: checkpoint.save_copy(self.out / "last.pt", self.out / "best.pt"))
+            self.on_rank_0(lambda: checkpoint.save_copy(self.out / "last.pt", self.out / "best.pt"))
         self.log(record)
         shown = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in record.items() if v is not None}
         self.say("  ".join(f"{k} {v}" for k, v in shown.items()))
@@ -542,9 +510,6 @@ class Run:
                     self.writer.add_scalar(key, value, self.epoch)
             self.writer.flush()
         self.epoch, self.step, self.loss_sum, self.loss_count = self.epoch + 1, 0, 0.0, 0
-
-    def finish(self) -> None:
-        self.log({"status": "completed", "epochs": self.recipe.epochs, "best": self.best})
 
     # -- saving and stopping
 
@@ -564,31 +529,30 @@ class Run:
         self._read_flags(0)  # raises if what would be saved comes after a broken step
         parts = {key: part if part is None else part.state_dict() for key, part in self.parts.items()}
         content, folder = {**parts, **self._state()}, self.out
-        self._on_rank_0(lambda: checkpoint.save(content, folder / "last.pt", keep=folder / "previous.pt"))
+        self.on_rank_0(lambda: checkpoint.save(content, folder / "last.pt", keep=folder / "previous.pt"))
 
     def check_stop(self) -> None:
         """Ends the run if any rank was asked to, with what is on disk (before training, and during evaluation)."""
-        asked = torch.tensor([self.stop_signal != 0], dtype=torch.float32, device=self.device)
-        if self.gather(asked).any():
+        if self.gather(torch.tensor([self.stop_signal], device=self.device)).any():
             self._stop()
 
     def _on_signal(self, number: int, _frame) -> None:
+        if number == signal.SIGUSR1:  # Slurm's warning before the time is up: last.pt is written after this step
+            self.save_asked = True
+            return
         if self.stop_signal and number == signal.SIGINT:  # the second ctrl-C: now
             self._unlock()
             _quit(130)
-        self.stop_signal = number
+        self.stop_signal = int(number)
         if not self.started:  # nothing to save yet, or ever
             raise Stopped(int(number))
 
-    def _on_usr1(self, _number: int, _frame) -> None:
-        self.save_asked = True  # Slurm's warning before the time is up: last.pt is written after this step
-
     def _stop(self) -> None:
-        number = int(self.stop_signal or signal.SIGTERM)
-        self.log({"status": "preempted", "signal": number, "epoch": self.epoch, "step": self.step})
+        number, where = int(self.stop_signal or signal.SIGTERM), {"epoch": self.epoch, "step": self.step}
+        self.log({"status": "preempted", "signal": number, **where})
         if self.started and (self.out / "last.pt").exists():
-            where, hint = f"epoch {self.epoch}, step {self.step}", f"--resume auto --out {self.out}"
-            self.say(f"stopped by signal {number} at {where}; the same command with {hint} goes on")
+            hint = f"the same command with --resume auto --out {self.out} goes on"
+            self.say(f"stopped by signal {number} at epoch {self.epoch}, step {self.step}; {hint}")
         raise Stopped(number)
 
     def close(self, status: int) -> None:

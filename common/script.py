@@ -9,8 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from common import report
-from common.checkpoint import load_pretrained
+from common import checkpoint, report
 from common.data import TrainingData
 from common.evaluate import Predict, eval_loader, evaluate_weights, logits_of
 from common.models import Teacher, on_meta
@@ -21,12 +20,12 @@ from common.run import Run
 
 def run_script(
     method: str, args, recipe, paper, models: dict, *, train: Callable[[Run], None], make_model: Callable,
-    loss: Callable, saved: tuple[str, ...], adapt: Callable | None = None, predict: Predict = logits_of,
+    loss: Callable, adapt: Callable | None = None, predict: Predict = logits_of,
 ) -> None:
     """What the command line asks for: --list-models, --eval, --benchmark, or train(run).
 
-    make_model(args, recipe, num_classes) builds a model, loss(model, images, labels) is what --benchmark trains it by;
-    saved: the recipe's fields that an evaluation takes from the checkpoint; adapt: see checkpoint.load_pretrained.
+    make_model(args, recipe, num_classes) builds a model; loss(model, images, labels) is what --benchmark trains it by;
+    adapt: see checkpoint.fit; predict: see evaluate.
     """
     if args.list_models:
         width = max(map(len, models)) + 1
@@ -36,7 +35,7 @@ def run_script(
         return
     run = Run(method, args, recipe, paper)
     if args.eval or args.eval_data:
-        evaluate_weights(run, make_model, predict=predict, saved=saved, adapt=adapt)
+        evaluate_weights(run, make_model, adapt, predict)
     elif args.benchmark:
         report.benchmark(run, lambda: make_model(args, recipe, 1000), loss)
     else:
@@ -68,7 +67,8 @@ def set_up(
     torch.manual_seed(args.seed)
     model = make_model(args, recipe, run.num_classes)
     if args.weights:
-        load_pretrained(model, run, new_head=True, adapt=adapt)
+        where = f"--weights {args.weights}"
+        checkpoint.fit(model, checkpoint.of_run(run), where, run.say, ema=args.use_ema, adapt=adapt, new_head=True)
     model.to(run.device)
     optimizer = make_optimizer(recipe.optimizer, model, recipe.lr, recipe.weight_decay)
     precision = Precision(run.amp, run.device, accumulation=data.accumulation, clip_grad=recipe.clip_grad)
@@ -97,6 +97,6 @@ def set_up(
 
 def finish(run: Run, *panels: list[str]) -> None:
     """The end of training: curves.png gets a panel of the log's figures over the epochs for each list."""
-    run.finish()
+    run.log({"status": "completed", "epochs": run.recipe.epochs, "best": run.best})
     if run.rank == 0 and run.val_loader is not None:
         report.save_curves(run.out / "curves.png", run.out / "log.jsonl", list(panels))
