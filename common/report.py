@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.utils import make_grid
 
@@ -35,6 +34,8 @@ def count(build: Callable[[], torch.nn.Module], img_size: tuple[int, int]) -> tu
 
 def speed(step: Callable[[], None], images: int, device: torch.device, *, seconds: float = 5.0) -> tuple[float, float]:
     """(images per second, peak memory in MiB) of step(), which handles `images` images; memory is NaN on the CPU."""
+    from torch.utils.benchmark import Timer  # looks for a compiler when it is imported
+
     step()
     cuda = device.type == "cuda"
     if cuda:
