@@ -39,7 +39,7 @@ def make_parser(
 ) -> Parser:
     """The flags of every script: model and recipe (with these defaults), what a run needs, one flag per recipe field.
 
-    teacher: the distillation's, of torchvision's classifiers (None: there is no distillation); grad_checkpoint: the
+    teacher: the default one, of torchvision's classifiers (None: the method does not distill); grad_checkpoint: the
     script's models can recompute activations.
     """
     parser = Parser(prog=f"{method}.py", description=doc.split("\n\nChecked")[0])
@@ -49,85 +49,69 @@ def make_parser(
     flag("--list-models", action="store_true", help="print the models and stop")
     flag("--show-batch", metavar="FILE", help="write what the network is fed as a PNG and stop")
     flag("--benchmark", action="store_true", help="measure images/s and peak memory of training and inference and stop")
-    _add_run_flags(parser)
-    _add_evaluation_flags(parser)
-    _add_recipe_flags(parser, recipe_class)
     if teacher:
         flag("--teacher", metavar="NAME", help=f"a classifier of torchvision's; default: {teacher}, as in the thesis")
-        flag("--teacher-weights", metavar="FILE",
-             help="of that classifier, or a checkpoint of any script here; default: torchvision's weights")
+        weights = "of that classifier, or a checkpoint of any script here; default: torchvision's weights"
+        flag("--teacher-weights", metavar="FILE", help=weights)
     if grad_checkpoint:
-        flag("--grad-checkpoint", action="store_true", default=None,
-             help="recompute activations in the backward pass: less memory for one more forward pass")
+        memory = "recompute activations in the backward pass: less memory for one more forward pass"
+        flag("--grad-checkpoint", action="store_true", default=None, help=memory)
+    _add_run_flags(parser)
+    _add_recipe_flags(parser, recipe_class)
     return parser
 
 
 def _add_run_flags(parser: Parser) -> None:
     flag = parser.add_argument_group("data").add_argument
-    flag("--data", metavar="DATA",
-         help="shapes, FOLDER, FILE.tar or NAME:FOLDER (see common/sources.py); default: shapes")
-    flag("--val-data", metavar="PATH",
-         help="validation images, if not in --data: folder or tar of class folders; none: train without")
-    flag("--coarse-labels", metavar="FILE",
-         help="JSON, class name to coarse class; then --data DATA@coarse trains on those")
-    flag("--workers", type=int, metavar="N",
-         help="loader processes per rank; default: the cores shared among the ranks, at most 16")
+    flag("--data", metavar="DATA", help="shapes (default), FOLDER, FILE.tar or NAME:FOLDER: see common/sources.py")
+    flag("--val-data", metavar="PATH", help="validation images not in --data: folder or tar; none: train without")
+    flag("--coarse-labels", metavar="FILE", help="JSON, class name to coarse class; trained on by --data DATA@coarse")
+    flag("--workers", type=int, metavar="N", help="loader processes per rank; default: its share of the cores, <= 16")
     flag = parser.add_argument_group("run").add_argument
     flag("--out", metavar="FOLDER", help="checkpoints and log go here; default: runs/METHOD_MODEL")
-    flag("--resume", nargs="?", const="auto", metavar="FILE",
-         help="go on from a checkpoint; auto (or no value): the newest good one in --out, if any")
-    flag("--allow-changes", action="store_true",
-         help="let --resume go on although recipe or data differ from the checkpoint's")
+    resume = "go on from a checkpoint; auto (or no value): the newest good one in --out, if any"
+    flag("--resume", nargs="?", const="auto", metavar="FILE", help=resume)
+    flag("--allow-changes", action="store_true", help="let --resume go on though recipe or data differ")
     flag("--weights", metavar="FILE", help="start from these weights (ours or official ones), with a fresh optimizer")
-    flag("--save-steps", type=int, default=0, metavar="N",
-         help="write last.pt every N steps too, besides at every epoch's end")
+    flag("--save-steps", type=int, default=0, metavar="N", help="write last.pt every N steps, besides at epochs' ends")
     flag("--seed", type=int, default=0, metavar="N", help="of weights, order, augmentation and mixing; default: 0")
     flag("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
-    flag("--amp", choices=("bf16", "fp16", "fp32"),
-         help="precision of forward and backward; default: bf16 on CUDA, fp32 on the CPU")
-    flag("--micro-batch", type=int, metavar="N",
-         help="images per rank and forward pass; default: as many as --batch-size gives, at most 256")
+    flag("--amp", choices=("bf16", "fp16", "fp32"), help="precision; default: bf16 on CUDA, fp32 on the CPU")
+    flag("--micro-batch", type=int, metavar="N", help="images per rank and forward pass; default: at most 256")
     flag("--compile", action="store_true", help="torch.compile the model")
-    flag("--timeout", type=int, default=600, metavar="SECONDS",
-         help="how long ranks wait for each other before the run stops; default: 600")
+    flag("--timeout", type=int, default=600, metavar="SECONDS", help="how long ranks wait for each other; default: 600")
     flag("--tensorboard", action="store_true", help="also write TensorBoard events to --out")
     flag("--debug", action="store_true", help="show tracebacks of expected errors")
-
-
-def _add_evaluation_flags(parser: Parser) -> None:
     flag = parser.add_argument_group("evaluation").add_argument
     flag("--eval", action="store_true", help="evaluate --weights (or last.pt of --out) on --data instead of training")
-    flag("--eval-data", nargs="+", metavar="PATH",
-         help="evaluate on these folders or tars of class folders (ImageNet-V2, ...) too")
+    flag("--eval-data", nargs="+", metavar="PATH", help="evaluate on these folders or tars (ImageNet-V2, ...) too")
     flag("--real-labels", metavar="FILE", help="ImageNet-Real's real.json: also report accuracy against these labels")
     flag("--use-ema", action="store_true", help="evaluate, or start from, the averaged weights of --weights")
 
 
 def _add_recipe_flags(parser: Parser, recipe_class: type) -> None:
-    """One flag per field of the Recipe dataclass: Annotated[type, help] or [type, help, rule]; rules: see
+    """One flag per field of the Recipe dataclass, Annotated[type, help] or [type, help, rule]; rules: see
     check_recipe."""
     group = parser.add_argument_group("recipe (unset: the paper's value)")
     for name, hint in typing.get_type_hints(recipe_class, include_extras=True).items():
-        kind, help_text = typing.get_args(hint)[:2]
+        kind, text = typing.get_args(hint)[:2]
         flag = "--" + name.replace("_", "-")
-        group.add_argument(flag, type=converter(kind), metavar="X", help=help_text.replace("%", "%%"))
+        group.add_argument(flag, type=converter(kind), metavar="X", help=text.replace("%", "%%"))
 
 
 def converter(kind):
     """str -> value of the annotated type; None is written "none", a size "224" or "224x160"."""
-    options = typing.get_args(kind) or (kind,)
+    options = [o for o in typing.get_args(kind) or (kind,) if o is not type(None)]
 
     def convert(text: str):
-        if type(None) in options and text.lower() == "none":
+        if type(None) in typing.get_args(kind) and text.lower() == "none":
             return None
         if kind == tuple[int, int]:
-            sides = [int(s) for s in text.split("x")]
-            if len(sides) not in (1, 2):
+            sides = [int(side) for side in text.split("x")]
+            if len(sides) > 2:
                 raise ValueError
-            return (sides[0], sides[-1])
-        if kind is bool:
-            return {"true": True, "false": False}[text.lower()]
-        return next(o for o in options if o is not type(None))(text)
+            return sides[0], sides[-1]
+        return {"true": True, "false": False}[text.lower()] if kind is bool else options[0](text)
 
     convert.__name__ = "size" if kind == tuple[int, int] else getattr(kind, "__name__", "number")
     return convert
@@ -196,11 +180,9 @@ def check_recipe(recipe) -> None:
                 raise UserError(f"{flag} {value}: must be {rule}")
     if recipe.warmup_epochs >= recipe.epochs:
         raise UserError(f"--warmup-epochs {recipe.warmup_epochs}: must be less than --epochs {recipe.epochs}")
-    for low in ("min_lr", "warmup_lr"):
-        if getattr(recipe, low) > recipe.lr:
-            flag = f"--{low.replace('_', '-')}"
-            least = f"{flag} {getattr(recipe, low)}"
-            raise UserError(f"--lr {recipe.lr}: is below {least}, the rate would rise; lower {flag} too")
+    for flag, low in (("--min-lr", recipe.min_lr), ("--warmup-lr", recipe.warmup_lr)):
+        if low > recipe.lr:
+            raise UserError(f"--lr {recipe.lr}: is below {flag} {low}, the rate would rise; lower {flag} too")
 
 
 def refuse(args: argparse.Namespace, flags: tuple[str, ...], why: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 import re
 import sys
 from collections.abc import Callable
@@ -131,19 +130,18 @@ def validate(run: Run, predict: Predict = logits_of) -> dict[str, float]:
 
 
 def trained_model(
-    run: Run, make_model: Callable, *, adapt: Callable | None, content: dict | None = None,
-    classes: list[str] | None = None,
+    run: Run, make_model: Callable, adapt: Callable | None, content: dict | None = None, classes: list | None = None
 ) -> tuple[torch.nn.Module, object, list[str]]:
     """(model of --weights, or last.pt of --out, in eval mode on the device; recipe as it was trained; class names).
 
     make_model(args, recipe, num_classes) builds the model by the checkpoint's recipe, less the flags that are given;
-    adapt: see checkpoint.fit; content: the file's, if it is read already; classes: those that the model must have, else
-    the checkpoint's (of an official one their numbers).
+    adapt: see checkpoint.fit; content: the file's, if it is read already; classes: what the model must have, else the
+    checkpoint's own (of an official one their numbers).
     """
     content, args = content or checkpoint.of_run(run), run.args
     before = {k: v for k, v in checkpoint.recipe_of(content).items() if getattr(args, k, 0) is None}
-    recipe = dataclasses.replace(run.recipe, **before)
-    classes, where = classes or checkpoint.classes_of(content), f"--weights {args.weights}"
+    recipe, where = dataclasses.replace(run.recipe, **before), f"--weights {args.weights}"
+    classes = classes or checkpoint.classes_of(content)
     if not classes:
         raise UserError(f"{where}: holds no classifier")
     model = make_model(args, recipe, len(classes))
@@ -166,13 +164,10 @@ def read_image(file: str, size: tuple[int, int], crop_ratio: float, flag: str) -
 
 
 def evaluate_weights(run: Run, make_model: Callable, adapt: Callable | None, predict: Predict = logits_of) -> None:
-    """--eval: accuracy of --weights (or last.pt of --out) on --data's validation images and on each of --eval-data.
-
-    make_model, adapt: see trained_model. Without --data, --eval-data is all that is evaluated.
-    """
-    args = run.args
+    """--eval: accuracy of --weights (or last.pt of --out) on --data's validation images and on each of --eval-data, or
+    on these alone. make_model, adapt: see trained_model."""
     check_amp(run.amp, run.device)
-    content, sources = checkpoint.of_run(run), {}
+    args, content, sources = run.args, checkpoint.of_run(run), {}
     classes = checkpoint.classes_of(content) if isinstance(content.get("data"), dict) else None
     if args.data:
         where = dict(val_data=args.val_data, coarse_labels=args.coarse_labels, classes=classes)
@@ -186,13 +181,13 @@ def evaluate_weights(run: Run, make_model: Callable, adapt: Callable | None, pre
     first = next(iter(sources.values()))
     real = real_labels(args.real_labels, first) if args.real_labels else None
     classes = classes or checkpoint.classes_of(content) or first.classes
-    model, recipe, _ = trained_model(run, make_model, adapt=adapt, content=content, classes=classes)
-    size = recipe.img_size
+    model, recipe, _ = trained_model(run, make_model, adapt, content, classes)
     for name, source in sources.items():
-        loader = eval_loader(source, size, recipe.eval_crop_ratio, args.micro_batch or 64, run)
+        (height, width), ratio = recipe.img_size, recipe.eval_crop_ratio
+        loader = eval_loader(source, recipe.img_size, ratio, args.micro_batch or 64, run)
         options = dict(predict=predict, real=real if source is first else None)
         metrics = evaluate(model, loader, run.device, Precision(run.amp, run.device).autocast, **options)
-        run.say(f"{name}: {len(source)} images at {size[0]} x {size[1]}, crop ratio {recipe.eval_crop_ratio:g}")
+        run.say(f"{name}: {len(source)} images at {height} x {width}, crop ratio {ratio:g}")
         for head in dict.fromkeys(k.partition("_")[2] for k in metrics):
             own = [f"{k.partition('_')[0]} {v:.5g}" for k, v in metrics.items() if k.partition("_")[2] == head]
             run.say("  ".join([*[head] * bool(head), *own]))
@@ -226,28 +221,22 @@ def extract(
     embed: Callable[[torch.Tensor], torch.Tensor], source: Source, size: tuple[int, int], crop_ratio: float, run: Run,
     *, batch_size: int = 64, title: str = "features",
 ) -> torch.Tensor:
-    """embed(normalised images (B, 3, *size)) -> (B, D) of every image of `source`, in its order: float32 (N, D), on all
-    ranks.
-
-    Each rank computes its share; whoever calls puts the network into eval mode. A signal is answered every 8 batches.
-    """
+    """embed(normalised images (B, 3, *size)) -> (B, D) of every image of `source`, in order: float32 (N, D) on all
+    ranks, each of which computes a share. Whoever calls puts the network into eval mode; signals are answered."""
     if len(source) < run.world:
         raise UserError(f"{len(source)} images are too few for {run.world} ranks; start fewer")
-    loader, parts = eval_loader(source, size, crop_ratio, batch_size, run), []
-    autocast = Precision(run.amp, run.device).autocast
-    most = -(-len(source) // run.world)
-    batches = to_device(loader, run.device)
+    most, parts, autocast = -(-len(source) // run.world), [], Precision(run.amp, run.device).autocast
+    batches = to_device(eval_loader(source, size, crop_ratio, batch_size, run), run.device)
     silent = run.rank > 0 or not sys.stderr.isatty()
     with tqdm(total=len(source), desc=title, unit="img", leave=False, disable=silent) as bar:
         for round_ in range(-(-most // batch_size)):  # as many on every rank, though one may have a batch less
             if round_ % 8 == 0:
                 run.check_stop()
             batch = next(batches, None)
-            if batch is None:
-                continue
-            with autocast():
-                parts.append(embed(normalize(batch[0])).float())
-            bar.update(len(batch[0]) * run.world)
+            if batch is not None:
+                with autocast():
+                    parts.append(embed(normalize(batch[0])).float())
+                bar.update(len(batch[0]) * run.world)
     mine = torch.cat(parts)
     shares = run.gather(F.pad(mine, (0, 0, 0, most - len(mine)))).view(run.world, most, -1)
     if not torch.isfinite(shares).all():
@@ -266,10 +255,8 @@ def _rows(collection: int) -> int:
 def nearest(
     queries: torch.Tensor, keys: torch.Tensor, k: int, chunk: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(cosines, indices), each (B, k), of the k nearest of keys (M, D) to queries (B, D), nearest first.
-
-    Nothing needs to be normalised; memory is bounded by chunk x M numbers.
-    """
+    """(cosines, indices), each (B, k), of the k nearest of keys (M, D) to queries (B, D), nearest first. Nothing needs
+    to be normalised; memory is bounded by chunk x M numbers."""
     keys = F.normalize(keys, dim=1)
     parts = F.normalize(queries, dim=1).split(chunk or _rows(len(keys)))
     found = [(part @ keys.T).topk(min(k, len(keys)), dim=1) for part in parts]
@@ -277,7 +264,7 @@ def nearest(
 
 
 def vote(cosines: torch.Tensor, labels: torch.Tensor, sigma: float, num_classes: int) -> torch.Tensor:
-    """Class probabilities (B, C) by the neighbours' cosines and labels, both (B, k), weighted exp(cos / sigma): Eq.
+    """Class probabilities (B, C) by the neighbours' cosines and labels, both (B, k): weights exp(cos / sigma), Eq.
     2.6."""
     weights = (cosines / sigma).softmax(dim=1)  # the same as exponentials over their sum, without their size
     return weights.new_zeros(len(weights), num_classes).scatter_add_(1, labels, weights)
@@ -299,11 +286,8 @@ def knn_probabilities(
     queries: torch.Tensor, keys: torch.Tensor, labels: torch.Tensor, k: int, sigma: float, num_classes: int,
     chunk: int | None = None,
 ) -> torch.Tensor:
-    """Class probabilities of queries (B, D) by their k nearest of keys (M, D) with labels (M,): (B, C), thesis Eq. 2.6.
-
-    Neighbours by cosine, each with weight exp(cos / sigma); a class without a neighbour gets exactly 0. Nothing needs
-    to be normalised; memory is bounded by chunk x M numbers.
-    """
+    """Class probabilities (B, C) of queries (B, D) by their k nearest of keys (M, D) with labels (M,), thesis Eq. 2.6;
+    a class without a neighbour gets exactly 0. See `nearest`."""
     cosines, indices = nearest(queries, keys, k, chunk)
     return vote(cosines, labels[indices], sigma, num_classes)
 
@@ -315,36 +299,33 @@ def mean_average_precision(
 ) -> float:
     """Mean over queries (B, D) of the average precision of the gallery (M, D) ranked by cosine, in 0..1; exact.
 
-    offsets (B, G) and groups (M,), numbers below G: offsets[query, group of the item] is added to the cosine.
-
     AP: mean over the relevant items (same label) of the precision at their rank; of equal scores the last rank counts,
-    as in scikit-learn. Queries without a relevant item are left out. The gallery is not put in order: only the ranks of
-    the relevant items are looked up. Memory is bounded by chunk x M numbers.
+    as in scikit-learn; queries without a relevant item are left out. Memory is bounded by chunk x M numbers.
+    offsets (B, G) and groups (M,), numbers below G: offsets[query, group of the item] is added to the cosine.
     """
     by_label = gallery_labels.argsort(stable=True)  # one slice per class
     gallery, sorted_labels = F.normalize(gallery, dim=1), gallery_labels[by_label]
     first = torch.searchsorted(sorted_labels, query_labels).tolist()
     last = torch.searchsorted(sorted_labels, query_labels, right=True).tolist()
-    total, count, M, at = 0.0, 0, len(gallery), 0
-    cuda = queries.is_cuda
+    precisions, M, cuda, at = [], len(gallery), queries.is_cuda, 0
     for part in F.normalize(queries, dim=1).split(chunk or (_rows(4 * M) if cuda else min(128, _rows(M)))):
         scores = part @ gallery.T
         if offsets is not None:
             scores += offsets[at : at + len(part)][:, groups]
-        ranked = scores.sort(dim=1).values if cuda else scores  # on a GPU one sort for all queries
-        for row, ascending, a, b in zip(scores, ranked, first[at : at + len(part)], last[at : at + len(part)]):
-            if a == b:
-                continue
-            relevant = row[by_label[a:b]].sort().values
-            if cuda:
-                ranks = M - torch.searchsorted(ascending, relevant)
-            else:
-                ranks = torch.from_numpy(_ranks(row.numpy(), relevant.numpy()))
-            found = (b - a) - torch.searchsorted(relevant, relevant)  # relevant ones among them
-            total += (found.double() / ranks).mean().item()
-            count += 1
+        # The gallery is not put in order, only ranks of relevant items are looked up; a GPU sorts for all queries at
+        # once.
+        ranked = scores.sort(dim=1).values if cuda else scores
+        for row, ascending, a, b in zip(scores, ranked, first[at:], last[at:]):
+            if a < b:
+                relevant = row[by_label[a:b]].sort().values
+                if cuda:
+                    ranks = M - torch.searchsorted(ascending, relevant)
+                else:
+                    ranks = torch.from_numpy(_ranks(row.numpy(), relevant.numpy()))
+                found = (b - a) - torch.searchsorted(relevant, relevant)  # relevant ones among them
+                precisions.append((found.double() / ranks).mean().item())
         at += len(part)
-    return total / max(count, 1)
+    return sum(precisions) / max(len(precisions), 1)
 
 
 def _ranks(scores: np.ndarray, relevant: np.ndarray) -> np.ndarray:
@@ -373,37 +354,33 @@ def _ranks(scores: np.ndarray, relevant: np.ndarray) -> np.ndarray:
 def logistic_regression(
     features: torch.Tensor, labels: torch.Tensor, num_classes: int, C: float = 1.0, max_steps: int = 2000
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(weight (num_classes, D), bias (num_classes,)) at the minimum of C sum_i CE_i + ||weight||^2 / 2, features (M,
-    D).
+    """(weight (K, D), bias (K,)) at the minimum of C sum_i CE_i + ||weight||^2 / 2 for features (M, D), K =
+    num_classes.
 
-    scikit-learn's objective for more than two classes (for two it fits one vector: its optimum at C is this one's at C
-    / 2): the bias is not penalised, the losses are summed. By L-BFGS in float64, until no step improves; of bias,
-    unique up to a constant, the one whose mean is 0 is returned.
+    scikit-learn's objective (which for two classes fits one vector: its optimum at C is this one's at C / 2): losses
+    are summed, the bias is not penalised. By L-BFGS in float64 until no step improves; the bias, unique up to a
+    constant, has mean 0.
     """
-    x, D = features.double(), features.shape[1]
-    parameters = torch.zeros(num_classes, D + 1, dtype=torch.float64, device=x.device, requires_grad=True)
+    x, scale = features.double(), 1 / (C * len(features))  # the mean form, whose size depends on neither C nor M
+    shapes = (num_classes, features.shape[1]), (num_classes,)
+    weight, bias = (torch.zeros(s, dtype=torch.float64, device=x.device, requires_grad=True) for s in shapes)
     optimizer = torch.optim.LBFGS(
-        [parameters], max_iter=max_steps, max_eval=2 * max_steps, history_size=20, tolerance_grad=1e-9,
+        [weight, bias], max_iter=max_steps, max_eval=2 * max_steps, history_size=20, tolerance_grad=1e-9,
         tolerance_change=1e-14, line_search_fn="strong_wolfe",
     )
-    scale = 1 / (C * len(x))  # the mean form, whose size depends on neither C nor M
 
     def objective() -> torch.Tensor:
         optimizer.zero_grad()
-        weight, bias = parameters[:, :D], parameters[:, D]
         loss = F.cross_entropy(x @ weight.T + bias, labels) + 0.5 * scale * weight.square().sum()
         loss.backward()
         return loss
 
     optimizer.step(objective)
-    weight, bias = parameters.detach()[:, :D], parameters.detach()[:, D]
-    return weight.to(features.dtype), (bias - bias.mean()).to(features.dtype)
+    return weight.detach().to(features.dtype), (bias - bias.mean()).detach().to(features.dtype)
 
 
 def log_odds(accuracy: float) -> float:
-    """log(p / (1 - p)) of an accuracy p in 0..1 (Kornblith et al.); infinite at 0 and 1."""
+    """log(p / (1 - p)) of an accuracy p in 0..1 (Kornblith et al.); infinite at 0 and 1. ValueError outside."""
     if not 0 <= accuracy <= 1:
         raise ValueError(f"accuracy {accuracy}: must lie in 0..1")
-    if accuracy in (0, 1):
-        return math.copysign(math.inf, accuracy - 0.5)
-    return math.log(accuracy / (1 - accuracy))
+    return torch.tensor(accuracy, dtype=torch.float64).logit().item()

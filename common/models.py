@@ -78,7 +78,7 @@ def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
 
 def from_torchvision(name: str, content: dict | None, where: str, flag: str, *, headless: bool = False) -> nn.Module:
     """torchvision's classifier `name` with the weights of a file's `content`, or with torchvision's own, downloaded
-    (None; `flag` is what a message names instead). headless: a file without the classifier gets a fresh one."""
+    (None; `flag` is what a message names then). headless: a file without the classifier gets a fresh one."""
     if content is None:
         try:
             return torchvision.models.get_model(name, weights="DEFAULT")
@@ -97,17 +97,15 @@ def from_torchvision(name: str, content: dict | None, where: str, flag: str, *, 
 
 def classifier_inputs(model: nn.Module, where: str) -> Callable[[torch.Tensor], torch.Tensor]:
     """images (B, 3, H, W) -> features (B, D) for other tasks: model.transfer_features(images) if it has that, else what
-    its classifier is given; of several the inputs side by side. UserError if there is none of the usual kind."""
+    its classifiers are given, side by side. UserError if there is none of the usual kind."""
     if hasattr(type(model), "transfer_features"):
         return model.transfer_features
-    found = []
-    for name in checkpoint.HEADS:
-        head = getattr(model, name.removesuffix("."), None)
-        if isinstance(head, nn.Module):
+    inputs, found = [], []
+    for name, head in model.named_children():
+        if f"{name}." in checkpoint.HEADS:
             found += [module for module in head.modules() if isinstance(module, nn.Linear)][-1:]
     if not found or any(linear.out_features == 1 for linear in found):
         raise UserError(f"{where}: has no linear classifier over one feature vector per image; choose another model")
-    inputs: list[torch.Tensor] = []
     for linear in found:
         linear.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
 
@@ -122,22 +120,22 @@ def classifier_inputs(model: nn.Module, where: str) -> Callable[[torch.Tensor], 
 class Teacher:
     """A trained classifier in eval mode and without gradient: images (B, 3, H, W) -> logits (B, K).
 
-    Made from --teacher-weights, a checkpoint of one of the scripts, which names its own model, or weights of
+    Made from --teacher-weights: a checkpoint of one of the scripts, which names its own model, or weights of
     torchvision's classifier --teacher (or `default`); without it from torchvision's own weights. UserError if it cannot
     be had or cannot take images of `img_size`. identity names model and weights.
     """
 
     def __init__(self, args, default: str, img_size: tuple[int, int], say: Callable[[str], None]):
-        name, where, self.classes = args.teacher or default, f"--teacher-weights {args.teacher_weights}", None
-        content = checkpoint.load(args.teacher_weights, "--teacher-weights") if args.teacher_weights else None
+        name, flag, self.classes = args.teacher or default, "--teacher-weights", None
+        where = f"{flag} {args.teacher_weights}"
+        content = checkpoint.load(args.teacher_weights, flag) if args.teacher_weights else None
         if content is not None and isinstance(content.get("method"), str):
-            if args.teacher and content["model_name"] != f"torchvision/{args.teacher}":
-                held, asked = f"{content['method']} {content['model_name']}", f"--teacher {args.teacher}"
-                raise UserError(f"{where}: holds {held}, you asked for {asked}; leave it out")
-            model = from_checkpoint(content, where, img_size, lambda line: say(f"teacher: {line}"))
             name, self.classes = f"{content['method']} {content['model_name']}", content["data"]["classes"]
+            if args.teacher and content["model_name"] != f"torchvision/{args.teacher}":
+                raise UserError(f"{where}: holds {name}, you asked for --teacher {args.teacher}; leave it out")
+            model = from_checkpoint(content, where, img_size, lambda line: say(f"teacher: {line}"))
         else:
-            model = from_torchvision(name, content, where, "--teacher-weights")
+            model = from_torchvision(name, content, where, flag)
         self.model = model.eval().requires_grad_(False)
         try:
             self.num_classes = self(torch.zeros(1, 3, *img_size)).shape[1]
@@ -148,14 +146,13 @@ class Teacher:
 
     def check(self, classes: list[str]) -> None:
         """UserError unless the teacher's classes are the data's."""
+        where = f"teacher {self.identity}"
         if self.num_classes != len(classes):
             hint = "train one on these data (--model torchvision/NAME) and pass its checkpoint as --teacher-weights"
-            numbers = f"has {self.num_classes} classes, the data {len(classes)}"
-            raise UserError(f"teacher {self.identity}: {numbers}; {hint}")
-        if self.classes is not None and self.classes != classes:
-            wrong = next(i for i, (a, b) in enumerate(zip(self.classes, classes)) if a != b)
-            names = f"is {self.classes[wrong]!r}, the data's is {classes[wrong]!r}"
-            raise UserError(f"teacher {self.identity}: its class {wrong} {names}")
+            raise UserError(f"{where}: has {self.num_classes} classes, the data {len(classes)}; {hint}")
+        for number, (own, wanted) in enumerate(zip(self.classes or [], classes)):
+            if own != wanted:
+                raise UserError(f"{where}: its class {number} is {own!r}, the data's is {wanted!r}")
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:

@@ -103,8 +103,7 @@ def cosine_lr(
     """Learning rate at time `step` of `total`, all three times in one unit (the scripts': epochs, as a real number).
 
     Linear from warmup_lr to base_lr while step < warmup, then min_lr + (base_lr - min_lr) / 2 (1 + cos(pi step /
-    total)). The warm-up replaces the cosine's start, it does not shift it. The official code evaluates this once per
-    epoch, one epoch late; the scripts here evaluate it at every iteration, on time.
+    total)): the warm-up replaces the cosine's start. The official code evaluates this once per epoch, one epoch late.
     """
     if step < warmup:
         return warmup_lr + step * (base_lr - warmup_lr) / warmup
@@ -114,11 +113,9 @@ def cosine_lr(
 
 
 def make_optimizer(name: str, model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """ "lamb", "adamw", "sgd" (momentum 0.9) or "nesterov" (the same, Nesterov's) on the two groups of param_groups.
-
-    All accept `grad_scale` and `found_inf`; common.precision clips, for all alike. eps is 1e-8, what the official
-    commands pass to both LAMB and AdamW.
-    """
+    """ "lamb", "adamw", "sgd" (momentum 0.9) or "nesterov" (the same, Nesterov's) on the two groups of param_groups,
+    with eps 1e-8 as in the official commands. All honour `grad_scale` and `found_inf`; common.precision clips for all
+    alike."""
     groups = [group for group in param_groups(model, weight_decay) if group["params"]]
     if name == "lamb":
         return Lamb(groups, lr=lr, eps=1e-8, max_grad_norm=None)
@@ -139,26 +136,22 @@ class EMA:
     """
 
     def __init__(self, model: nn.Module, decay: float):
-        self.decay = decay
+        self.decay, self.pairs = decay, []
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self._floats = self._integers = None
 
     @torch.no_grad()
     def update(self, model: nn.Module, skip: torch.Tensor | None = None) -> None:
         """Average in the model's current state; `skip` (0-dim): nothing changes where it is 1, decided on the
         device."""
-        if self._floats is None:
-            own, new = self.model.state_dict(), model.state_dict()
-            pairs = [(own[k], new[k]) for k in own]
-            self._floats = tuple(zip(*[p for p in pairs if p[0].is_floating_point()]))
-            self._integers = [p for p in pairs if not p[0].is_floating_point()]
-        average, value = map(list, self._floats)
-        if skip is None or not skip.is_cuda:  # the CPU knows at once
-            if skip is not None and skip.item():
-                return
-            torch._foreach_lerp_(average, value, 1 - self.decay)
-        else:
-            weight = (1 - skip).to(average[0].dtype) * (1 - self.decay)
-            torch._foreach_lerp_(average, value, [weight] * len(average))
-        for average, value in self._integers:
-            average.copy_(average * self.decay + (1 - self.decay) * value)
+        if not self.pairs:  # state dicts hold the tensors themselves
+            self.pairs = list(zip(self.model.state_dict().values(), model.state_dict().values()))
+        weight = 1 - self.decay
+        if skip is not None and not skip.is_cuda and skip.item():  # the CPU knows at once
+            return
+        averages, values = map(list, zip(*[pair for pair in self.pairs if pair[0].is_floating_point()]))
+        if skip is not None and skip.is_cuda:
+            weight = [(1 - skip).to(averages[0].dtype) * weight] * len(averages)
+        torch._foreach_lerp_(averages, values, weight)
+        for average, value in self.pairs:
+            if not average.is_floating_point():
+                average.copy_(average * self.decay + (1 - self.decay) * value)

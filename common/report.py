@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.utils import make_grid
 
@@ -89,33 +89,32 @@ def describe(run: Run, build: Callable[[], torch.nn.Module], data: TrainingData)
     cost = f"{parameters / 1e6:.2f} M parameters, {gmacs:.3f} GMACs at {size[0]} x {size[1]}"
     images = f"{len(data.source)} training images, {'no' if data.val is None else len(data.val)} validation images"
     batch = f"{run.world} ranks x {data.micro_batch} x {data.accumulation} accumulation, {run.amp} on {run.device.type}"
-    fields = ", ".join(f"{f.name} {getattr(recipe, f.name)}" for f in dataclasses.fields(recipe))
+    fields = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(recipe).items())
     ours = " (but this recipe is none of the paper's)" if args.recipe == "shapes" else ""
-    return "\n".join([
-        f"model    {args.model}, {cost}, {len(data.classes)} classes", f"data     {args.data}, {images}",
-        f"batch    {recipe.batch_size} = {batch}, {run.workers} workers per rank",
-        f"steps    {recipe.epochs} epochs x {data.steps}", f"recipe   {args.recipe}: {fields}",
-        f"differs from the paper: {'; '.join(differences(recipe, run.paper)) or 'nothing'}{ours}",
-    ])
+    return (
+        f"model    {args.model}, {cost}, {len(data.classes)} classes\n"
+        f"data     {args.data}, {images}\n"
+        f"batch    {recipe.batch_size} = {batch}, {run.workers} workers per rank\n"
+        f"steps    {recipe.epochs} epochs x {data.steps}\n"
+        f"recipe   {args.recipe}: {fields}\n"
+        f"differs from the paper: {'; '.join(differences(recipe, run.paper)) or 'nothing'}{ours}"
+    )
 
 
 def show_batch(path: str | Path, data: TrainingData, prepare: Callable) -> None:
     """PNG of the run's first 16 images. prepare(batch) -> (images before mixing, as the network sees them, ...)."""
     before, after, *_ = prepare(data.first_images(16))
-    rows = {"before mixing": before, "after mixing: what the network is fed": after}
-    save_sheet(path, [(title, [grid(denormalize(images), 8)]) for title, images in rows.items()])
+    rows = []
+    for title, images in (("before mixing", before), ("after mixing: what the network is fed", after)):
+        pixels = denormalize(images[:16]).clamp(0, 255).round().to(torch.uint8).cpu()
+        rows.append((title, [to_pil(make_grid(pixels, nrow=8, padding=2, pad_value=255))]))
+    save_sheet(path, rows)
 
 
 def show_crops(path: str | Path, data: TrainingData) -> None:
     """PNG of the run's first 8 images' crops: one row of pictures per crop."""
-    crops = [crop for batch in data.first_images(8).images for crop in batch.unbind(1)]
-    save_sheet(path, [(f"crop {i + 1} of {len(crops)}", list(map(to_pil, crop[:8].cpu()))) for i, crop in enumerate(crops)])
-
-
-def grid(images: torch.Tensor, columns: int) -> Image.Image:
-    """Two rows of pictures of images (B, 3, H, W) with values 0..255."""
-    pixels = images[: 2 * columns].clamp(0, 255).round().to(torch.uint8).cpu()
-    return to_pil(make_grid(pixels, nrow=columns, padding=2, pad_value=255))
+    crops = [crop[:8].cpu() for batch in data.first_images(8).images for crop in batch.unbind(1)]
+    save_sheet(path, [(f"crop {i + 1} of {len(crops)}", [to_pil(c) for c in crop]) for i, crop in enumerate(crops)])
 
 
 def save_sheet(path: str | Path, rows: list[tuple[str, list[Image.Image]]], gap: int = 4) -> None:
@@ -135,14 +134,10 @@ def save_sheet(path: str | Path, rows: list[tuple[str, list[Image.Image]]], gap:
     sheet.save(path)
 
 
-CIVIDIS = ((0, 34, 78), (10, 52, 112), (53, 69, 108), (79, 87, 108), (102, 105, 112), (124, 123, 120), (148, 142, 119), (174, 162, 113), (200, 184, 102), (228, 206, 82), (254, 232, 56))  # fmt: skip
-
-
 def cividis(values: torch.Tensor) -> Image.Image:
-    """(H, W) in 0..1 -> a picture in the colours of the cividis map, eleven of them, linear in between."""
-    colours, x = np.array(CIVIDIS), values.clamp(0, 1).cpu().double().numpy()
-    channels = [np.interp(x, np.linspace(0, 1, len(colours)), colours[:, c]) for c in range(3)]
-    return Image.fromarray(np.stack(channels, axis=2).round().astype(np.uint8))
+    """(H, W) in 0..1 -> a picture in the colours of the cividis map: its ends and its middle, linear in between."""
+    grey = Image.fromarray((255 * values.clamp(0, 1)).round().to(torch.uint8).cpu().numpy())
+    return ImageOps.colorize(grey, black=(0, 34, 78), mid=(124, 123, 120), white=(254, 232, 56))
 
 
 def save_json(path: str | Path, content) -> None:

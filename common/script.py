@@ -22,11 +22,9 @@ def run_script(
     method: str, args, recipe, paper, models: dict, *, train: Callable[[Run], None], make_model: Callable,
     loss: Callable, adapt: Callable | None = None, predict: Predict = logits_of,
 ) -> None:
-    """What the command line asks for: --list-models, --eval, --benchmark, or train(run).
-
-    make_model(args, recipe, num_classes) builds a model; loss(model, images, labels) is what --benchmark trains it by;
-    adapt: see checkpoint.fit; predict: see evaluate.
-    """
+    """What the command line asks for: --list-models, --eval, --benchmark, or train(run). make_model(args, recipe,
+    num_classes) builds a model, loss(model, images, labels) is --benchmark's; adapt: checkpoint.fit's, predict:
+    evaluate's."""
     if args.list_models:
         width = max(map(len, models)) + 1
         for name, config in models.items():
