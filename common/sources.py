@@ -23,6 +23,7 @@ import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -474,26 +475,38 @@ def cache_folder() -> Path:
         raise UserError("there is no home folder to keep a cache in; set HOME or XDG_CACHE_HOME to a writable folder") from None
 
 
+def cache_file(key: list, suffix: str, folder: str = "") -> Path:
+    """The file of the cache for what follows from `key`, by a hash of it."""
+    return cache_folder() / folder / (hashlib.sha256(repr(key).encode()).hexdigest()[:32] + suffix)
+
+
+def keep(file: Path, write: Callable[[IO[bytes]], None]) -> str:
+    """Has `write` fill a file of the cache, all of it or none; returns "", or why it cannot be kept, for a warning."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".tmp", delete=False) as out:
+            write(out)
+        os.replace(out.name, file)
+    except OSError as error:  # costs time only
+        return no_cache(file.parent, error)
+    return ""
+
+
 def no_cache(folder: Path, error: OSError) -> str:
     return f"nothing can be kept in {folder} ({error.strerror}): set XDG_CACHE_HOME to a writable folder"
 
 
 def cached_index(key: list, build: Callable[[], list[np.ndarray]], say: Callable[[str], None]) -> list[np.ndarray]:
-    """build(), kept in the cache under a hash of `key`; where that cannot be written it is said, and built again next time."""
-    folder = cache_folder()
-    file = folder / (hashlib.sha256(repr(key).encode()).hexdigest()[:24] + ".npz")
+    """build(), kept in the cache; where that cannot be written it is said, and built again next time."""
+    file = cache_file(key, ".npz")
     try:
         with np.load(file, allow_pickle=False) as stored:
             return [stored[f"arr_{i}"] for i in range(len(stored.files))]
     except Exception:  # absent, or cut short by a crash: either way it is built
         arrays = build()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as out:
-            np.savez(out, *arrays)
-        os.replace(out.name, file)
-    except OSError as error:  # costs time only
-        say(f"warning: {no_cache(folder, error)}; the images will be listed again at the next start")
+    problem = keep(file, lambda out: np.savez(out, *arrays))
+    if problem:
+        say(f"warning: {problem}; the images will be listed again at the next start")
     return arrays
 
 
