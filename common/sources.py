@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from pickle import PickleError
 
 import numpy as np
 import torch
@@ -44,12 +45,13 @@ Say = Callable[[str], None]
 
 
 class Source:
-    """A labelled set of images: `classes` and `labels`, and in `levels` those of levels other than "fine" by name."""
+    """A labelled set of images: `classes` and `labels`, and in `levels` those of every label level by its name."""
 
     title = "data"
 
     def __init__(self, classes: list[str], labels: np.ndarray, levels: dict[str, Labels] | None = None):
-        self.classes, self.labels, self.levels = list(classes), np.asarray(labels, dtype=np.int64), levels or {}
+        self.classes, self.labels = list(classes), np.asarray(labels, dtype=np.int64)
+        self.levels = {"fine": (self.classes, self.labels)} | (levels or {})
         bad = np.flatnonzero((self.labels < 0) | (self.labels >= len(self.classes)))
         if len(bad):
             raise UserError(f"{self.name(bad[0])}: label {self.labels[bad[0]]} is outside 0..{len(self.classes) - 1}")
@@ -59,13 +61,11 @@ class Source:
 
     def at_level(self, level: str | None) -> Source:
         """The same images with the labels of `level` (None: as they are)."""
-        if level is None or (level == "fine" and not self.levels):
-            return self
-        self.levels = {"fine": (self.classes, self.labels)} | self.levels  # the first only the first time
-        if level not in self.levels:
-            hint = "; give --coarse-labels FILE" if level == "coarse" else ""
-            raise UserError(f"--data: no label level {level!r} here, there is: {', '.join(self.levels)}{hint}")
-        self.classes, self.labels = self.levels[level]
+        if level is not None:
+            if level not in self.levels:
+                hint = "; give --coarse-labels FILE" if level == "coarse" else ""
+                raise UserError(f"--data: no label level {level!r} here, there is: {', '.join(self.levels)}{hint}")
+            self.classes, self.labels = self.levels[level]
         return self
 
     def name(self, index: int) -> str:
@@ -174,12 +174,27 @@ def open_data(
     if match and (match[1] in NAMED or not match[3]) and not Path(spec).exists():
         spec, level = match[1] + (match[3] or ""), match[2]
     name, _, folder = spec.partition(":")
-    if spec == "shapes":
-        found = {split: Shapes(split) for split in splits}
-    elif folder and name in NAMED:
-        found = {split: _open_named(name, folder, split) for split in splits}
-    else:
-        found = _open_path(spec, val_data, classes, splits, say)
+    path, found = Path(spec), {}
+    for split in splits:
+        order = classes or (found["train"].classes if "train" in found else None)
+        if spec == "shapes":
+            found[split] = Shapes(split)
+        elif folder and name in NAMED:
+            found[split] = _open_named(name, folder, split)
+        elif not path.exists():
+            known = f"; known data sets: shapes, {', '.join(f'{n}:FOLDER' for n in NAMED)}" if "/" not in spec else ""
+            raise UserError(f"--data {spec}: no such file or folder ({TREE}){known}")
+        elif split == "val" and val_data:
+            found[split] = open_images(val_data, "--val-data", order, say)
+        elif not path.is_dir():
+            found[split] = _open_tar(str(path), split, order, say)
+        elif (path / split).is_dir():
+            if split != "train" and order is None and (path / "train").is_dir():
+                order = _class_folders(path / "train")  # ids always come from train's folder names
+            found[split] = open_images(str(path / split), f"--data {spec}", order, say)
+        else:
+            hint = " (or give --val-data PATH, or train without validation by --val-data none)"
+            raise UserError(f"--data {spec}: no folder {split}/ in it; {TREE}{hint if split == 'val' else ''}")
     if coarse_labels:
         for source in found.values():
             source.levels["coarse"] = _coarse_level(coarse_labels, source)
@@ -192,42 +207,20 @@ def _coarse_level(file: str, source: Source) -> Labels:
         mapping = json.loads(Path(file).read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"--coarse-labels {file}: {error}") from None
-    missing = [c for c in source.classes if not isinstance(mapping, dict) or c not in mapping]
-    if missing:
-        some = ", ".join(missing[:5])
-        raise UserError(f"--coarse-labels {file}: no coarse class for {len(missing)} classes, e.g. {some}")
+    lost = [c for c in source.classes if not isinstance(mapping, dict) or c not in mapping]
+    if lost:
+        raise UserError(f"--coarse-labels {file}: no coarse class for {len(lost)} classes, e.g. {', '.join(lost[:5])}")
     coarse, to_coarse = np.unique([str(mapping[c]) for c in source.classes], return_inverse=True)
     return coarse.tolist(), to_coarse[source.labels]
 
 
-# ---- Folders and tar archives ------------------------------------------------------------------------------------------
-
-
-def _open_path(spec: str, val_data: str | None, classes: list[str] | None, splits, say: Say) -> dict[str, Source]:
-    path, found = Path(spec), {}
-    if not path.exists():
-        known = f"; known data sets: shapes, {', '.join(f'{n}:FOLDER' for n in NAMED)}" if "/" not in spec else ""
-        raise UserError(f"--data {spec}: no such file or folder ({TREE}){known}")
-    for split in splits:
-        order = classes or (found["train"].classes if "train" in found else None)
-        if split == "val" and val_data:
-            found[split] = open_images(val_data, "--val-data", order, say)
-        elif not path.is_dir():
-            found[split] = _open_tar(str(path), split, order, say)
-        elif (path / split).is_dir():
-            if split != "train" and order is None and (path / "train").is_dir():
-                order = _class_folders(path / "train")  # ids always come from train's folder names
-            found[split] = open_images(str(path / split), f"--data {spec}", order, say)
-        else:
-            hint = " (or give --val-data PATH, or train without validation by --val-data none)" if split == "val" else ""
-            raise UserError(f"--data {spec}: no folder {split}/ in it; {TREE}{hint}")
-    return found
+# ---- Folders and tar archives ----------------------------------------------------------------------------------------
 
 
 def open_images(path: str, flag: str, classes: list[str] | None = None, say: Say = print) -> Source:
     """One folder of class folders, or one tar of class folders or class tars, as a Source.
 
-    classes fixes the labels. Folders named 0, 1, 2, ... that are not among them are taken as label numbers (ImageNet-V2).
+    classes fixes the labels. Folders named 0, 1, 2, ... that are not among them are label numbers (ImageNet-V2's).
     """
     if not Path(path).exists():
         raise UserError(f"{flag}: {path} does not exist")
@@ -235,11 +228,9 @@ def open_images(path: str, flag: str, classes: list[str] | None = None, say: Say
         return _open_tar(path, None, classes, say)
     folders = _class_folders(path)
     if not folders:
-        why = f"no class folders; {TREE}"
-        flat = sum(e.is_file() and e.name.lower().endswith(EXTENSIONS) and not _is_junk(e.name) for e in os.scandir(path))
-        if flat:
-            hint = "move each image into a folder of its class (ImageNet's validation set comes unsorted)"
-            why = f"{flat} images but no class folders; {hint}"
+        flat = sum(name.lower().endswith(EXTENSIONS) and not _is_junk(name) for name in os.listdir(path))
+        hint = "move each image into a folder of its class (ImageNet's validation set comes unsorted)"
+        why = f"{flat} images but no class folders; {hint}" if flat else f"no class folders; {TREE}"
         raise UserError(f"{flag}: {path} holds {why}")
     # What changes when a file is added to or removed from the two top levels.
     times = [(folder, os.stat(os.path.join(path, folder)).st_mtime_ns) for folder in ["", *folders]]
@@ -257,7 +248,7 @@ def open_images(path: str, flag: str, classes: list[str] | None = None, say: Say
 
 def _fit_classes(folders: list[str], labels: np.ndarray, classes: list[str] | None, where: str, say: Say) -> Labels:
     """Classes and labels in the order of `classes` (None: the folder names' own order)."""
-    numbers = all(f.isdigit() for f in folders)
+    numbers = bool(folders) and all(f.isdigit() for f in folders)
     if classes is None:
         if numbers and folders != sorted(folders, key=int):
             some = ", ".join(folders[:4])
@@ -290,9 +281,9 @@ def _scan_folder(path: str) -> Iterator[tuple[int, bytes]]:
         pending, seen = [root + folder], set()
         while pending:
             here = pending.pop()
-            if os.path.realpath(here) in seen:  # a loop of links
+            if (real := os.path.realpath(here)) in seen:  # a loop of links
                 continue
-            seen.add(os.path.realpath(here))
+            seen.add(real)
             for entry in os.scandir(here):
                 if _is_junk(entry.name):
                     continue
@@ -379,7 +370,7 @@ def _scan_tar(path: str) -> Iterator[tuple[bytes, int, int]]:
                 at = -(-end // 512) * 512
 
 
-# ---- Cache -------------------------------------------------------------------------------------------------------------
+# ---- Cache -----------------------------------------------------------------------------------------------------------
 
 
 def cache_folder() -> Path:
@@ -415,39 +406,35 @@ def cached_index(key: list, path: str, scan: Callable[[], Iterator[tuple]], say:
         with np.load(file, allow_pickle=False) as stored:
             return list(stored.values())
     except Exception:  # absent, or cut short by a crash: either way it is built
-        rows = sorted(_counted(scan(), path, say))
-    columns = [np.array(column) for column in zip(*rows)]
+        rows, said, terminal = [], time.monotonic(), sys.stderr.isatty()
+    hidden = not terminal or os.environ.get("RANK", "0") != "0"
+    for row in tqdm(scan(), f"listing {path}", unit=" files", leave=False, disable=hidden):
+        rows.append(row)
+        if not terminal and time.monotonic() > said + 10:
+            say(f"listing {path}: {len(rows)} files so far")
+            said = time.monotonic()
+    columns = [np.array(column) for column in zip(*sorted(rows))]
     problem = keep(file, lambda out: np.savez(out, *columns))
     if problem:
         say(f"warning: {problem}; the images will be listed again at the next start")
     return columns
 
 
-def _counted(rows: Iterator[tuple], path: str, say: Say) -> Iterator[tuple]:
-    """The same rows; meanwhile a bar on a terminal, a line every 10 s elsewhere."""
-    terminal, said = sys.stderr.isatty(), time.monotonic()
-    hidden = not terminal or os.environ.get("RANK", "0") != "0"
-    for count, row in enumerate(tqdm(rows, f"listing {path}", unit=" files", leave=False, disable=hidden), 1):
-        if not terminal and time.monotonic() > said + 10:
-            say(f"listing {path}: {count} files so far")
-            said = time.monotonic()
-        yield row
-
-
-# ---- Data sets with a layout of their own --------------------------------------------------------------------------------
+# ---- Data sets with a layout of their own ----------------------------------------------------------------------------
 
 
 def _open_named(name: str, folder: str, split: str) -> Source:
+    """A data set of NAMED; UserError saying what is expected where a file is missing or of another form."""
     where, (read, *options) = f"--data {name}:{folder}", NAMED[name]
     if not Path(folder).is_dir():
         raise UserError(f"{where}: there is no folder {folder}")
     try:
         return read(name, Path(folder), split, *options)
-    except ImportError as error:
-        raise UserError(f"{where}: torchvision needs {error.name} to read its labels; pip install {error.name}") from None
-    except (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, pickle.PickleError) as error:
-        said = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"{where} has not the expected form ({said}); expected: {' '.join(read.__doc__.split())}") from None
+    except ImportError as e:
+        raise UserError(f"{where}: torchvision needs {e.name} to read its labels; pip install {e.name}") from None
+    except (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, PickleError) as error:
+        said, expected = f"{type(error).__name__}: {error}".splitlines()[0], " ".join(read.__doc__.split())
+        raise UserError(f"{where} has not the expected form ({said}); expected: {expected}") from None
 
 
 def _cifar(name: str, folder: Path, split: str, make: type) -> Source:
@@ -461,7 +448,7 @@ def _cifar(name: str, folder: Path, split: str, make: type) -> Source:
 
 
 def _torchvision(name: str, folder: Path, split: str, make: type, train: list[str], test: list[str]) -> Source:
-    """the files as torchvision lays them out."""
+    """torchvision's flowers-102/, stanford_cars/, food-101/, fgvc-aircraft-2013b/, dtd/ or oxford-iiit-pet/."""
     files, labels = [], []
     for part in train if split == "train" else test:
         data = make(folder, split=part)
@@ -473,9 +460,6 @@ def _torchvision(name: str, folder: Path, split: str, make: type, train: list[st
     return Files(folder, [os.path.relpath(f, folder) for f in files], classes, labels)
 
 
-INAT_LEVELS = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")  # "name": the species
-
-
 def _inaturalist(name: str, folder: Path, split: str, year: int) -> Source:
     """iNaturalist 2018/2019 by the competition's files: train_val{year}/, {train,val}{year}.json, categories.json."""
     listing = json.loads((folder / f"{split}{year}.json").read_text())
@@ -485,7 +469,7 @@ def _inaturalist(name: str, folder: Path, split: str, year: int) -> Source:
     files = [file_of[a["image_id"]] for a in listing["annotations"]]
     labels = np.array([label_of[a["category_id"]] for a in listing["annotations"]])
     levels = {}
-    for level in INAT_LEVELS:
+    for level in ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"):
         if all(level in c for c in categories):
             values, to_level = np.unique([str(c[level]) for c in categories], return_inverse=True)
             levels["species" if level == "name" else level] = (values.tolist(), to_level[labels])
@@ -498,16 +482,15 @@ def _eurosat(name: str, folder: Path, split: str) -> Source:
     # 8,100, as many as in the transfer benchmarks.
     whole, chosen = open_images(str(folder / "eurosat" / "2750"), f"--data {name}:{folder}"), []
     for label in range(len(whole.classes)):
-        mine = np.flatnonzero(whole.labels == label)
-        mine = mine[np.random.RandomState(label).permutation(len(mine))]  # RandomState: the same for ever
+        mine = np.random.RandomState(label).permutation(np.flatnonzero(whole.labels == label))  # the same for ever
         test = int(round(0.3 * len(mine)))
         chosen += sorted(mine[test:] if split == "train" else mine[:test])
     return Files(whole.root, whole.names[chosen], whole.classes, whole.labels[chosen])
 
 
 def _sun397(name: str, folder: Path, split: str) -> Source:
-    """SUN397 as torchvision lays it out, SUN397/ClassName.txt and SUN397/a/abbey/*.jpg, with the first of the ten official
-    partitions, Training_01.txt and Testing_01.txt, in Partitions/, SUN397/ or the folder itself."""
+    """SUN397 as torchvision lays it out, SUN397/ClassName.txt and SUN397/a/abbey/*.jpg, with the first of the ten
+    official partitions, Training_01.txt and Testing_01.txt, in Partitions/, SUN397/ or the folder itself."""
     root, part = folder / "SUN397", "Training_01.txt" if split == "train" else "Testing_01.txt"
     classes = (root / "ClassName.txt").read_text().split()
     places = [place / part for place in (folder / "Partitions", root, folder)]
@@ -524,12 +507,12 @@ class _PlainUnpickler(pickle.Unpickler):
     """Reads containers, strings and numbers; anything that would run code is refused."""
 
     def find_class(self, module, name):
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        raise PickleError(f"it asks for {module}.{name}")
 
 
 def _cog(name: str, folder: Path, split: str, level: int) -> Source:
-    """One level of ImageNet-CoG (arXiv:2012.05649): ImageNet-21k's folders nXXXXXXXX/*.JPEG and the two split files, the
-    levels' concepts (five lists) and {concept: {"train": [file names], "test" or "val": [...]}}."""
+    """One level of ImageNet-CoG (arXiv:2012.05649): ImageNet-21k's folders nXXXXXXXX/*.JPEG and the two split files,
+    the levels' concepts (five lists) and {concept: {"train": [file names], "test" or "val": [...]}}."""
     levels, splits = (_PlainUnpickler((folder / file).open("rb")).load() for file in (COG_LEVELS, COG_SPLITS))
     concepts = sorted((list(levels.values()) if isinstance(levels, dict) else levels)[level - 1])
     names, labels = [], []
@@ -541,18 +524,14 @@ def _cog(name: str, folder: Path, split: str, level: int) -> Source:
     return Files(folder, names, concepts, labels)
 
 
-NAMED: dict[str, tuple] = {  # (reader, options after name, folder, split); the papers train on all that is not the test set
-    "cifar10": (_cifar, datasets.CIFAR10),
-    "cifar100": (_cifar, datasets.CIFAR100),
+NAMED: dict[str, tuple] = {  # reader and its options; torchvision's splits that the papers train on and test on
+    "cifar10": (_cifar, datasets.CIFAR10), "cifar100": (_cifar, datasets.CIFAR100),
     "flowers102": (_torchvision, datasets.Flowers102, ["train", "val"], ["test"]),
     "cars": (_torchvision, datasets.StanfordCars, ["train"], ["test"]),
     "food101": (_torchvision, datasets.Food101, ["train"], ["test"]),
     "aircraft": (_torchvision, datasets.FGVCAircraft, ["trainval"], ["test"]),
     "dtd": (_torchvision, datasets.DTD, ["train", "val"], ["test"]),
     "pets": (_torchvision, datasets.OxfordIIITPet, ["trainval"], ["test"]),
-    "inat2018": (_inaturalist, 2018),
-    "inat2019": (_inaturalist, 2019),
-    "eurosat": (_eurosat,),
-    "sun397": (_sun397,),
+    "inat2018": (_inaturalist, 2018), "inat2019": (_inaturalist, 2019), "eurosat": (_eurosat,), "sun397": (_sun397,),
     **{f"cog{level}": (_cog, level) for level in range(1, 6)},
 }
