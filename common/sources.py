@@ -37,7 +37,7 @@ from common import images, shapes
 from common.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif")
-JUNK = {"__MACOSX", "@eaDir", "lost+found", "Thumbs.db", "desktop.ini"}  # and every name that starts with a dot
+JUNK = re.compile(r"(^|/)(\.|(__MACOSX|@eaDir|lost\+found|Thumbs\.db|desktop\.ini)(/|\Z))")  # as a part of a path
 MAX_FILE_BYTES = 1 << 30
 TREE = "expected FOLDER/train/CLASS/IMAGE and FOLDER/val/CLASS/IMAGE, or a .tar holding the same"
 Labels = tuple[list[str], np.ndarray]  # class names in label order, labels int64 (N,)
@@ -45,9 +45,12 @@ Say = Callable[[str], None]
 
 
 class Source:
-    """A labelled set of images: `classes` and `labels`, and in `levels` those of every label level by its name."""
+    """A labelled set of images: `classes` and `labels`, and in `levels` those of every label level by its name.
 
-    title = "data"
+    For messages images have `names`, bytes (N,), behind the `title`, or None and only their number.
+    """
+
+    title, names, sizes = "data", None, None
 
     def __init__(self, classes: list[str], labels: np.ndarray, levels: dict[str, Labels] | None = None):
         self.classes, self.labels = list(classes), np.asarray(labels, dtype=np.int64)
@@ -70,7 +73,9 @@ class Source:
 
     def name(self, index: int) -> str:
         """What a message calls image `index`."""
-        return f"{self.title} image {index}"
+        if self.names is None:
+            return f"{self.title} image {index}"
+        return self.title + os.fsdecode(bytes(self.names[index]))
 
     def read(self, index: int) -> torch.Tensor:
         """Image `index` as uint8 (3, H, W)."""
@@ -88,7 +93,7 @@ class Source:
 
     def digest(self) -> str:
         """Changes when an image is added, removed, renamed or relabelled."""
-        files = b"".join(vars(self)[key].tobytes() for key in ("names", "sizes") if key in vars(self))
+        files = b"".join(array.tobytes() for array in (self.names, self.sizes) if array is not None)
         classes = "".join(self.classes).encode(errors="surrogateescape")
         return hashlib.sha256(self.labels.tobytes() + (files or str(len(self)).encode()) + classes).hexdigest()[:16]
 
@@ -120,12 +125,9 @@ class Files(Source):
     """Image files below `root`; names: paths relative to it, bytes (N,) or a list."""
 
     def __init__(self, root: str | Path, names: np.ndarray | list[str], classes: list[str], labels, levels=None):
-        self.root = str(root)
+        self.title = os.path.join(root, "")
         self.names = np.array([os.fsencode(n) for n in names], dtype="S") if isinstance(names, list) else names
         super().__init__(classes, labels, levels)
-
-    def name(self, index: int) -> str:
-        return os.path.join(self.root, os.fsdecode(bytes(self.names[index])))
 
     def stored(self, index: int) -> bytes:
         flags = os.O_RDONLY | os.O_NONBLOCK  # without O_NONBLOCK opening a pipe would wait for ever for a writer
@@ -140,11 +142,9 @@ class TarMembers(Source):
     """Members of one tar, read in place: names bytes (N,), offsets and sizes int64 (N,)."""
 
     def __init__(self, path: str, names: np.ndarray, offsets: np.ndarray, sizes: np.ndarray, classes, labels):
-        self.path, self.names, self.offsets, self.sizes, self.fd, self.pid = path, names, offsets, sizes, None, None
+        self.path, self.title, self.pid = path, f"{path}: ", None
+        self.names, self.offsets, self.sizes = names, offsets, sizes
         super().__init__(classes, labels)
-
-    def name(self, index: int) -> str:
-        return f"{self.path}: {os.fsdecode(bytes(self.names[index]))}"
 
     def stored(self, index: int) -> bytes:
         if self.pid != os.getpid():  # each worker opens its own
@@ -214,7 +214,7 @@ def _coarse_level(file: str, source: Source) -> Labels:
     return coarse.tolist(), to_coarse[source.labels]
 
 
-# ---- Folders and tar archives ----------------------------------------------------------------------------------------
+# ---- Folders and tar archives; the cache of what they hold -----------------------------------------------------------
 
 
 def open_images(path: str, flag: str, classes: list[str] | None = None, say: Say = print) -> Source:
@@ -228,7 +228,7 @@ def open_images(path: str, flag: str, classes: list[str] | None = None, say: Say
         return _open_tar(path, None, classes, say)
     folders = _class_folders(path)
     if not folders:
-        flat = sum(name.lower().endswith(EXTENSIONS) and not _is_junk(name) for name in os.listdir(path))
+        flat = sum(name.lower().endswith(EXTENSIONS) and not JUNK.search(name) for name in os.listdir(path))
         hint = "move each image into a folder of its class (ImageNet's validation set comes unsorted)"
         why = f"{flat} images but no class folders; {hint}" if flat else f"no class folders; {TREE}"
         raise UserError(f"{flag}: {path} holds {why}")
@@ -266,12 +266,8 @@ def _fit_classes(folders: list[str], labels: np.ndarray, classes: list[str] | No
     return classes, np.array([place[f] for f in folders])[labels]
 
 
-def _is_junk(name: str) -> bool:
-    return name.startswith(".") or name in JUNK
-
-
 def _class_folders(path: str | Path) -> list[str]:
-    return sorted(e.name for e in os.scandir(path) if e.is_dir() and not _is_junk(e.name))
+    return sorted(e.name for e in os.scandir(path) if e.is_dir() and not JUNK.search(e.name))
 
 
 def _scan_folder(path: str) -> Iterator[tuple[int, bytes]]:
@@ -285,7 +281,7 @@ def _scan_folder(path: str) -> Iterator[tuple[int, bytes]]:
                 continue
             seen.add(real)
             for entry in os.scandir(here):
-                if _is_junk(entry.name):
+                if JUNK.search(entry.name):
                     continue
                 if entry.is_dir():
                     pending.append(entry.path)
@@ -316,7 +312,7 @@ def _open_tar(path: str, split: str | None, classes: list[str] | None, say: Say)
     if not inside:
         flat = sum(name.lower().endswith(EXTENSIONS) for name in names)
         raise UserError(f"{path}: {flat} images without a class folder; repack the archive as CLASS/IMAGE")
-    inside = [i for i in inside if not any(map(_is_junk, names[i].split("/")))]
+    inside = [i for i in inside if not JUNK.search(names[i])]
     chosen = np.array([i for i in inside if names[i].lower().endswith(EXTENSIONS)], dtype=np.int64)
     if len(chosen) < len(inside):
         ignored = len(inside) - len(chosen)
@@ -328,10 +324,8 @@ def _open_tar(path: str, split: str | None, classes: list[str] | None, say: Say)
 
 
 def _scan_tar(path: str) -> Iterator[tuple[bytes, int, int]]:
-    """(name, offset, size) of every regular member, members of inner .tar files included as INNER/NAME.
-
-    Reads the headers and unpacks nothing. Raises UserError for what is not a plain archive of regular files.
-    """
+    """(name, offset, size) of every member, those of inner .tar files as INNER/NAME; nothing is unpacked. Raises
+    UserError for what is not a plain archive of regular files."""
     with open(path, "rb", buffering=512) as file:
         try:
             tar = tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape")
@@ -370,16 +364,13 @@ def _scan_tar(path: str) -> Iterator[tuple[bytes, int, int]]:
                 at = -(-end // 512) * 512
 
 
-# ---- Cache -----------------------------------------------------------------------------------------------------------
-
-
 def cache_folder() -> Path:
     """Where what can be computed again is kept: touvron-methods in $XDG_CACHE_HOME (~/.cache)."""
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "touvron-methods"
-    except RuntimeError:  # a user without a home
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if folder == "~/.cache":  # a user without a home
         hint = "set HOME or XDG_CACHE_HOME to a writable folder"
-        raise UserError(f"there is no home folder to keep a cache in; {hint}") from None
+        raise UserError(f"there is no home folder to keep a cache in; {hint}")
+    return Path(folder) / "touvron-methods"
 
 
 def cache_file(key: list, suffix: str, folder: str = "") -> Path:
@@ -480,12 +471,13 @@ def _eurosat(name: str, folder: Path, split: str) -> Source:
     """EuroSAT (arXiv:1709.00029) as torchvision lays it out: eurosat/2750/CLASS/*.jpg."""
     # There is no official split. 30% of each class, drawn once and for all, are the test images: of the 27,000 images
     # 8,100, as many as in the transfer benchmarks.
-    whole, chosen = open_images(str(folder / "eurosat" / "2750"), f"--data {name}:{folder}"), []
+    root, chosen = folder / "eurosat" / "2750", []
+    whole = open_images(str(root), f"--data {name}:{folder}")
     for label in range(len(whole.classes)):
         mine = np.random.RandomState(label).permutation(np.flatnonzero(whole.labels == label))  # the same for ever
         test = int(round(0.3 * len(mine)))
         chosen += sorted(mine[test:] if split == "train" else mine[:test])
-    return Files(whole.root, whole.names[chosen], whole.classes, whole.labels[chosen])
+    return Files(root, whole.names[chosen], whole.classes, whole.labels[chosen])
 
 
 def _sun397(name: str, folder: Path, split: str) -> Source:
@@ -515,13 +507,10 @@ def _cog(name: str, folder: Path, split: str, level: int) -> Source:
     the levels' concepts (five lists) and {concept: {"train": [file names], "test" or "val": [...]}}."""
     levels, splits = (_PlainUnpickler((folder / file).open("rb")).load() for file in (COG_LEVELS, COG_SPLITS))
     concepts = sorted((list(levels.values()) if isinstance(levels, dict) else levels)[level - 1])
-    names, labels = [], []
-    for label, concept in enumerate(concepts):
-        parts = splits[concept]
-        files = parts["train"] if split == "train" else parts.get("test", parts.get("val"))
-        names += [f"{concept}/{str(file).rpartition('/')[2]}" for file in files]
-        labels += [label] * len(files)
-    return Files(folder, names, concepts, labels)
+    parts = [splits[concept] for concept in concepts]
+    files = [part["train"] if split == "train" else part.get("test", part.get("val")) for part in parts]
+    names = [f"{c}/{str(name).rpartition('/')[2]}" for c, inside in zip(concepts, files) for name in inside]
+    return Files(folder, names, concepts, np.repeat(np.arange(len(concepts)), [len(inside) for inside in files]))
 
 
 NAMED: dict[str, tuple] = {  # reader and its options; torchvision's splits that the papers train on and test on
