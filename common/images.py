@@ -21,8 +21,7 @@ MAX_PIXELS = 178_956_970  # Pillow's limit for a decompression bomb; JPEGs decod
 def decode(data: bytes) -> torch.Tensor:
     """Encoded image (any format Pillow reads) -> uint8 (3, H, W), RGB.
 
-    Raises OSError or ValueError, with a reason, for anything that is not a whole image of 8 bits per channel or 16-bit
-    grey.
+    Raises OSError or ValueError, with a reason, for what is not a whole image of 8 bits per channel or 16-bit grey.
     """
     if data[:2] == b"\xff\xd8":
         height, width, channels, bits = _jpeg_header(data)
@@ -62,11 +61,12 @@ def _decode_with_pillow(data: bytes) -> torch.Tensor:
                 grey = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
                 return from_numpy(np.repeat(grey[:, :, None], 3, axis=2))
             if image.mode in ("I", "F"):
-                raise ValueError(f"image of mode {image.mode} (32 bits per channel) has no defined conversion to 8 bits")
+                what = f"image of mode {image.mode} (32 bits per channel)"
+                raise ValueError(f"{what} has no defined conversion to 8 bits")
             return from_pil(image)
         except Image.DecompressionBombError as error:
             raise ValueError(str(error)) from None
-        except (SyntaxError, EOFError, IndexError, TypeError) as error:  # what Pillow's parsers raise on damaged headers
+        except (SyntaxError, EOFError, IndexError, TypeError) as error:  # Pillow's parsers, on damaged headers
             raise OSError(f"cannot read image: {error}") from None
 
 
@@ -94,10 +94,8 @@ def resize(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def resize_to_cover(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Smallest resize that keeps the aspect ratio and covers `size`; for a square, torchvision's Resize(int).
-
-    The longer side is truncated, as torchvision does.
-    """
+    """Smallest resize that keeps the aspect ratio and covers `size`; for a square, torchvision's Resize(int), which
+    truncates the longer side as here."""
     height, width = image.shape[1:]
     if height * size[1] <= width * size[0]:
         return resize(image, (size[0], max(size[1], int(size[0] * width / height))))
