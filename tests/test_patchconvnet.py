@@ -129,7 +129,7 @@ def test_the_pooling_is_one_softmax_over_class_token_and_patches():
     a = pool.attn
     weights = (a.q(z[:, :1]) @ a.k(z).transpose(1, 2) / 4).softmax(-1)
     after = token + pool.gamma_1 * a.proj(weights @ a.v(z))
-    assert torch.allclose(pool(token, patches), after + pool.gamma_2 * pool.mlp(pool.norm2(after)), atol=1e-5)
+    assert torch.allclose(pool(token, *pool.keys_and_values(token, patches)), after + pool.gamma_2 * pool.mlp(pool.norm2(after)), atol=1e-5)
     assert torch.allclose(pool.weights(token, patches)[:, 0], weights[:, :, 1:], atol=1e-6)
 
 
@@ -149,7 +149,8 @@ def test_per_class_tokens_see_the_patches_only_and_pieces_change_nothing(monkeyp
     # Class i by itself: the pooling with its token, then its classifier.
     patches, pool = model.features(images).flatten(1, 2), model.blocks_token_only[0]
     for i in (0, 6):
-        alone = model.head[i](model.norm(pool(model.cls_token[:, i : i + 1].expand(2, -1, -1), patches)))[:, 0, 0]
+        token = model.cls_token[:, i : i + 1].expand(2, -1, -1)
+        alone = model.head[i](model.norm(pool(token, *pool.keys_and_values(token, patches))))[:, 0, 0]
         assert torch.allclose(whole[:, i], alone, rtol=1e-4, atol=1e-4)
     monkeypatch.setattr(patchconvnet.PatchConvNet, "CLASSES_AT_ONCE", 3)
     assert torch.allclose(model(images), whole, rtol=1e-4, atol=1e-4)
