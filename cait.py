@@ -482,7 +482,7 @@ def write_figures(run) -> None:
     from common.sources import open_data
 
     args = run.args
-    model, recipe, classes = trained_model(run, make_model, saved=SAVED, adapt=fit_resolution)
+    model, recipe, classes = trained_model(run, make_model, adapt=fit_resolution)
     size, crop_ratio = recipe.img_size, recipe.eval_crop_ratio
     if args.branch_norms:
         source = open_data(args.data, val_data=args.val_data, splits=("val",), say=run.say)["val"]
@@ -693,9 +693,6 @@ def mix_targets(labels: torch.Tensor, mixes: list[Mix], num_classes: int, smooth
 
 # ---- Training --------------------------------------------------------------------------------------------------------
 
-SAVED = ("img_size", "eval_crop_ratio", "branches", "class_in_keys")  # what an evaluation takes from the checkpoint
-
-
 def parse_args(argv: list[str] | None = None):
     """(arguments, the recipe with the flags given, the paper's recipe)."""
     from common import cli
@@ -775,7 +772,7 @@ def main() -> None:
     if args.branch_norms or args.attention_maps:
         return write_figures(Run("cait", args, recipe, paper))
     run_script(
-        "cait", args, recipe, paper, MODELS, train=train, make_model=make_model, saved=SAVED, adapt=fit_resolution,
+        "cait", args, recipe, paper, MODELS, train=train, make_model=make_model, adapt=fit_resolution,
         predict=predict, loss=lambda model, images, labels: label_loss(model(images), labels),
     )
 

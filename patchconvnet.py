@@ -475,7 +475,7 @@ def write_maps(run) -> None:
     from common.images import to_pil
     from common.models import from_checkpoint
 
-    model, recipe, classes = trained_model(run, make_model, saved=SAVED, adapt=carry_over)
+    model, recipe, classes = trained_model(run, make_model, adapt=carry_over)
     args, size, vit = run.args, recipe.img_size, None
     if not isinstance(model, PatchConvNet) or model.cls_token is None:
         raise UserError("--attention-maps: this model has no attention in its pooling")
@@ -656,9 +656,6 @@ def mix_targets(labels: torch.Tensor, mixes: list[Mix], num_classes: int, smooth
 
 # ---- Training --------------------------------------------------------------------------------------------------------
 
-SAVED = ("img_size", "eval_crop_ratio", "stem", "norm", "pooling", "class_tokens")  # what checkpoints decide
-
-
 def parse_args(argv: list[str] | None = None):
     """(arguments, the recipe with the flags given, the paper's recipe)."""
     from common import cli
@@ -741,7 +738,7 @@ def main() -> None:
     if args.attention_maps:
         return write_maps(Run("patchconvnet", args, recipe, paper))
     run_script(
-        "patchconvnet", args, recipe, paper, MODELS, train=train, make_model=make_model, saved=SAVED, adapt=carry_over,
+        "patchconvnet", args, recipe, paper, MODELS, train=train, make_model=make_model, adapt=carry_over,
         loss=lambda model, images, labels: F.cross_entropy(model(images), labels),
     )
 

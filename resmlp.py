@@ -430,7 +430,7 @@ def write_filters(run) -> None:
     from common.errors import UserError
     from common.evaluate import trained_model
 
-    model, recipe, _ = trained_model(run, make_model, saved=SAVED, adapt=fit_resolution)
+    model, recipe, _ = trained_model(run, make_model, adapt=fit_resolution)
     if recipe.communication != "linear":
         raise UserError("--filters: this model has no linear layer across patches")
     folder, layers = Path(run.args.filters), run.args.layers or range(len(model.blocks))
@@ -633,9 +633,6 @@ def mix_targets(labels: torch.Tensor, mixes: list[Mix], num_classes: int, smooth
 
 # ---- Training --------------------------------------------------------------------------------------------------------
 
-SAVED = ("img_size", "eval_crop_ratio", "patch_size", "norm", "pooling", "communication")  # --eval: the checkpoint's
-
-
 def parse_args(argv: list[str] | None = None):
     """(arguments, the recipe with the flags given, the paper's recipe)."""
     from common import cli
@@ -717,7 +714,7 @@ def main() -> None:
     if args.filters:
         return write_filters(Run("resmlp", args, recipe, paper))
     run_script(
-        "resmlp", args, recipe, paper, MODELS, train=train, make_model=make_model, saved=SAVED, adapt=fit_resolution,
+        "resmlp", args, recipe, paper, MODELS, train=train, make_model=make_model, adapt=fit_resolution,
         loss=lambda model, images, labels: F.cross_entropy(model(images), labels),
     )
 
