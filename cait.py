@@ -19,7 +19,7 @@ Where the official code differs from what stands here:
 - its XXS-36 starts LayerScale at 1e-5, Table 3.16 says 1e-6;
 - it permutes the attention maps for a Linear over heads; here one matrix product mixes them, about twice as fast;
 - biases that softmax cancels (of the keys, of the mixing before it) get there rounding noise for a gradient, here none;
-- its kept branches under stochastic depth are computed for all samples and masked; here for the kept ones only;
+- stochastic depth masks a binomial number of samples there; here a fixed number is drawn, only these are computed;
 - it has no distillation token (Table 3.14);
 - learning rate, mixup draw, dropped label on the distillation head: as said in deit.py.
 """
@@ -185,16 +185,12 @@ def mix_heads(matrix: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
     return torch.bmm(matrix.expand(B, h, h), maps.reshape(B, h, N * N)).view(B, h, N, N)
 
 
-@torch.compiler.disable
 def kept_samples(batch: int, drop_rate: float, device: torch.device) -> tuple[torch.Tensor, float]:
-    """Stochastic depth's draw: (indices of the samples that keep the branch, factor on their branch). On the CPU: the
-    host knows the count without waiting. If none keeps it, sample 0 times 0: every parameter has a gradient."""
-    kept = (torch.rand(batch) >= drop_rate).nonzero().flatten()
-    if len(kept) == 0:
-        return torch.zeros(1, dtype=torch.long, device=device), 0.0
-    if device.type == "cuda":
-        kept = kept.pin_memory().to(device, non_blocking=True)
-    return kept, 1 / (1 - drop_rate)
+    """Stochastic depth's draw: (indices of the samples that keep the branch, factor on it). Always round(batch (1 -
+    drop_rate)) of them and at least 1: static shapes, no host waits for a GPU. Each is kept with the same probability,
+    whose inverse is the factor: the expectation is the usual law's."""
+    kept = max(1, round(batch * (1 - drop_rate)))
+    return torch.rand(batch, device=device).topk(kept).indices, batch / kept
 
 
 def branch_weight(kind: str, dim: int, epsilon: float) -> nn.Parameter | None:
@@ -467,8 +463,8 @@ def attention_maps(model: CaiT, images: torch.Tensor) -> list[torch.Tensor]:
 
 
 def saliency(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Figure 3.10: the first block's maps (B, h, H/p, W/p) -> (B, *size) in 0..1: mean over heads, upsampled,
-    (x - min) / (max - min)."""
+    """Figure 3.10: the first block's maps (B, h, H/p, W/p) -> (B, *size) in 0..1: head mean, upsampled, (x - min) /
+    (max - min)."""
     x = F.interpolate(maps.mean(dim=1, keepdim=True).float(), size=size, mode="bicubic", align_corners=False)[:, 0]
     low, high = x.amin(dim=(1, 2), keepdim=True), x.amax(dim=(1, 2), keepdim=True)
     return (x - low) / (high - low).clamp(min=1e-12)

@@ -13,11 +13,8 @@ LAMB, schedule and weight-decay groups against the official components' numbers 
 Axes: B images, N tokens, C channels, K classes, H x W pixels, p patch side, h heads.
 
 Where the official code differs from what stands here:
-- its learning rate is constant within an epoch and one epoch late; here it follows the formula at every iteration;
-- its mixup draw is one per GPU, hence depends on the number of GPUs; here it is one per `mix_group` images of the
-  global batch, whatever runs them;
-- its kept branches under stochastic depth are computed for all samples and masked; here for the kept ones only;
-- its keys' bias gets a gradient that is rounding noise (softmax cancels that bias); here it gets none;
+- learning rate, mixup draw, the keys' bias: as said in deit.py;
+- stochastic depth masks a binomial number of samples there; here a fixed number is drawn, only these are computed;
 - simple random crop: the thesis says the crop is random along the x-axis, the code (followed here) draws both offsets:
   the short side moves too, by the 8 pixels of the padding.
 """
@@ -31,7 +28,6 @@ import sys
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -81,8 +77,8 @@ RECIPES = {
     "in21k": Recipe(epochs=90, repeats=1, crop="src", mixup=0.0, loss="ce", smoothing=0.1),
     # Table 6.1, ImNet-21k finetune; 50 epochs: section 6.3.1. At 384: --img-size 384.
     "in21k_to_in1k": Recipe(epochs=50, lr=3e-4, repeats=1, crop="src", mixup=0.0, loss="ce", smoothing=0.1),
-    # Section 6.3.6: lr 1e-5, batch 512, 20 epochs, weight decay 0.1, no repeated augmentation, the rest as in chapter
-    # 3's fine-tuning (AdamW, RandAugment, mixup, cutmix, smoothing: Table 3.9), but no erasing, as in all of Table 6.1.
+    # Section 6.3.6; the rest as in chapter 3's fine-tuning (AdamW, RandAugment, mixup, cutmix, smoothing: Table 3.9),
+    # but no erasing, as in all of Table 6.1.
     "finetune": Recipe(
         epochs=20, batch_size=512, optimizer="adamw", lr=1e-5, weight_decay=0.1, clip_grad=None, repeats=1,
         augment="rand", loss="ce", smoothing=0.1,
@@ -106,7 +102,7 @@ DROP_PATH = {  # Table 6.14: (400 epochs of ImageNet-1k, 90 epochs of ImageNet-2
 
 
 def paper_recipe(name: str, model: str, *, epochs: int | None = None, data: str = "") -> Recipe:
-    """The recipe's row completed for a model, a number of epochs and, for `transfer`, a data set.
+    """The recipe's row completed for a model, a number of epochs that is asked for and, for `transfer`, a data set.
 
     Longer schedules (section 6.4): on ImageNet-1k weight decay 0.05 beyond 400 epochs and drop rate + 0.05 for every
     200 more; on ImageNet-21k drop rate + 0.05 for the 240 epochs of Table 6.5.
@@ -120,7 +116,7 @@ def paper_recipe(name: str, model: str, *, epochs: int | None = None, data: str 
         recipe = dataclasses.replace(recipe, weight_decay=0.05)
     if name == "in21k" and epochs is not None and epochs >= 240:
         drop_path += 0.05
-    return dataclasses.replace(recipe, epochs=epochs or recipe.epochs, drop_path=round(drop_path, 4))
+    return dataclasses.replace(recipe, drop_path=round(drop_path, 4))
 
 
 # ---- Architecture: thesis section 6.2; sizes: Tables 6.14 and 6.6 ----------------------------------------------------
@@ -189,19 +185,12 @@ class MLP(nn.Module):
 
 
 # Copied from cait.py
-@torch.compiler.disable
 def kept_samples(batch: int, drop_rate: float, device: torch.device) -> tuple[torch.Tensor, float]:
-    """Stochastic depth's draw: (indices of the samples that keep the branch, factor on their branch).
-
-    Drawn on the CPU generator: the count is then known to the host and a GPU never has to be waited for.
-    If no sample keeps it, sample 0 is returned with factor 0, so that every parameter still gets its (zero) gradient.
-    """
-    kept = (torch.rand(batch) >= drop_rate).nonzero().flatten()
-    if len(kept) == 0:
-        return torch.zeros(1, dtype=torch.long, device=device), 0.0
-    if device.type == "cuda":
-        kept = kept.pin_memory().to(device, non_blocking=True)
-    return kept, 1 / (1 - drop_rate)
+    """Stochastic depth's draw: (indices of the samples that keep the branch, factor on it). Always round(batch (1 -
+    drop_rate)) of them and at least 1: static shapes, no host waits for a GPU. Each is kept with the same probability,
+    whose inverse is the factor: the expectation is the usual law's."""
+    kept = max(1, round(batch * (1 - drop_rate)))
+    return torch.rand(batch, device=device).topk(kept).indices, batch / kept
 
 
 def layer_scale(dim: int, value: float | None) -> nn.Parameter | None:
@@ -264,8 +253,7 @@ class ViT(nn.Module):
         img_size: tuple[int, int], layer_scale: float | None, drop_path: float,
     ):
         super().__init__()
-        self.grid = (img_size[0] // patch, img_size[1] // patch)
-        self.grad_checkpoint = False
+        self.grid, self.grad_checkpoint = (img_size[0] // patch, img_size[1] // patch), False
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.grid[0] * self.grid[1], dim))
         self.patch_embed = PatchEmbed(dim, patch)
@@ -355,6 +343,17 @@ def fit_resolution(model: nn.Module, state: dict[str, torch.Tensor], content: di
     state["pos_embed"] = resized
 
 
+# ---- Loss: section 6.2.1; the other one is F.cross_entropy, which takes soft targets ---------------------------------
+
+
+def bce_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Binary cross-entropy, mean over B and K; every class with a share in the mixed image counts fully."""
+    return F.binary_cross_entropy_with_logits(logits, (targets > 0).to(logits.dtype))
+
+
+LOSSES = {"bce": bce_loss, "ce": F.cross_entropy}  # both take soft targets (B, K)
+
+
 # ---- Augmentation: section 6.2.2, 6.2.3 ------------------------------------------------------------------------------
 
 ORDERS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))  # of brightness, contrast, saturation
@@ -379,18 +378,11 @@ def simple_random_crop(image: torch.Tensor, size: tuple[int, int], rng: random.R
     """uint8 (3, H, W) -> (3, *size): resize to just cover `size`, reflect-pad 4 pixels, crop at random."""
     from common.images import resize_to_cover
 
-    image = resize_to_cover(image, size)
-    height, width = image.shape[1:]
-    top, left = rng.randint(0, height + 8 - size[0]), rng.randint(0, width + 8 - size[1])
-    rows = _reflect(torch.arange(top - 4, top - 4 + size[0]), height)
-    columns = _reflect(torch.arange(left - 4, left - 4 + size[1]), width)
-    return image.permute(1, 2, 0)[rows][:, columns].permute(2, 0, 1)
-
-
-def _reflect(index: torch.Tensor, length: int) -> torch.Tensor:
-    """Indices outside 0..length-1 mirrored at the edge pixels, which are not repeated."""
-    index = index.abs() % max(1, 2 * (length - 1))
-    return torch.minimum(index, 2 * (length - 1) - index)
+    image, windows = resize_to_cover(image, size), []
+    for length, side in zip(image.shape[1:], size):
+        at = (torch.arange(side) + rng.randint(0, length + 8 - side) - 4).abs() % max(1, 2 * (length - 1))
+        windows.append(torch.minimum(at, 2 * (length - 1) - at))  # mirrored at the edge pixels, which are not repeated
+    return image.permute(1, 2, 0)[windows[0]][:, windows[1]].permute(2, 0, 1)
 
 
 # Adapted from deit.py: simple random crop, 3-Augment; no erasing
@@ -431,21 +423,23 @@ class TrainTransform:
         return image, (flip, choice, radius, *factors, order)
 
 
+def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """On the device, without waiting for the copy."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
 def augment(images: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
     """The device's part: uint8 (B, 3, H, W), parameters (B, 7) of TrainTransform -> float32 with whole values 0..255.
 
-    Flip, one of the three augmentations, colour jitter, rounded at each step as PIL does, hence equal to the official
-    pipeline on 8-bit images. `parameters` stays on the host, where the draws are known without waiting for the device.
+    Flip, one of the three augmentations, colour jitter, rounded at each step as PIL does: equal to the official
+    pipeline on 8-bit images. `parameters` stays on the host, where the draws are known without waiting.
     """
     if not images.is_cuda and len(images) > (chunk := max(1, 2**18 // images[0].numel())):  # what fits a core's cache
         pieces = zip(images.split(chunk), parameters.split(chunk))
         return torch.cat([augment(*piece) for piece in pieces])
 
-    def to_device(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.pin_memory().to(images.device, non_blocking=True) if images.is_cuda else tensor
-
-    flip, choice, radius = parameters[:, 0], parameters[:, 1], parameters[:, 2]
-    on_device = to_device(parameters)
+    flip, choice, radius, device = parameters[:, 0], parameters[:, 1], parameters[:, 2], images.device
+    on_device = moved(parameters, device)
     x = images.contiguous()  # planes: several times faster below than the loader's interleaved colours
     x = torch.where(on_device[:, 0].view(-1, 1, 1, 1) > 0, x.flip(-1), x).float() if flip.any() else x.float()
     for number, change in ((1, luma), (2, solarize)):
@@ -453,11 +447,11 @@ def augment(images: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
             x = torch.where(on_device[:, 1].view(-1, 1, 1, 1) == number, change(x), x)
     blurred = (choice == 3).nonzero().flatten()
     if len(blurred):
-        where = to_device(blurred)
+        where = moved(blurred, device)
         blur = gaussian_blur if images.is_cuda else gaussian_blur_by_pil
         x = x.index_copy(0, where, blur(x[where], radius[blurred]))
     if (parameters[:, 3:6] != 1).any():
-        order = to_device(torch.tensor(ORDERS)[parameters[:, 6].long()])
+        order = moved(torch.tensor(ORDERS)[parameters[:, 6].long()], device)
         x = color_jitter(x, on_device[:, 3:6], order)
     return x
 
@@ -474,11 +468,8 @@ def solarize(x: torch.Tensor) -> torch.Tensor:
 
 
 def gaussian_blur(x: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
-    """PIL's GaussianBlur of each image with its own radius (host tensor (B,), at most 2 pixels): three box blurs per
-    axis.
-
-    Not a true Gaussian kernel: a box of fractional width whose three-fold convolution has that standard deviation.
-    """
+    """PIL's GaussianBlur of each image with its own radius (host tensor (B,), at most 2 pixels): per axis three box
+    blurs of fractional width, which together have that standard deviation."""
     variance = radius.double() ** 2 / 3
     whole = ((torch.sqrt(12 * variance + 1) - 1) / 2).floor()
     box = whole + (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
@@ -487,9 +478,7 @@ def gaussian_blur(x: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
     outer = ((2**24 - (2 * reach + 1) * inner) / 2).floor()
     # Weights of distance 0, 1 and 2: full inside the reach, `outer` just beyond it.
     weights = [torch.where(reach >= d, inner, torch.where(reach + 1 == d, outer, 0.0)) / 2**24 for d in (0, 1, 2)]
-    weights = torch.stack(weights)
-    weights = weights.pin_memory().to(x.device, non_blocking=True) if x.is_cuda else weights
-    w0, w1, w2 = weights.view(3, -1, 1, 1, 1)
+    w0, w1, w2 = moved(torch.stack(weights), x.device).view(3, -1, 1, 1, 1)
     x = x.double()  # float32 would round the products, and with them every tie, another way than PIL's integers
     for axis in (3, 2):
         n = x.shape[axis]
@@ -505,7 +494,7 @@ def gaussian_blur_by_pil(x: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
     """The same by PIL itself, which a CPU does five times faster."""
     pixels = x.to(torch.uint8).permute(0, 2, 3, 1).numpy()
     images = [Image.fromarray(p).filter(ImageFilter.GaussianBlur(r)) for p, r in zip(pixels, radius.tolist())]
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()
+    return torch.stack([v2.functional.pil_to_tensor(image) for image in images]).float()
 
 
 def color_jitter(x: torch.Tensor, factors: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
@@ -633,14 +622,6 @@ def mix_targets(labels: torch.Tensor, mixes: list[Mix], num_classes: int, smooth
     return torch.cat([t * mix.lam + t.flip(0) * (1 - mix.lam) for t, mix in zip(targets.chunk(len(mixes)), mixes)])
 
 
-# ---- Loss: section 6.2.1; the other one is F.cross_entropy, which takes soft targets ---------------------------------
-
-
-def bce_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Binary cross-entropy, mean over B and K; every class with a share in the mixed image counts fully."""
-    return F.binary_cross_entropy_with_logits(logits, (targets > 0).to(logits.dtype))
-
-
 # ---- Training: the only user of common -------------------------------------------------------------------------------
 
 
@@ -660,8 +641,7 @@ def parse_args(argv: list[str] | None = None):
     if args.model not in MODELS:
         flags = ("drop_path", "layer_scale", "trainable", "grad_checkpoint")
         cli.refuse(args, flags, "not for torchvision's models; leave it out")
-    epochs = paper_recipe(args.recipe, args.model, data=args.data or "").epochs
-    return args, recipe, dataclasses.replace(paper, epochs=epochs)
+    return args, recipe, paper
 
 
 def make_model(args, recipe: Recipe, num_classes: int) -> nn.Module:
@@ -686,7 +666,7 @@ def train(run) -> None:
     from common.script import finish, set_up
 
     recipe = run.recipe
-    criterion = bce_loss if recipe.loss == "bce" else F.cross_entropy
+    criterion = LOSSES[recipe.loss]
 
     def prepare(batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(images before mixing, images as the network sees them, soft targets) on the device."""
@@ -726,13 +706,10 @@ def main() -> None:
     from common.script import run_script
 
     args, recipe, paper = parse_args()
-
-    def loss(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        targets = mix_targets(labels, [Mix(1.0)], 1000, 0.0)
-        return (bce_loss if recipe.loss == "bce" else F.cross_entropy)(model(images), targets)
-
+    criterion = LOSSES[recipe.loss]
     run_script(
-        "deit3", args, recipe, paper, MODELS, train=train, make_model=make_model, adapt=fit_resolution, loss=loss,
+        "deit3", args, recipe, paper, MODELS, train=train, make_model=make_model, adapt=fit_resolution,
+        loss=lambda model, images, labels: criterion(model(images), mix_targets(labels, [Mix(1.0)], 1000, 0.0)),
     )
 
 

@@ -21,7 +21,7 @@ Where the official code differs from what stands here:
 - its classifiers of one token per class are K layers, run one after the other; the keys are kept, the work is one
   product, in pieces of 128 classes;
 - its keys' bias gets a gradient that is rounding noise (softmax cancels that bias); here it gets none;
-- its kept branches under stochastic depth are computed for all samples and masked; here for the kept ones only;
+- stochastic depth masks a binomial number of samples there; here a fixed number is drawn, only these are computed;
 - its starting values of LayerScale are 1e-4 for S60 and 1e-6 for S120, B120 and L60; the thesis gives none. Here: 1e-4
   for S up to 60 blocks, else 1e-6;
 - learning rate and mixup draw: as said in deit.py.
@@ -198,19 +198,12 @@ class ConvBranch(nn.Module):
 
 
 # Copied from cait.py
-@torch.compiler.disable
 def kept_samples(batch: int, drop_rate: float, device: torch.device) -> tuple[torch.Tensor, float]:
-    """Stochastic depth's draw: (indices of the samples that keep the branch, factor on their branch).
-
-    Drawn on the CPU generator: the count is then known to the host and a GPU never has to be waited for.
-    If no sample keeps it, sample 0 is returned with factor 0, so that every parameter still gets its (zero) gradient.
-    """
-    kept = (torch.rand(batch) >= drop_rate).nonzero().flatten()
-    if len(kept) == 0:
-        return torch.zeros(1, dtype=torch.long, device=device), 0.0
-    if device.type == "cuda":
-        kept = kept.pin_memory().to(device, non_blocking=True)
-    return kept, 1 / (1 - drop_rate)
+    """Stochastic depth's draw: (indices of the samples that keep the branch, factor on it). Always round(batch (1 -
+    drop_rate)) of them and at least 1: static shapes, no host waits for a GPU. Each is kept with the same probability,
+    whose inverse is the factor: the expectation is the usual law's."""
+    kept = max(1, round(batch * (1 - drop_rate)))
+    return torch.rand(batch, device=device).topk(kept).indices, batch / kept
 
 
 # Adapted from deit.py: one convolutional branch, LayerScale, stochastic depth on the kept samples only
@@ -460,8 +453,8 @@ def vit_attention_map(vit: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 # Copied from cait.py
 def saliency(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Figure 3.10: the first block's maps (B, h, H/p, W/p) -> (B, *size) in 0..1: mean over heads, upsampled,
-    (x - min) / (max - min)."""
+    """Figure 3.10: the first block's maps (B, h, H/p, W/p) -> (B, *size) in 0..1: head mean, upsampled, (x - min) /
+    (max - min)."""
     x = F.interpolate(maps.mean(dim=1, keepdim=True).float(), size=size, mode="bicubic", align_corners=False)[:, 0]
     low, high = x.amin(dim=(1, 2), keepdim=True), x.amax(dim=(1, 2), keepdim=True)
     return (x - low) / (high - low).clamp(min=1e-12)

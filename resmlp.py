@@ -22,7 +22,7 @@ Where the official code differs from what stands here:
 - it has none of the ablations of Table 4.3 but the patch size, and no Class-MLP: here these are written from the text,
   and have the table's numbers of parameters;
 - the cross-patch layer is there a Linear on the transposed maps; here one batched matrix product, 1.3 times as fast;
-- its kept branches under stochastic depth are computed for all samples and masked; here for the kept ones only;
+- stochastic depth masks a binomial number of samples there; here a fixed number is drawn, only these are computed;
 - learning rate and mixup draw: as said in deit.py.
 """
 
@@ -204,16 +204,12 @@ class CrossPatchConv(nn.Sequential):
 
 
 # Copied from cait.py
-@torch.compiler.disable
 def kept_samples(batch: int, drop_rate: float, device: torch.device) -> tuple[torch.Tensor, float]:
-    """Stochastic depth's draw: (indices of the samples that keep the branch, factor on their branch). On the CPU: the
-    host knows the count without waiting. If none keeps it, sample 0 times 0: every parameter has a gradient."""
-    kept = (torch.rand(batch) >= drop_rate).nonzero().flatten()
-    if len(kept) == 0:
-        return torch.zeros(1, dtype=torch.long, device=device), 0.0
-    if device.type == "cuda":
-        kept = kept.pin_memory().to(device, non_blocking=True)
-    return kept, 1 / (1 - drop_rate)
+    """Stochastic depth's draw: (indices of the samples that keep the branch, factor on it). Always round(batch (1 -
+    drop_rate)) of them and at least 1: static shapes, no host waits for a GPU. Each is kept with the same probability,
+    whose inverse is the factor: the expectation is the usual law's."""
+    kept = max(1, round(batch * (1 - drop_rate)))
+    return torch.rand(batch, device=device).topk(kept).indices, batch / kept
 
 
 # Adapted from deit.py: linear across patches instead of attention, post-normalisation, kept-only stochastic depth
@@ -348,8 +344,8 @@ def whole_patches(img_size: int | tuple[int, int], patch: int, name: str) -> tup
 
 # Adapted from deit.py: the matrices across patches, there is no position embedding
 def fit_resolution(model: ResMLP, state: dict[str, torch.Tensor], content: dict, say) -> None:
-    """Interpolates the cross-patch layers in `state`, of the checkpoint `content`, to the model's resolution (section
-    4.3.6)."""
+    """Interpolates the cross-patch layers in `state`, of the checkpoint `content`, to the model's resolution
+    (4.3.6)."""
     from common.errors import UserError
 
     first, grid = state.get("blocks.0.attn.weight", state.get("blocks.0.attn.fc2.weight")), model.grid

@@ -90,8 +90,7 @@ def _add_run_flags(parser: Parser) -> None:
 
 
 def _add_recipe_flags(parser: Parser, recipe_class: type) -> None:
-    """One flag per field of the Recipe dataclass, Annotated[type, help] or [type, help, rule]; rules: see
-    check_recipe."""
+    """One flag per field of the Recipe dataclass, Annotated[type, help] or [type, help, rule of check_recipe]."""
     group = parser.add_argument_group("recipe (unset: the paper's value)")
     for name, hint in typing.get_type_hints(recipe_class, include_extras=True).items():
         kind, text = typing.get_args(hint)[:2]

@@ -264,7 +264,7 @@ def nearest(
 
 
 def vote(cosines: torch.Tensor, labels: torch.Tensor, sigma: float, num_classes: int) -> torch.Tensor:
-    """Class probabilities (B, C) by the neighbours' cosines and labels, both (B, k): weights exp(cos / sigma), Eq.
+    """Class probabilities (B, C) by the neighbours' cosines and labels, both (B, k), weighted exp(cos / sigma): Eq.
     2.6."""
     weights = (cosines / sigma).softmax(dim=1)  # the same as exponentials over their sum, without their size
     return weights.new_zeros(len(weights), num_classes).scatter_add_(1, labels, weights)
@@ -312,8 +312,7 @@ def mean_average_precision(
         scores = part @ gallery.T
         if offsets is not None:
             scores += offsets[at : at + len(part)][:, groups]
-        # The gallery is not put in order, only ranks of relevant items are looked up; a GPU sorts for all queries at
-        # once.
+        # The gallery is not put in order, only ranks of relevant items are looked up; a GPU sorts, for all queries.
         ranked = scores.sort(dim=1).values if cuda else scores
         for row, ascending, a, b in zip(scores, ranked, first[at:], last[at:]):
             if a < b:

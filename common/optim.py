@@ -141,8 +141,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module, skip: torch.Tensor | None = None) -> None:
-        """Average in the model's current state; `skip` (0-dim): nothing changes where it is 1, decided on the
-        device."""
+        """Average in the model's current state; where `skip` (0-dim, on the device) is 1 nothing changes."""
         if not self.pairs:  # state dicts hold the tensors themselves
             self.pairs = list(zip(self.model.state_dict().values(), model.state_dict().values()))
         weight = 1 - self.decay
