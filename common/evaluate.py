@@ -22,7 +22,7 @@ from common import checkpoint
 from common.data import Samples, eval_batches, make_loader, to_device
 from common.errors import RunError, UserError
 from common.images import decode, eval_transform
-from common.precision import Precision, check_amp
+from common.precision import Precision
 from common.run import Run
 from common.sources import Source, open_data, open_images
 
@@ -126,6 +126,14 @@ def evaluate(
     return result
 
 
+def accuracy(
+    run: Run, model: torch.nn.Module, recipe, source: Source, predict: Predict, real: list[list[int]] | None = None
+) -> dict[str, float]:
+    """evaluate() on all images of a source, sized and cropped as the recipe says."""
+    loader = eval_loader(source, recipe.img_size, recipe.eval_crop_ratio, run.args.micro_batch or 64, run)
+    return evaluate(model, loader, run.device, Precision(run.amp, run.device).autocast, predict=predict, real=real)
+
+
 def validate(run: Run, predict: Predict = logits_of) -> dict[str, float]:
     """The end of an epoch: val_* of evaluate() for the model and val_ema_* for its average; {} without validation
     images."""
@@ -183,7 +191,6 @@ def evaluate_weights(run: Run, make_model: Callable, *, predict: Predict = logit
     make_model and options: see trained_model. Without --data, --eval-data is all that is evaluated.
     """
     args = run.args
-    check_amp(run.amp, run.device)
     args.weights = args.weights or str(run.out / "last.pt")
     content, sources = checkpoint.load(args.weights, "--weights"), {}
     classes = checkpoint.classes_of(content) if isinstance(content.get("data"), dict) else None
@@ -201,12 +208,10 @@ def evaluate_weights(run: Run, make_model: Callable, *, predict: Predict = logit
     real = real_labels(args.real_labels, first) if args.real_labels else None
     classes = classes or checkpoint.classes_of(content) or first.classes
     model, recipe, _ = trained_model(run, make_model, content=content, classes=classes, **options)
-    autocast, size = Precision(run.amp, run.device).autocast, recipe.img_size
+    height, width = recipe.img_size
     for name, source in sources.items():
-        loader = eval_loader(source, size, recipe.eval_crop_ratio, args.micro_batch or 64, run)
-        known = real if source is first else None
-        metrics = evaluate(model, loader, run.device, autocast, predict=predict, real=known)
-        run.say(f"{name}: {len(source)} images at {size[0]} x {size[1]}, crop ratio {recipe.eval_crop_ratio:g}")
+        metrics = accuracy(run, model, recipe, source, predict, real if source is first else None)
+        run.say(f"{name}: {len(source)} images at {height} x {width}, crop ratio {recipe.eval_crop_ratio:g}")
         for head in dict.fromkeys(k.partition("_")[2] for k in metrics):
             own = {k.partition("_")[0]: v for k, v in metrics.items() if k.partition("_")[2] == head}
             run.say("  ".join([*[head] * bool(head), *[f"{k} {v:.5g}" for k, v in own.items()]]))
@@ -326,11 +331,11 @@ def knn_probabilities(
 @torch.no_grad()
 def mean_average_precision(
     queries: torch.Tensor, query_labels: torch.Tensor, gallery: torch.Tensor, gallery_labels: torch.Tensor,
-    chunk: int | None = None, *, offsets: torch.Tensor | None = None, groups: torch.Tensor | None = None,
+    chunk: int | None = None, *, scores: Callable[[torch.Tensor, slice], torch.Tensor] | None = None,
 ) -> float:
     """Mean over queries (B, D) of the average precision of the gallery (M, D) ranked by cosine, in 0..1; exact.
 
-    offsets (B, G) and groups (M,), numbers below G: offsets[query, group of the item] is added to the cosine.
+    scores(cosines (b, M), slice of the queries they are of) -> what is ranked instead.
 
     AP: mean over the relevant items (same label) of the precision at their rank; of equal scores the last rank counts,
     as in scikit-learn. Queries without a relevant item are left out. The gallery is not put in order: only the ranks of
@@ -343,11 +348,11 @@ def mean_average_precision(
     total, count, M, at = 0.0, 0, len(gallery), 0
     cuda = queries.is_cuda
     for part in F.normalize(queries, dim=1).split(chunk or (_rows(4 * M) if cuda else min(128, _rows(M)))):
-        scores = part @ gallery.T
-        if offsets is not None:
-            scores += offsets[at : at + len(part)][:, groups]
-        ranked = scores.sort(dim=1).values if cuda else scores  # on a GPU one sort for all queries
-        for row, ascending, a, b in zip(scores, ranked, first[at : at + len(part)], last[at : at + len(part)]):
+        found = part @ gallery.T
+        if scores is not None:
+            found = scores(found, slice(at, at + len(part)))
+        ranked = found.sort(dim=1).values if cuda else found  # on a GPU one sort for all queries
+        for row, ascending, a, b in zip(found, ranked, first[at : at + len(part)], last[at : at + len(part)]):
             if a == b:
                 continue
             relevant = row[by_label[a:b]].sort().values
@@ -355,8 +360,8 @@ def mean_average_precision(
                 ranks = M - torch.searchsorted(ascending, relevant)
             else:
                 ranks = torch.from_numpy(_ranks(row.numpy(), relevant.numpy()))
-            found = (b - a) - torch.searchsorted(relevant, relevant)  # relevant ones among them
-            total += (found.double() / ranks).mean().item()
+            of_them = (b - a) - torch.searchsorted(relevant, relevant)  # that are relevant
+            total += (of_them.double() / ranks).mean().item()
             count += 1
         at += len(part)
     return total / max(count, 1)
