@@ -18,11 +18,9 @@ ImageNet, iNaturalist. There is no official code.
 Axes: B images, T views (augmentations) of each, D embedding, M training images, K classes, H x W pixels.
 
 Where the thesis is silent:
-- tau of the target network: 0.996, where BYOL (arXiv:2006.07733) starts; BYOL raises it to 1 in the course of training,
-  the thesis writes a constant;
-- projector and predictor: BYOL's MLP, Linear, BatchNorm, ReLU, Linear, with a hidden layer twice as wide as the trunk's
-  features (4096 for ResNet-50). This gives the 32.9 M parameters of Table 2.7; its 23.8 M for Grafit FC would need a
-  projection to 128, the text says 256;
+- tau of the target network: 0.996, where BYOL (arXiv:2006.07733) starts; BYOL raises it to 1, the thesis does not;
+- projector and predictor: BYOL's MLP, its hidden layer twice as wide as the trunk's features (4096 for ResNet-50). This
+  gives the 32.9 M parameters of Table 2.7; its 23.8 M for Grafit FC would need a projection to 128, the text says 256;
 - RandAugment and erasing: as in the thesis' next chapter (Table 3.9); weight decay 1e-4 and 5 epochs of warm-up: Goyal
   et al. (arXiv:1706.02677), whose learning rate the thesis follows;
 - the memory starts at 0, so that its first update stores the direction of the image's first embedding;
@@ -33,7 +31,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import math
 import random
 import sys
@@ -51,13 +48,9 @@ from torchvision.models.regnet import BlockParams, RegNet
 # ---- Recipe: thesis sections 2.4.3 and 2.5.1 -------------------------------------------------------------------------
 
 METHODS = {  # rows of Table 2.7: supervised loss, instance loss, projector; tested is the projection if L_knn trains it
-    "ce": ("ce", False, None),
-    "instance": (None, True, "mlp"),
-    "ce_instance": ("ce", True, "mlp"),
-    "snca_fc": ("knn", False, "linear"),
-    "snca": ("knn", False, "mlp"),
-    "grafit_fc": ("knn", True, "linear"),
-    "grafit": ("knn", True, "mlp"),
+    "ce": ("ce", False, None), "instance": (None, True, "mlp"), "ce_instance": ("ce", True, "mlp"),
+    "snca_fc": ("knn", False, "linear"), "snca": ("knn", False, "mlp"),
+    "grafit_fc": ("knn", True, "linear"), "grafit": ("knn", True, "mlp"),
 }
 
 
@@ -96,8 +89,7 @@ TUNING = dict(batch_size=512, warmup_epochs=0, method="ce", classifier="mlp")  #
 RECIPES = {
     "grafit": Recipe(),
     "cifar": Recipe(views=8, img_size=(32, 32), eval_crop_ratio=1.0),
-    # Sections 2.4.6, 2.5.4: 240 epochs, cosine from 0.01, batch 512, trunk frozen, an MLP as classifier. The baseline's
-    # trunk is tuned too: --trainable all.
+    # Sections 2.4.6, 2.5.4: trunk frozen, an MLP as classifier; the baseline's trunk is tuned too: --trainable all.
     "transfer": Recipe(epochs=240, lr=0.01, trainable="classifier", **TUNING),
     # Table 2.10: full fine-tuning with CutMix, longer; then FixRes (arXiv:1906.06423) at the test resolution, 384:
     # classifier and BatchNorm on test images. The thesis gives no numbers for the latter.
@@ -204,42 +196,35 @@ def build_model(
     name: str, num_classes: int = 0, img_size: int | tuple[int, int] | None = None, drop_path: float | None = None, *,
     proj_dim: int = 256, projector: str = "mlp",
 ) -> nn.Module:
-    """A fresh Grafit (projector "mlp") or Grafit FC ("linear") on one of torchvision's trunks in MODELS.
-
-    num_classes, img_size and drop_path are not used: the method has no classifier, the trunk takes any size and has no
-    stochastic depth. Raises KeyError for an unknown name or projector.
-    """
+    """A fresh Grafit (projector "mlp") or Grafit FC ("linear") on a trunk of MODELS; KeyError for another name of
+    either. num_classes, img_size and drop_path are not used: no classifier, any size, no stochastic depth."""
     return Grafit(name, {"mlp": "grafit", "linear": "grafit_fc"}[projector], proj_dim=proj_dim)
 
 
 # ---- Losses: thesis section 2.3.1 ------------------------------------------------------------------------------------
 
 
+def unit(x: torch.Tensor) -> torch.Tensor:
+    """(..., D) L2-normalised, in single precision or wider."""
+    return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
+
+
 def instance_loss(predictions: list[torch.Tensor], targets: list[torch.Tensor]) -> torch.Tensor:
     """Eq. 2.1, mean over the batch: minus the mean cosine of q(g(t_i x)) and g_xi(t_j x) over all ordered pairs i != j.
-
-    predictions and targets: T tensors (B, D) each, T at least 2 (ValueError). No gradient reaches the targets.
-    """
+    predictions, targets: T tensors (B, D) each, T at least 2 (ValueError). No gradient reaches the targets."""
     T = len(predictions)
     if T < 2 or len(targets) != T:
         numbers = f"{T} predictions and {len(targets)} targets"
         raise ValueError(f"{numbers}: as many of one as of the other are needed, at least 2")
-    q = F.normalize(_wide(torch.stack(predictions)), dim=2)  # (T, B, D)
-    z = F.normalize(_wide(torch.stack(targets)).detach(), dim=2)
+    q, z = unit(torch.stack(predictions)), unit(torch.stack(targets).detach())  # (T, B, D)
     pairs = (q.sum(0) * z.sum(0)).sum(1) - (q * z).sum((0, 2))  # all pairs less those with i = j
     return -pairs.mean() / (T * (T - 1))
 
 
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 class _NeighbourLoss(torch.autograd.Function):
     """Loss and gradient of Eq. 2.3 in one pass over the memory, of which a chunk at a time is compared with the batch.
-
     Memory and batch are walked through in the order of their labels: only the rows lo:hi of the batch can have their
-    label in a chunk. So the sums over equal labels cost the share of one chunk and one label of what those over all do.
-    """
+    label in a chunk. So the sums over equal labels cost one chunk's and one label's share of what those over all do."""
 
     @staticmethod
     def forward(ctx, z, labels, memory, memory_labels, own_index, sigma, chunk):
@@ -286,15 +271,12 @@ def knn_loss(
     sigma: float = 0.05, chunk: int | None = None,
 ) -> torch.Tensor:
     """Eq. 2.2 and 2.3, mean over the batch: -log of the share of an image's neighbours that have its label.
-
     z (B, D) with labels (B,); memory (M, D), in any precision, with labels (M,); own_index (B,): the images' own rows
     of the memory, which are left out. Nothing needs to be normalised. Gradient reaches z only. An image whose label no
-    other row has counts 0. Memory beyond the arguments: a few times B x chunk and M numbers, never B x M.
-    """
+    other row has counts 0. Memory beyond the arguments: a few times B x chunk and M numbers, never B x M."""
     chunk = chunk or max(256, 2 ** (26 if z.is_cuda else 18) // len(z))
     with torch.autocast(z.device.type, enabled=False):
-        z = F.normalize(_wide(z), dim=1)
-        return _NeighbourLoss.apply(z, labels, memory, memory_labels, own_index, sigma, chunk)
+        return _NeighbourLoss.apply(unit(z), labels, memory, memory_labels, own_index, sigma, chunk)
 
 
 class Memory(nn.Module):
@@ -306,12 +288,10 @@ class Memory(nn.Module):
 
     @torch.no_grad()
     def update(self, indices: torch.Tensor, embeddings: torch.Tensor, skip: torch.Tensor | None = None) -> None:
-        """m_i <- (m_i + g_i) / 2 for image numbers (B,) and embeddings (B, D), which are normalised here.
-
-        An image that occurs several times counts once, with the mean of its embeddings: the result depends neither on
-        their order nor on the ranks they come from. skip (0-dim, 1 or 0): change nothing where it is 1.
-        """
-        g = F.normalize(_wide(embeddings), dim=1)
+        """m_i <- (m_i + g_i) / 2 for image numbers (B,) and embeddings (B, D), which are normalised here. An image that
+        occurs several times counts once, with the mean of its embeddings: the result depends neither on their order nor
+        on the ranks they come from. skip (0-dim, 1 or 0): change nothing where it is 1."""
+        g = unit(embeddings)
         equal = (indices[:, None] == indices[None]).to(g.dtype)
         g = equal @ g / equal.sum(1, keepdim=True)
         old = self.embeddings[indices]
@@ -351,11 +331,9 @@ def erasing_box(height: int, width: int, rng: random.Random) -> tuple[int, int, 
 
 # Adapted from deit.py: several views of an image
 class TrainTransform:
-    """A loader process' part, which decodes an image once; normalisation, erasing and CutMix run on the device.
-
-    (uint8 image (3, H, W), rng) -> ((views uint8 (T, 3, *img_size),), for each view in turn the parameters for `erase`:
-    top, left, height, width of the box, seed of its noise; height 0: nothing is erased).
-    """
+    """A loader process' part, which decodes an image once: (uint8 image (3, H, W), rng) -> ((views uint8 (T, 3,
+    *img_size),), for each view in turn the parameters for `erase`: top, left, height, width of the box, seed of its
+    noise; height 0: nothing is erased). Normalisation, erasing and CutMix run on the device."""
 
     def __init__(self, recipe: Recipe):
         self.recipe, self.views = recipe, recipe.views if METHODS[recipe.method][1] else 1
@@ -371,8 +349,7 @@ class TrainTransform:
             else:
                 top, left, height, width = random_resized_crop(*image.shape[1:], rng)
                 view = images.resize(image[:, top : top + height, left : left + width], size)
-                if rng.random() < 0.5:
-                    view = view.flip(-1)
+                view = view.flip(-1) if rng.random() < 0.5 else view
                 if augment == "rand":
                     view = images.from_pil(rand_augment(images.to_pil(view), rng))
             views.append(view)
@@ -446,17 +423,12 @@ def apply_operation(image: Image.Image, operation: str, level: float, sign: int)
     return affine(1, 0, 0, 0, 1, sign * 0.45 * level * image.height)
 
 
-def cutmix(
-    images: torch.Tensor, labels: torch.Tensor, num_classes: int, alpha: float, rngs: list[random.Random]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """CutMix (arXiv:1905.04899) as DeiT uses it: images (B, 3, H, W), labels (B,) -> images, soft targets (B, K).
-
-    The batch is cut into as many groups as there are generators. Image i of a group gets a box of its image G-1-i, the
-    same box for the whole group, of about 1 - lam of the area, lam from Beta(alpha, alpha).
-    """
-    mixed, targets, (height, width) = images.clone(), F.one_hot(labels, num_classes).float(), images.shape[2:]
-    n = len(rngs)
-    for x, own, y, rng in zip(mixed.chunk(n), images.chunk(n), targets.chunk(n), rngs):
+def cutmix(images: torch.Tensor, targets: torch.Tensor, alpha: float, rngs: list) -> tuple[torch.Tensor, torch.Tensor]:
+    """CutMix (arXiv:1905.04899) as DeiT uses it, of images (B, 3, H, W) and targets (B, K). The batch is cut into as
+    many groups as there are generators; image i of a group gets a box of its image G-1-i, the same one in the whole
+    group, of about 1 - lam of the area, lam from Beta(alpha, alpha)."""
+    mixed, soft, n, (height, width) = images.clone(), targets.clone(), len(rngs), images.shape[2:]
+    for x, own, y, rng in zip(mixed.chunk(n), images.chunk(n), soft.chunk(n), rngs):
         side = math.sqrt(1 - rng.betavariate(alpha, alpha))
         cy, cx = rng.randrange(height), rng.randrange(width)
         half_h, half_w = int(height * side) // 2, int(width * side) // 2
@@ -465,7 +437,7 @@ def cutmix(
         x[:, :, top:bottom, left:right] = own.flip(0)[:, :, top:bottom, left:right]
         lam = 1 - (bottom - top) * (right - left) / (height * width)
         y.copy_(y * lam + y.flip(0) * (1 - lam))
-    return mixed, targets
+    return mixed, soft
 
 
 # ---- Evaluation: thesis sections 2.3.2 and 2.3.3 ---------------------------------------------------------------------
@@ -484,7 +456,7 @@ def conditional_scores(
 def levels(source, device: torch.device | str = "cpu") -> dict[str, tuple[list[str], torch.Tensor]]:
     """Label levels of a data set, the coarsest first: name -> (classes, labels (N,))."""
     found = {"fine": (source.classes, source.labels)} | source.levels
-    if any(len(classes) == len(source.classes) for classes, _ in source.levels.values()):
+    if any(len(classes) == len(found["fine"][0]) for name, (classes, _) in found.items() if name != "fine"):
         del found["fine"]  # iNaturalist's species
     ordered = sorted(found.items(), key=lambda item: len(item[1][0]))
     return {name: (classes, torch.as_tensor(labels, device=device)) for name, (classes, labels) in ordered}
@@ -523,8 +495,7 @@ def coarse_to_fine(
     votes = evaluate.vote(cosines[:, :k], coarse[neighbours[:, :k]], sigma, len(known))
     rankings = {
         "map": None, "map_conditional": lambda cosine, rows: conditional_scores(cosine, votes[rows], coarse),
-        # Cosines span 2: the right coarse class comes first.
-        "map_oracle": lambda cosine, rows: cosine - 4.0 * (truth[rows, None] != coarse),
+        "map_oracle": lambda cosine, rows: cosine - 4.0 * (truth[rows, None] != coarse),  # cosines span 2
     }
     for level, (_, labels) in gallery_levels.items():
         for name, scores in rankings.items():
@@ -558,17 +529,18 @@ def embed(run, model: nn.Module, recipe: Recipe, source, title: str) -> torch.Te
     return evaluate.extract(model.eval(), source, size, recipe.eval_crop_ratio, run, batch_size=batch, title=title)
 
 
-def evaluate_levels(run, networks: list[tuple[str, str, nn.Module, Recipe]], source, val, file: str | None) -> None:
+def evaluate_levels(run, networks: list[tuple], source, val, file: str | None) -> None:
     """Says, and writes to a file of the run's folder, coarse_to_fine of validation among training images by networks
-    (level trained at, title, model, recipe); all embeddings are computed anew (section 2.3.1)."""
+    (name, model, recipe, classes it was trained with); all embeddings are computed anew (section 2.3.1)."""
     from common import report
 
     results = {}
-    for level, title, model, recipe in networks:
+    for name, model, recipe, classes in networks:
+        level = level_trained(source, classes)
         gallery = embed(run, model, recipe, source, "training images")
         queries = embed(run, model, recipe, val, "validation images")
-        known = levels(val, run.device), gallery, levels(source, run.device)
-        results[title if level in results else level] = coarse_to_fine(queries, *known, level, recipe.sigma)
+        data = queries, levels(val, run.device), gallery, levels(source, run.device)
+        results[name if level in results else level] = coarse_to_fine(*data, level, recipe.sigma)
     if file and run.rank == 0:
         report.save_json(run.out / file, results)
     run.say(matrices(results))
@@ -592,8 +564,8 @@ def class_logits(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tens
 SAVED = ("method", "proj_dim", "classifier", "sigma", "img_size", "eval_crop_ratio")  # what --eval takes from a file
 
 
-def trained_models(run) -> tuple[dict, list[tuple]]:
-    """({"train", "val": Source}, [(level trained at, file, model, recipe, classes), ...]) of --weights and --also."""
+def trained_models(run) -> tuple:
+    """(training Source, validation Source, [(file, model, recipe, classes), ...] of --weights and --also)."""
     from common import evaluate
     from common.errors import UserError
     from common.sources import open_data
@@ -603,27 +575,23 @@ def trained_models(run) -> tuple[dict, list[tuple]]:
     sources = run.first(lambda: open_data(args.data, **options))
     for file in [args.weights or str(run.out / "last.pt"), *(args.also or [])]:
         args.weights = file
-        model, recipe, classes = evaluate.trained_model(run, make_model, saved=SAVED)
-        level = level_trained(sources["train"], classes)
-        if level is None:
-            trained = f"trained on {len(classes)} classes"
-            raise UserError(f"{file}: {trained}, which no label level of --data {args.data} has")
-        found.append((level, file, model, recipe, classes))
-    return sources, found
+        model, recipe, names = evaluate.trained_model(run, make_model, saved=SAVED)
+        if level_trained(sources["train"], names) is None:
+            raise UserError(f"{file}: trained on {len(names)} classes, which no label level of --data {args.data} has")
+        found.append((file, model, recipe, names))
+    return sources["train"], sources["val"], found
 
 
 def compare(run) -> None:
     """--eval: kNN and retrieval of --weights and --also at every label level of --data; a classifier's top-1 too."""
     from common import evaluate
 
-    sources, found = trained_models(run)
-    source, val = sources["train"], sources["val"]
-    for _, file, model, recipe, classes in found:
+    source, val, found = trained_models(run)
+    for file, model, recipe, classes in found:
         if hasattr(model, "fc") and classes == val.classes:
             metrics = evaluate.accuracy(run, model, recipe, val, class_logits)
             run.say(f"{file}: classifier  " + "  ".join(f"{k} {v:.5g}" for k, v in metrics.items()))
-    networks = [network[:4] for network in found]
-    evaluate_levels(run, networks, source, val, "matrix.json" if run.args.out else None)
+    evaluate_levels(run, found, source, val, "matrix.json" if run.args.out else None)
 
 
 def retrieve(run) -> None:
@@ -632,8 +600,7 @@ def retrieve(run) -> None:
     from common import evaluate, images, report
     from common.errors import UserError
 
-    sources, found = trained_models(run)
-    source, val = sources["train"], sources["val"]
+    source, val, found = trained_models(run)
     files, queries = {str(Path(val.name(i)).resolve()): i for i in range(len(val))}, []
     for name in run.args.retrieve:
         number = int(name) if name.isdigit() else files.get(str(Path(name).resolve()))
@@ -641,8 +608,7 @@ def retrieve(run) -> None:
             raise UserError(f"--retrieve {name}: there are {len(val)} validation images, numbered from 0")
         queries.append((name, number, val.read(number) if name.isdigit() else evaluate.read_file(name, "--retrieve")))
     own_levels, val_levels = levels(source), levels(val)
-    # A colour for each level, from green, the finest, to orange.
-    hues = [120 - 90 * i / max(1, len(own_levels) - 1) for i in range(len(own_levels))]
+    hues = [120 - 90 * i / max(1, len(own_levels) - 1) for i in range(len(own_levels))]  # green, the finest, to orange
     colours = {name: ImageColor.getrgb(f"hsv({hue:g}, 86%, 78%)") for name, hue in zip(reversed(own_levels), hues)}
     wrong, unknown = (200, 30, 30), (150, 150, 150)
 
@@ -650,7 +616,8 @@ def retrieve(run) -> None:
         return ImageOps.expand(images.to_pil(images.eval_transform(image, (96, 96), 1.0)), border=4, fill=colour)
 
     rows = []
-    for level, file, model, recipe, _ in found:
+    for file, model, recipe, classes in found:
+        level = level_trained(source, classes)
         gallery = embed(run, model, recipe, source, "training images")
         for title, number, image in queries:
             seen = images.eval_transform(image, recipe.img_size, recipe.eval_crop_ratio)
@@ -733,10 +700,9 @@ def train(run) -> None:
         return cosine_lr(epochs, recipe.epochs, recipe.warmup_epochs, recipe.lr, recipe.min_lr, recipe.warmup_lr)
 
     def make_memory(data) -> dict[str, Memory | None]:
-        if supervised != "knn":
-            return {"memory": None}
-        dtype = {"fp32": torch.float32, "fp16": torch.float16}[recipe.memory_dtype]
-        return {"memory": Memory(len(data.source), recipe.proj_dim, dtype).to(run.device)}
+        dtype = torch.float16 if recipe.memory_dtype == "fp16" else torch.float32
+        memory = Memory(len(data.source), recipe.proj_dim, dtype) if supervised == "knn" else None
+        return {"memory": memory and memory.to(run.device)}
 
     data, model, wrapped, optimizer, precision, _, _ = script.set_up(
         run, TrainTransform(recipe), make_model, adapt=take_trunk, extra=make_memory
@@ -752,11 +718,10 @@ def train(run) -> None:
                 views, boxes = batch.images[0].unbind(1), batch.parameters.unflatten(1, (-1, 5)).unbind(1)
                 views, labels = [erase(evaluate.normalize(v), b) for v, b in zip(views, boxes)], batch.labels
                 if recipe.cutmix:
-                    rngs = [run.rng("mix", group) for group in batch.groups]
-                    views[0], labels = cutmix(views[0], labels, run.num_classes, recipe.cutmix, rngs)
+                    rngs, labels = [run.rng("mix", g) for g in batch.groups], F.one_hot(labels, run.num_classes).float()
+                    views[0], labels = cutmix(views[0], labels, recipe.cutmix, rngs)
                 with precision.forward(wrapped):
-                    logits, g, predictions = wrapped(views)
-                    loss = 0.0
+                    (logits, g, predictions), loss = wrapped(views), 0.0
                     if supervised == "ce":
                         loss = loss + F.cross_entropy(logits, labels)
                     if supervised == "knn":
@@ -781,8 +746,7 @@ def train(run) -> None:
             record |= validate_by_memory(run, model, memory, memory_labels, data.val)
         run.end_of_epoch(record, record.get("val_top1", record.get("val_knn")))
     if data.val:
-        trained = level_trained(data.source, data.classes)
-        evaluate_levels(run, [(trained, run.method, model, recipe)], data.source, data.val, "results.json")
+        evaluate_levels(run, [(run.method, model, recipe, data.classes)], data.source, data.val, "results.json")
     script.finish(run, ["train_loss"], ["val_top1", "val_knn"])
 
 
@@ -813,7 +777,7 @@ def main() -> None:
         return compare(Run("grafit", args, recipe, paper))
     run_script(
         "grafit", args, recipe, paper, MODELS, train=train, make_model=make_model, saved=SAVED, predict=class_logits,
-        loss=functools.partial(benchmark_loss, recipe),
+        loss=lambda model, images, labels: benchmark_loss(recipe, model, images, labels),
     )
 
 

@@ -148,8 +148,8 @@ def validate(run: Run, predict: Predict = logits_of) -> dict[str, float]:
 
 
 def trained_model(
-    run: Run, make_model: Callable, *, saved: tuple[str, ...], adapt: Callable | None, content: dict | None = None,
-    classes: list[str] | None = None,
+    run: Run, make_model: Callable, *, saved: tuple[str, ...], adapt: Callable | None = None,
+    content: dict | None = None, classes: list[str] | None = None,
 ) -> tuple[torch.nn.Module, object, list[str]]:
     """(model of --weights, or last.pt of --out, in eval mode on the device; recipe as it was trained; class names).
 
