@@ -639,8 +639,7 @@ def parse_args(argv: list[str] | None = None):
         reason = "binary cross-entropy counts every class with a share, smoothing would switch all of them on"
         raise cli.UserError(f"--smoothing: {reason}; use --smoothing 0 or --loss ce")
     if args.model not in MODELS:
-        flags = ("drop_path", "layer_scale", "trainable", "grad_checkpoint")
-        cli.refuse(args, flags, "not for torchvision's models; leave it out")
+        cli.refuse(args, ("drop_path", "layer_scale", "trainable", "grad_checkpoint"), "leave it out for torchvision's models")
     return args, recipe, paper
 
 
@@ -665,8 +664,7 @@ def train(run) -> None:
     from common.optim import cosine_lr
     from common.script import finish, set_up
 
-    recipe = run.recipe
-    criterion = LOSSES[recipe.loss]
+    recipe, criterion = run.recipe, LOSSES[run.recipe.loss]
 
     def prepare(batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(images before mixing, images as the network sees them, soft targets) on the device."""

@@ -21,7 +21,7 @@ from common import checkpoint
 from common.data import Samples, eval_batches, make_loader, to_device
 from common.errors import RunError, UserError
 from common.images import decode, eval_transform
-from common.precision import Precision, check_amp
+from common.precision import Precision
 from common.run import Run
 from common.sources import Source, open_data, open_images
 
@@ -117,6 +117,14 @@ def evaluate(
     return result
 
 
+def accuracy(
+    run: Run, model: torch.nn.Module, recipe, source: Source, predict: Predict, real: list[list[int]] | None = None
+) -> dict[str, float]:
+    """evaluate() on all images of a source, sized and cropped as the recipe says."""
+    loader = eval_loader(source, recipe.img_size, recipe.eval_crop_ratio, run.args.micro_batch or 64, run)
+    return evaluate(model, loader, run.device, Precision(run.amp, run.device).autocast, predict=predict, real=real)
+
+
 def validate(run: Run, predict: Predict = logits_of) -> dict[str, float]:
     """The end of an epoch: val_* of evaluate() for the model, val_ema_* for its average; {} without --val-data."""
     record: dict[str, float] = {}
@@ -130,7 +138,8 @@ def validate(run: Run, predict: Predict = logits_of) -> dict[str, float]:
 
 
 def trained_model(
-    run: Run, make_model: Callable, adapt: Callable | None, content: dict | None = None, classes: list | None = None
+    run: Run, make_model: Callable, adapt: Callable | None = None, content: dict | None = None,
+    classes: list[str] | None = None,
 ) -> tuple[torch.nn.Module, object, list[str]]:
     """(model of --weights, or last.pt of --out, in eval mode on the device; recipe as it was trained; class names).
 
@@ -166,7 +175,6 @@ def read_image(file: str, size: tuple[int, int], crop_ratio: float, flag: str) -
 def evaluate_weights(run: Run, make_model: Callable, adapt: Callable | None, predict: Predict = logits_of) -> None:
     """--eval: accuracy of --weights (or last.pt of --out) on --data's validation images and on each of --eval-data, or
     on these alone. make_model, adapt: see trained_model."""
-    check_amp(run.amp, run.device)
     args, content, sources = run.args, checkpoint.of_run(run), {}
     classes = checkpoint.classes_of(content) if isinstance(content.get("data"), dict) else None
     if args.data:
@@ -182,12 +190,10 @@ def evaluate_weights(run: Run, make_model: Callable, adapt: Callable | None, pre
     real = real_labels(args.real_labels, first) if args.real_labels else None
     classes = classes or checkpoint.classes_of(content) or first.classes
     model, recipe, _ = trained_model(run, make_model, adapt, content, classes)
+    height, width = recipe.img_size
     for name, source in sources.items():
-        (height, width), ratio = recipe.img_size, recipe.eval_crop_ratio
-        loader = eval_loader(source, recipe.img_size, ratio, args.micro_batch or 64, run)
-        options = dict(predict=predict, real=real if source is first else None)
-        metrics = evaluate(model, loader, run.device, Precision(run.amp, run.device).autocast, **options)
-        run.say(f"{name}: {len(source)} images at {height} x {width}, crop ratio {ratio:g}")
+        metrics = accuracy(run, model, recipe, source, predict, real if source is first else None)
+        run.say(f"{name}: {len(source)} images at {height} x {width}, crop ratio {recipe.eval_crop_ratio:g}")
         for head in dict.fromkeys(k.partition("_")[2] for k in metrics):
             own = [f"{k.partition('_')[0]} {v:.5g}" for k, v in metrics.items() if k.partition("_")[2] == head]
             run.say("  ".join([*[head] * bool(head), *own]))
@@ -295,13 +301,13 @@ def knn_probabilities(
 @torch.no_grad()
 def mean_average_precision(
     queries: torch.Tensor, query_labels: torch.Tensor, gallery: torch.Tensor, gallery_labels: torch.Tensor,
-    chunk: int | None = None, *, offsets: torch.Tensor | None = None, groups: torch.Tensor | None = None,
+    chunk: int | None = None, *, scores: Callable[[torch.Tensor, slice], torch.Tensor] | None = None,
 ) -> float:
     """Mean over queries (B, D) of the average precision of the gallery (M, D) ranked by cosine, in 0..1; exact.
 
     AP: mean over the relevant items (same label) of the precision at their rank; of equal scores the last rank counts,
     as in scikit-learn; queries without a relevant item are left out. Memory is bounded by chunk x M numbers.
-    offsets (B, G) and groups (M,), numbers below G: offsets[query, group of the item] is added to the cosine.
+    scores(cosines (b, M), slice of the queries they are of) -> what is ranked instead.
     """
     by_label = gallery_labels.argsort(stable=True)  # one slice per class
     gallery, sorted_labels = F.normalize(gallery, dim=1), gallery_labels[by_label]
@@ -309,20 +315,20 @@ def mean_average_precision(
     last = torch.searchsorted(sorted_labels, query_labels, right=True).tolist()
     precisions, M, cuda, at = [], len(gallery), queries.is_cuda, 0
     for part in F.normalize(queries, dim=1).split(chunk or (_rows(4 * M) if cuda else min(128, _rows(M)))):
-        scores = part @ gallery.T
-        if offsets is not None:
-            scores += offsets[at : at + len(part)][:, groups]
+        found = part @ gallery.T
+        if scores is not None:
+            found = scores(found, slice(at, at + len(part)))
         # The gallery is not put in order, only ranks of relevant items are looked up; a GPU sorts, for all queries.
-        ranked = scores.sort(dim=1).values if cuda else scores
-        for row, ascending, a, b in zip(scores, ranked, first[at:], last[at:]):
+        ranked = found.sort(dim=1).values if cuda else found
+        for row, ascending, a, b in zip(found, ranked, first[at:], last[at:]):
             if a < b:
                 relevant = row[by_label[a:b]].sort().values
                 if cuda:
                     ranks = M - torch.searchsorted(ascending, relevant)
                 else:
                     ranks = torch.from_numpy(_ranks(row.numpy(), relevant.numpy()))
-                found = (b - a) - torch.searchsorted(relevant, relevant)  # relevant ones among them
-                precisions.append((found.double() / ranks).mean().item())
+                of_them = (b - a) - torch.searchsorted(relevant, relevant)  # that are relevant
+                precisions.append((of_them.double() / ranks).mean().item())
         at += len(part)
     return sum(precisions) / max(len(precisions), 1)
 

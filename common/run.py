@@ -38,6 +38,7 @@ from common import checkpoint
 from common.batchnorm import synchronise
 from common.cli import differences
 from common.errors import RunError, UserError, one_line
+from common.precision import check_amp
 
 FLAG_LAG = 3  # steps after which the host reads a step's flags from a GPU: long done by then, so nothing waits
 SAVE, STOP = 1.0, 2.0**16  # what a signal asks of a rank; a sum over ranks tells both
@@ -171,6 +172,7 @@ class Run:
         self.method, self.args, self.recipe, self.paper = method, args, recipe, paper
         self.device, self.rank, self.world = connect(args.device, args.timeout)
         self.amp = args.amp or ("bf16" if self.device.type == "cuda" else "fp32")
+        check_amp(self.amp, self.device)
         self.out = Path(args.out or f"runs/{method}_{args.model.replace('/', '_')}")
         self.epoch = self.step = 0  # what comes next
         self.best, self.loss_sum, self.loss_count, self.last_loss = -math.inf, 0.0, 0, math.nan

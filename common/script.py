@@ -14,7 +14,7 @@ from common.data import TrainingData
 from common.evaluate import Predict, eval_loader, evaluate_weights, logits_of
 from common.models import Teacher, on_meta
 from common.optim import EMA, make_optimizer
-from common.precision import Precision, check_amp
+from common.precision import Precision
 from common.run import Run
 
 
@@ -52,7 +52,6 @@ def set_up(
     that can distill; extra(data): further state of the method, by its name in checkpoints. --show-batch ends here.
     """
     args, recipe = run.args, run.recipe
-    check_amp(run.amp, run.device)
     on_meta(lambda: make_model(args, recipe, 2))  # a size that does not fit is told before the data is scanned
     taught = None
     if teacher and recipe.distillation != "none" and not args.show_batch:
