@@ -639,7 +639,7 @@ def parse_args(argv: list[str] | None = None):
         reason = "binary cross-entropy counts every class with a share, smoothing would switch all of them on"
         raise cli.UserError(f"--smoothing: {reason}; use --smoothing 0 or --loss ce")
     if args.model not in MODELS:
-        cli.refuse(args, ("drop_path", "layer_scale", "trainable", "grad_checkpoint"), "leave it out for torchvision's models")
+        cli.refuse(args, ("drop_path", "layer_scale", "trainable", "grad_checkpoint"), "not for torchvision's models")
     return args, recipe, paper
 
 
