@@ -472,32 +472,30 @@ def saliency(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 def write_figures(run) -> None:
     """--branch-norms, --attention-maps: figures of the trained model --weights, in the folder --out."""
-    from common import report
-    from common.evaluate import normalize, read_image, trained_model
-    from common.images import eval_transform, to_pil
+    from common import evaluate, images, report
     from common.sources import open_data
 
     args = run.args
-    model, recipe, classes = trained_model(run, make_model, adapt=fit_resolution)
+    model, recipe, classes = evaluate.trained_model(run, make_model, fit_resolution)
     size, crop_ratio = recipe.img_size, recipe.eval_crop_ratio
     if args.branch_norms:
         source = open_data(args.data, val_data=args.val_data, splits=("val",), say=run.say)["val"]
         chosen = range(0, len(source), -(-len(source) // 64))
-        images = torch.stack([eval_transform(source.read(i), size, crop_ratio) for i in chosen])
-        ratios = branch_norms(model, normalize(images.to(run.device)))
+        batch = torch.stack([images.eval_transform(source.read(i), size, crop_ratio) for i in chosen])
+        ratios = branch_norms(model, evaluate.normalize(batch.to(run.device)))
         report.save_json(run.out / "branch_norms.json", ratios)
         panels = [{name: list(enumerate(values))} for name, values in ratios.items()]
         report.save_plot(run.out / "branch_norms.png", panels, "block")
         run.say(f"wrote {run.out / 'branch_norms.json'} and .png, over {len(chosen)} images")
     for file in args.attention_maps or []:
-        image = read_image(file, size, crop_ratio, "--attention-maps")
-        images, picture, rows = normalize(image[None].to(run.device)), to_pil(image), []
-        maps = attention_maps(model, images)
+        image = evaluate.read_image(file, size, crop_ratio, "--attention-maps")
+        batch, picture, rows = evaluate.normalize(image[None].to(run.device)), images.to_pil(image), []
+        maps = attention_maps(model, batch)
         for i, of_heads in enumerate(maps):
             tiles = [report.cividis(saliency(of_heads[:, h : h + 1], size)[0]) for h in range(of_heads.shape[1])]
             rows.append((f"class attention {i + 1}: its heads", [picture, *tiles]))
         with torch.no_grad():
-            shares = predict(model, images)[""][0].float().softmax(dim=0)
+            shares = predict(model, batch)[""][0].float().softmax(dim=0)
         likely = [f"{classes[c]} {shares[c]:.0%}" for c in shares.argsort(descending=True).tolist() if shares[c] > 0.1]
         title = "; ".join(likely) or "no class above 10%"
         grey = torch.tensor([0.299, 0.587, 0.114]) @ image.float().flatten(1) / 255  # what the saliency lights up
@@ -550,14 +548,14 @@ class TrainTransform:
         self.auto = v2.AutoAugment()
 
     def __call__(self, image: torch.Tensor, rng: random.Random) -> tuple[torch.Tensor, tuple[float, ...]]:
-        from common.images import from_pil, resize, to_pil
+        from common import images
 
         top, left, height, width = random_resized_crop(*image.shape[1:], rng)
-        image = resize(image[:, top : top + height, left : left + width], self.size)
+        image = images.resize(image[:, top : top + height, left : left + width], self.size)
         if rng.random() < 0.5:
             image = image.flip(-1)
         if self.policy == "rand":
-            image = from_pil(rand_augment(to_pil(image), rng))
+            image = images.from_pil(rand_augment(images.to_pil(image), rng))
         elif self.policy == "auto":  # torchvision's policy draws from torch's global generator: seed it for this image
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(rng.getrandbits(63))
@@ -719,23 +717,22 @@ def make_model(args, recipe: Recipe, num_classes: int) -> CaiT:
 
 def train(run) -> None:
     """The loop; what it starts from (data, network, teacher, what was saved) is common.script.set_up's."""
-    from common.evaluate import normalize, validate
+    from common import evaluate, script
     from common.optim import cosine_lr
-    from common.script import finish, set_up
 
     recipe = run.recipe
 
     def prepare(batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(images before mixing, images as the network sees them, soft targets) on the device."""
         mixes = [draw_mix(recipe, run.rng("mix", group)) for group in batch.groups]
-        images = erase(normalize(batch.images), batch.parameters)
+        images = erase(evaluate.normalize(batch.images), batch.parameters)
         targets = mix_targets(batch.labels, mixes, run.num_classes, recipe.smoothing)
         return images, mix_images(images, mixes), targets
 
     def lr_at(epochs: float) -> float:
         return cosine_lr(epochs, recipe.epochs, recipe.warmup_epochs, recipe.lr, recipe.min_lr, recipe.warmup_lr)
 
-    data, model, wrapped, optimizer, precision, ema, teacher = set_up(
+    data, model, wrapped, optimizer, precision, ema, teacher = script.set_up(
         run, TrainTransform(recipe), make_model, prepare, adapt=fit_resolution, teacher=TEACHER
     )
     for epoch in range(run.epoch, recipe.epochs):
@@ -755,19 +752,19 @@ def train(run) -> None:
             if ema:
                 ema.update(model, skip=skipped)
             run.after_step(stats, lr)
-        record = run.end_of_training_epoch(lr_at(epoch + 1)) | validate(run, predict)
+        record = run.end_of_training_epoch(lr_at(epoch + 1)) | evaluate.validate(run, predict)
         run.end_of_epoch(record, record.get("val_top1"))
-    finish(run, ["train_loss", "val_loss"], ["val_top1", "val_top5"])
+    script.finish(run, ["train_loss", "val_loss"], ["val_top1", "val_top5"])
 
 
 def main() -> None:
+    from common import script
     from common.run import Run
-    from common.script import run_script
 
     args, recipe, paper = parse_args()
     if args.branch_norms or args.attention_maps:
         return write_figures(Run("cait", args, recipe, paper))
-    run_script(
+    script.run_script(
         "cait", args, recipe, paper, MODELS, train=train, make_model=make_model, adapt=fit_resolution,
         predict=predict, loss=lambda model, images, labels: label_loss(model(images), labels),
     )

@@ -394,14 +394,14 @@ class TrainTransform:
         self.auto = v2.AutoAugment()
 
     def __call__(self, image: torch.Tensor, rng: random.Random) -> tuple[torch.Tensor, tuple[float, ...]]:
-        from common.images import from_pil, resize, to_pil
+        from common import images
 
         top, left, height, width = random_resized_crop(*image.shape[1:], rng)
-        image = resize(image[:, top : top + height, left : left + width], self.size)
+        image = images.resize(image[:, top : top + height, left : left + width], self.size)
         if rng.random() < 0.5:
             image = image.flip(-1)
         if self.policy == "rand":
-            image = from_pil(rand_augment(to_pil(image), rng))
+            image = images.from_pil(rand_augment(images.to_pil(image), rng))
         elif self.policy == "auto":  # torchvision's policy draws from torch's global generator: seed it for this image
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(rng.getrandbits(63))
@@ -553,23 +553,22 @@ def make_model(args, recipe: Recipe, num_classes: int) -> nn.Module:
 
 def train(run) -> None:
     """The loop; what it starts from (data, network, teacher, what was saved) is common.script.set_up's."""
-    from common.evaluate import normalize, validate
+    from common import evaluate, script
     from common.optim import cosine_lr
-    from common.script import finish, set_up
 
     recipe = run.recipe
 
     def prepare(batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(images before mixing, images as the network sees them, soft targets) on the device."""
         mixes = [draw_mix(recipe, run.rng("mix", group)) for group in batch.groups]
-        images = erase(normalize(batch.images), batch.parameters)
+        images = erase(evaluate.normalize(batch.images), batch.parameters)
         targets = mix_targets(batch.labels, mixes, run.num_classes, recipe.smoothing)
         return images, mix_images(images, mixes), targets
 
     def lr_at(epochs: float) -> float:
         return cosine_lr(epochs, recipe.epochs, recipe.warmup_epochs, recipe.lr, recipe.min_lr, recipe.warmup_lr)
 
-    data, model, wrapped, optimizer, precision, ema, teacher = set_up(
+    data, model, wrapped, optimizer, precision, ema, teacher = script.set_up(
         run, TrainTransform(recipe), make_model, prepare, adapt=fit_resolution, teacher=TEACHER
     )
     for epoch in range(run.epoch, recipe.epochs):
@@ -590,15 +589,15 @@ def train(run) -> None:
             if ema:
                 ema.update(model, skip=skipped)
             run.after_step(stats, lr)
-        record = run.end_of_training_epoch(lr_at(epoch + 1)) | validate(run, predict)
+        record = run.end_of_training_epoch(lr_at(epoch + 1)) | evaluate.validate(run, predict)
         run.end_of_epoch(record, record.get("val_top1"))
-    finish(run, ["train_loss", "val_loss"], ["val_top1", "val_top5"])
+    script.finish(run, ["train_loss", "val_loss"], ["val_top1", "val_top5"])
 
 
 def main() -> None:
-    from common.script import run_script
+    from common import script
 
-    run_script(
+    script.run_script(
         "deit", *parse_args(), MODELS, train=train, make_model=make_model,
         adapt=fit_resolution, predict=predict, loss=lambda model, images, labels: label_loss(model(images), labels),
     )

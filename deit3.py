@@ -401,16 +401,16 @@ class TrainTransform:
         self.learned = {"auto": v2.AutoAugment(), "trivial": v2.TrivialAugmentWide()}.get(self.policy)
 
     def __call__(self, image: torch.Tensor, rng: random.Random) -> tuple[torch.Tensor, tuple[float, ...]]:
-        from common.images import from_pil, resize, to_pil
+        from common import images
 
         if self.crop == "rrc":
             top, left, height, width = random_resized_crop(*image.shape[1:], rng)
-            image = resize(image[:, top : top + height, left : left + width], self.size)
+            image = images.resize(image[:, top : top + height, left : left + width], self.size)
         else:
             image = simple_random_crop(image, self.size, rng)
         flip, choice, radius, factors, order = float(rng.random() < 0.5), 0, 0.0, (1.0, 1.0, 1.0), 0
         if self.policy == "rand":
-            image = from_pil(rand_augment(to_pil(image), rng))
+            image = images.from_pil(rand_augment(images.to_pil(image), rng))
         elif self.learned:  # torchvision's policies draw from torch's global generator: seed it for this image
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(rng.getrandbits(63))
@@ -660,16 +660,15 @@ def make_model(args, recipe: Recipe, num_classes: int) -> nn.Module:
 
 def train(run) -> None:
     """The loop; what it starts from (data, network, what was saved) is common.script.set_up's."""
-    from common.evaluate import normalize, validate
+    from common import evaluate, script
     from common.optim import cosine_lr
-    from common.script import finish, set_up
 
     recipe, criterion = run.recipe, LOSSES[run.recipe.loss]
 
     def prepare(batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(images before mixing, images as the network sees them, soft targets) on the device."""
         mixes = [draw_mix(recipe, run.rng("mix", group)) for group in batch.groups]
-        images = normalize(augment(batch.images, batch.parameters))
+        images = evaluate.normalize(augment(batch.images, batch.parameters))
         targets = mix_targets(batch.labels, mixes, run.num_classes, recipe.smoothing)
         return images, mix_images(images, mixes), targets
 
@@ -679,7 +678,7 @@ def train(run) -> None:
     if recipe.optimizer != "lamb" and run.paper.optimizer == "lamb" and recipe.lr > 1e-3:
         known = f"{recipe.optimizer} at LAMB's learning rate of {recipe.lr:g} is known to diverge"
         run.say(f"warning: {known}; 1e-3 or less is usual")
-    data, model, wrapped, optimizer, precision, ema, _ = set_up(
+    data, model, wrapped, optimizer, precision, ema, _ = script.set_up(
         run, TrainTransform(recipe), make_model, prepare, adapt=fit_resolution
     )
     for epoch in range(run.epoch, recipe.epochs):
@@ -695,17 +694,17 @@ def train(run) -> None:
             if ema:
                 ema.update(model, skip=skipped)
             run.after_step(stats, lr)
-        record = run.end_of_training_epoch(lr_at(epoch + 1)) | validate(run)
+        record = run.end_of_training_epoch(lr_at(epoch + 1)) | evaluate.validate(run)
         run.end_of_epoch(record, record.get("val_top1"))
-    finish(run, ["train_loss", "val_loss"], ["val_top1", "val_top5"])
+    script.finish(run, ["train_loss", "val_loss"], ["val_top1", "val_top5"])
 
 
 def main() -> None:
-    from common.script import run_script
+    from common import script
 
     args, recipe, paper = parse_args()
     criterion = LOSSES[recipe.loss]
-    run_script(
+    script.run_script(
         "deit3", args, recipe, paper, MODELS, train=train, make_model=make_model, adapt=fit_resolution,
         loss=lambda model, images, labels: criterion(model(images), mix_targets(labels, [Mix(1.0)], 1000, 0.0)),
     )

@@ -462,13 +462,10 @@ def saliency(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 def write_maps(run) -> None:
     """--attention-maps: per image the map of the pooling, or those of the three likeliest classes, and a ViT's."""
-    from common import checkpoint, report
+    from common import checkpoint, evaluate, images, models, report
     from common.errors import UserError
-    from common.evaluate import normalize, read_image, trained_model
-    from common.images import to_pil
-    from common.models import from_checkpoint
 
-    model, recipe, classes = trained_model(run, make_model, adapt=carry_over)
+    model, recipe, classes = evaluate.trained_model(run, make_model, carry_over)
     args, size, vit = run.args, recipe.img_size, None
     if not isinstance(model, PatchConvNet) or model.cls_token is None:
         raise UserError("--attention-maps: this model has no attention in its pooling")
@@ -476,10 +473,10 @@ def write_maps(run) -> None:
         content = checkpoint.load(args.vit, "--vit")
         if content.get("method") not in ("deit", "deit3"):
             raise UserError(f"--vit {args.vit}: is no checkpoint of deit.py or deit3.py")
-        vit = from_checkpoint(content, f"--vit {args.vit}", size, run.say).to(run.device).eval()
+        vit = models.from_checkpoint(content, f"--vit {args.vit}", size, run.say).to(run.device).eval()
     for file in args.attention_maps:
-        image = read_image(file, size, recipe.eval_crop_ratio, "--attention-maps")
-        x = normalize(image[None].to(run.device))
+        image = evaluate.read_image(file, size, recipe.eval_crop_ratio, "--attention-maps")
+        x = evaluate.normalize(image[None].to(run.device))
         with torch.no_grad():
             shares = model(x)[0].float().softmax(dim=0)
         best = shares.argsort(descending=True)[:3].tolist()
@@ -491,7 +488,7 @@ def write_maps(run) -> None:
         grey, rows = (torch.tensor([0.299, 0.587, 0.114]) @ image.float().flatten(1) / 255).view(size), []
         for title, of_patches in maps:
             shown = saliency(of_patches, size)[0].cpu()
-            rows.append((title, [to_pil(image), report.cividis(shown), report.cividis(grey * shown)]))
+            rows.append((title, [images.to_pil(image), report.cividis(shown), report.cividis(grey * shown)]))
         target = run.out / f"{Path(file).stem}_attention.png"
         report.save_sheet(target, rows)
         run.say(f"wrote {target}: {'; '.join(likely)}")
@@ -523,14 +520,14 @@ class TrainTransform:
         self.auto = v2.AutoAugment()
 
     def __call__(self, image: torch.Tensor, rng: random.Random) -> tuple[torch.Tensor, tuple[float, ...]]:
-        from common.images import from_pil, resize, to_pil
+        from common import images
 
         top, left, height, width = random_resized_crop(*image.shape[1:], rng)
-        image = resize(image[:, top : top + height, left : left + width], self.size)
+        image = images.resize(image[:, top : top + height, left : left + width], self.size)
         if rng.random() < 0.5:
             image = image.flip(-1)
         if self.policy == "rand":
-            image = from_pil(rand_augment(to_pil(image), rng))
+            image = images.from_pil(rand_augment(images.to_pil(image), rng))
         elif self.policy == "auto":  # torchvision's policy draws from torch's global generator: seed it for this image
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(rng.getrandbits(63))
@@ -688,23 +685,22 @@ def make_model(args, recipe: Recipe, num_classes: int) -> nn.Module:
 
 def train(run) -> None:
     """The loop; what it starts from (data, network, what was saved) is common.script.set_up's."""
-    from common.evaluate import normalize, validate
+    from common import evaluate, script
     from common.optim import cosine_lr
-    from common.script import finish, set_up
 
     recipe = run.recipe
 
     def prepare(batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(images before mixing, images as the network sees them, soft targets) on the device."""
         mixes = [draw_mix(recipe, run.rng("mix", group)) for group in batch.groups]
-        images = normalize(batch.images)
+        images = evaluate.normalize(batch.images)
         targets = mix_targets(batch.labels, mixes, run.num_classes, recipe.smoothing)
         return images, mix_images(images, mixes), targets
 
     def lr_at(epochs: float) -> float:
         return cosine_lr(epochs, recipe.epochs, recipe.warmup_epochs, recipe.lr, recipe.min_lr, recipe.warmup_lr)
 
-    data, _, wrapped, optimizer, precision, *_ = set_up(
+    data, _, wrapped, optimizer, precision, *_ = script.set_up(
         run, TrainTransform(recipe), make_model, prepare, adapt=carry_over
     )
     for epoch in range(run.epoch, recipe.epochs):
@@ -718,19 +714,19 @@ def train(run) -> None:
             lr = lr_at(epoch + step / data.steps)
             stats, _ = precision.step(optimizer, lr, asked=run.asked())
             run.after_step(stats, lr)
-        record = run.end_of_training_epoch(lr_at(epoch + 1)) | validate(run)
+        record = run.end_of_training_epoch(lr_at(epoch + 1)) | evaluate.validate(run)
         run.end_of_epoch(record, record.get("val_top1"))
-    finish(run, ["train_loss", "val_loss"], ["val_top1", "val_top5"])
+    script.finish(run, ["train_loss", "val_loss"], ["val_top1", "val_top5"])
 
 
 def main() -> None:
+    from common import script
     from common.run import Run
-    from common.script import run_script
 
     args, recipe, paper = parse_args()
     if args.attention_maps:
         return write_maps(Run("patchconvnet", args, recipe, paper))
-    run_script(
+    script.run_script(
         "patchconvnet", args, recipe, paper, MODELS, train=train, make_model=make_model, adapt=carry_over,
         loss=lambda model, images, labels: F.cross_entropy(model(images), labels),
     )
