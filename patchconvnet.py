@@ -355,19 +355,20 @@ class PatchConvNet(nn.Module):
         patches = self.features(images).flatten(1, 2)  # (B, N, C)
         if self.cls_token is None:
             return self.head(self.norm(patches.mean(dim=1)))
-        pool, tokens = self.blocks_token_only[0], self.cls_token.expand(len(patches), -1, -1)
-        k, v = pool.keys_and_values(tokens, patches)
+        pool = self.blocks_token_only[0]
         if not self.per_class:
-            return self.head(self.norm(pool(tokens, k, v))[:, 0])
+            tokens = self.cls_token.repeat(len(patches), 1, 1)
+            return self.head(self.norm(pool(tokens, *pool.keys_and_values(tokens, patches)))[:, 0])
+        k, v = pool.keys_and_values(self.cls_token, patches)  # of the patches alone: the same for all classes
 
         def class_logits(tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-            """Logits (B, T) of T classes by their tokens (B, T, C) and classifiers (T, C), (T,)."""
-            x = self.norm(pool(tokens, k, v))
+            """Logits (B, T) of T classes by their tokens (1, T, C) and classifiers (T, C), (T,)."""
+            x = self.norm(pool(tokens.repeat(len(k), 1, 1), k, v))
             return torch.einsum("btc,tc->bt", x, weight.to(x.dtype)) + bias
 
         weight, bias = torch.cat([h.weight for h in self.head]), torch.cat([h.bias for h in self.head])  # (K, C), (K,)
         size = self.CLASSES_AT_ONCE
-        pieces = zip(tokens.split(size, dim=1), weight.split(size), bias.split(size))
+        pieces = zip(self.cls_token.split(size, dim=1), weight.split(size), bias.split(size))
         return torch.cat([class_logits(*piece) for piece in pieces], dim=1)
 
 
