@@ -362,11 +362,12 @@ def take_encoder(model: nn.Module, state: dict, content: dict, say) -> None:
 
 def train(run) -> None:
     """The loop; what it starts from (data, network, what was saved) is common.script.set_up's."""
-    from common.evaluate import normalize, validate
-    from common.script import finish, set_up
+    from common import evaluate, script
 
     recipe = run.recipe
-    data, model, wrapped, optimizer, precision, *_ = set_up(run, TrainTransform(recipe), make_model, adapt=take_encoder)
+    data, model, wrapped, optimizer, precision, *_ = script.set_up(
+        run, TrainTransform(recipe), make_model, adapt=take_encoder
+    )
     total, warmup = recipe.epochs * data.steps, recipe.warmup_epochs * data.steps
 
     def lr_at(step: int) -> float:
@@ -379,7 +380,7 @@ def train(run) -> None:
                 model.average(recipe.momentum)
             features, labels = [], []  # for the memory
             for batch in data.micro_batches():
-                crops = [normalize(crop) for images in batch.images for crop in images.unbind(1)]  # global first
+                crops = [evaluate.normalize(crop) for images in batch.images for crop in images.unbind(1)]  # global first
                 with precision.forward(wrapped):
                     loss = F.cross_entropy(wrapped(crops), batch.labels.repeat(len(crops)))
                 precision.backward(loss)
@@ -392,9 +393,9 @@ def train(run) -> None:
             if recipe.memory_size:  # after the step: the batch is not among its own prototypes
                 model.memory.update(run.gather(torch.cat(features)), run.gather(torch.cat(labels)))
             run.after_step(stats, lr)
-        record = run.end_of_training_epoch(lr_at((epoch + 1) * data.steps - 1)) | validate(run)
+        record = run.end_of_training_epoch(lr_at((epoch + 1) * data.steps - 1)) | evaluate.validate(run)
         run.end_of_epoch(record, record.get("val_top1"))
-    finish(run, ["train_loss", "val_loss"], ["val_top1", "val_top5"])
+    script.finish(run, ["train_loss", "val_loss"], ["val_top1", "val_top5"])
 
 
 def export(run) -> None:
@@ -415,15 +416,14 @@ def export(run) -> None:
 
 
 def main() -> None:
+    from common import script
     from common.run import Run
-    from common.script import run_script
 
     args, recipe, paper = parse_args()
     if args.export:
         return export(Run("trex", args, recipe, paper))
-    run_script(
+    script.run_script(
         "trex", args, recipe, paper, MODELS, train=train, make_model=make_model,
-        saved=("img_size", "eval_crop_ratio", "hidden_layers", "memory_size", "temperature"),
         loss=lambda model, images, labels: F.cross_entropy(model(images), labels),
     )
 
