@@ -380,7 +380,7 @@ def train(run) -> None:
                 model.average(recipe.momentum)
             features, labels = [], []  # for the memory
             for batch in data.micro_batches():
-                crops = [evaluate.normalize(crop) for images in batch.images for crop in images.unbind(1)]  # global first
+                crops = [evaluate.normalize(c) for images in batch.images for c in images.unbind(1)]  # global first
                 with precision.forward(wrapped):
                     loss = F.cross_entropy(wrapped(crops), batch.labels.repeat(len(crops)))
                 precision.backward(loss)
