@@ -29,7 +29,9 @@ Where the official code differs from what stands here:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import math
 import random
 import sys
@@ -304,6 +306,25 @@ class AggregationBlock(nn.Module):
         return tokens + self.gamma_2 * self.mlp(self.norm2(tokens))
 
 
+@contextlib.contextmanager
+def without_counting(block: nn.Module):
+    """Inside, BatchNorm's running statistics stay as they are: its images have been counted already."""
+    norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.momentum, momentum = 0.0, norm.momentum
+    try:
+        yield  # left by an exception as soon as all that is needed has been computed
+    finally:
+        for norm in norms:
+            norm.momentum = momentum
+            norm.num_batches_tracked -= 1
+
+
+def recomputing(block: nn.Module):
+    """Contexts of a checkpoint's forward pass and of its recomputation, which must not count the images again."""
+    return contextlib.nullcontext(), without_counting(block)
+
+
 class PatchConvNet(nn.Module):
     """Images (B, 3, H', W') of any size -> logits (B, K).
 
@@ -346,9 +367,13 @@ class PatchConvNet(nn.Module):
         """Patches before the pooling, (B, H, W, C)."""
         if self.trunk is not None:
             return self.trunk(images).permute(0, 2, 3, 1)
-        x = self.patch_embed(images)
+        x = self.patch_embed(images).to(self.norm.weight.dtype)  # under autocast too the stream is not of 16 bits
         for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpoint and self.training else block(x)
+            if self.grad_checkpoint and self.training:
+                contexts = functools.partial(recomputing, block)
+                x = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+            else:
+                x = block(x)
         return x
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

@@ -180,7 +180,10 @@ class CrossPatch(nn.Linear):
     """The matrix A of Eq. 4.2 and a bias, applied across patches: (B, N, C) -> (B, N, C)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.baddbmm(self.bias[:, None], self.weight.expand(len(x), -1, -1), x)
+        # Autocast would cast after the expansion: one dense copy of A per image, kept for the backward pass.
+        device = x.device.type
+        A = self.weight.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else self.weight
+        return torch.baddbmm(self.bias[:, None], A.expand(len(x), -1, -1), x)
 
 
 class CrossPatchMLP(MLP):
@@ -304,7 +307,7 @@ class ResMLP(nn.Module):
         return {"cls_token"}
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        x = self.patch_embed(images)
+        x = self.patch_embed(images).to(self.head.weight.dtype)  # under autocast too the stream is not of 16 bits
         for block in self.blocks:
             x = block(x)
         if self.pooling == "average":

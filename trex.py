@@ -170,14 +170,15 @@ class MemoryBank(nn.Module):
             return F.normalize(of_class.T @ self.features, dim=1)
 
     @torch.no_grad()
-    def update(self, features: torch.Tensor, labels: torch.Tensor) -> None:
-        """Writes (B, D) features and (B,) labels over the oldest ones, around the end; of more than M the last M."""
+    def update(self, features: torch.Tensor, labels: torch.Tensor, skip: torch.Tensor | None = None) -> None:
+        """Writes (B, D) features and (B,) labels over the oldest ones, around the end; of more than M the last M. skip
+        (0-dim, 1 or 0): change nothing where it is 1, decided on the device."""
         size = len(self.labels)
-        features, labels = features[-size:], labels[-size:]
+        features, labels = features[-size:].to(self.features.dtype), labels[-size:]
         where = (self.ptr + torch.arange(len(labels), device=labels.device)) % size
-        self.features[where] = features.to(self.features.dtype)
-        self.labels[where] = labels
-        self.ptr.copy_((self.ptr + len(labels)) % size)
+        end = (self.ptr + len(labels)) % size
+        for buffer, index, new in ((self.features, where, features), (self.labels, where, labels), (self.ptr, ..., end)):
+            buffer[index] = new if skip is None else torch.where(skip > 0, buffer[index], new)
 
 
 class ClassWeights(nn.Module):
@@ -389,9 +390,9 @@ def train(run) -> None:
                         features.append(model.model_ema(crops[:1]).float())
                     labels.append(batch.labels)
             lr = lr_at(epoch * data.steps + step)
-            stats, _ = precision.step(optimizer, lr, asked=run.asked())
+            stats, skipped = precision.step(optimizer, lr, asked=run.asked())
             if recipe.memory_size:  # after the step: the batch is not among its own prototypes
-                model.memory.update(run.gather(torch.cat(features)), run.gather(torch.cat(labels)))
+                model.memory.update(run.gather(torch.cat(features)), run.gather(torch.cat(labels)), skip=skipped)
             run.after_step(stats, lr)
         record = run.end_of_training_epoch(lr_at((epoch + 1) * data.steps - 1)) | evaluate.validate(run)
         run.end_of_epoch(record, record.get("val_top1"))
