@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
 from torch.utils.flop_counter import FlopCounterMode
@@ -156,86 +155,65 @@ def read_log(path: str | Path) -> list[dict]:
     return records
 
 
-def save_curves(path: str | Path, log: str | Path, panels: list[list[str]]) -> None:
-    """PNG with one panel per list of keys, each key's value over the epochs of a log.jsonl."""
-    records = [r for r in read_log(log) if "epoch" in r and "status" not in r]
-    curves = [{k: [(r["epoch"], r[k]) for r in records if isinstance(r.get(k), (int, float))] for k in keys} for keys in panels]
-    save_plot(path, curves, "epoch")
+Say = Callable[[str], None]
+not_drawn: list[str | Path] = []  # for want of matplotlib; said of the first
 
 
-def save_plot(path: str | Path, panels: list[dict[str, list[tuple[float, float]]]], x_label: str) -> None:
-    """PNG with one panel per dictionary: name of a curve to its points (x, y), x from 0."""
-    width, height, left, colours = 420, 260, 52, ("#1f5fa8", "#c8551b", "#3c8a3c", "#7a4ea3")
-    sheet = Image.new("RGB", (width * len(panels), height), "white")
-    draw = ImageDraw.Draw(sheet)
-    for panel, curves in enumerate(panels):
-        points = [p for curve in curves.values() for p in curve]
-        if not points:
-            continue
-        values = [y for _, y in points]
-        low, high = min(values), max(max(values), min(values) + 1e-9)
-        last = max(1, max(x for x, _ in points))
-        x0, y0, x1, y1 = panel * width + left, 24, panel * width + width - 14, height - 28
-
-        def place(x, y):
-            return x0 + (x1 - x0) * x / last, y1 - (y1 - y0) * (y - low) / (high - low)
-
-        draw.rectangle((x0, y0, x1, y1), outline="#999999")
-        for share in (0, 0.5, 1):
-            draw.text((panel * width + 4, y1 - (y1 - y0) * share - 6), f"{low + share * (high - low):.4g}", fill="black")
-            draw.text((x0 + (x1 - x0) * share - 6, y1 + 4), f"{share * last:.3g}", fill="black")
-        draw.text((x1 - 6 * len(x_label), y1 + 14), x_label, fill="black")
-        for i, (name, curve) in enumerate(curves.items()):
-            draw.text((x0 + 8 + 110 * i, 6), name, fill=colours[i])
-            places = [place(*p) for p in curve]
-            if len(places) > 1:
-                draw.line(places, fill=colours[i], width=2)
-            for x, y in places:
-                draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=colours[i])
-    sheet.save(path)
-
-
-def save_scatter(path: str | Path, points: dict[str, tuple[float, float]], x_label: str, y_label: str) -> None:
-    """PNG of named points (x, y); those on the upper right of the convex hull, which no mixture of others beats, are
-    stars."""
-    width, height, x0, y0, x1, y1 = 640, 480, 64, 28, 480, 440
-    sheet = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(sheet)
-    xy = np.array(list(points.values()), dtype=float)
-    low, high = xy.min(0), xy.max(0)
-    margin = np.where(high > low, 0.06 * (high - low), 0.5)
-    low, high = low - margin, high + margin
-    draw.rectangle((x0, y0, x1, y1), outline="#999999")
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        x, y = low + share * (high - low)
-        draw.text((x0 + (x1 - x0) * share - 12, y1 + 5), f"{x:.4g}", fill="black")
-        draw.text((6, y1 - (y1 - y0) * share - 6), f"{y:.3g}", fill="black")
-    draw.text((x0, y1 + 20), x_label, fill="black")
-    draw.text((6, 8), y_label, fill="black")
-    best = upper_right_hull(list(points.values()))
-    for name, point in points.items():
-        x = x0 + (x1 - x0) * (point[0] - low[0]) / (high[0] - low[0])
-        y = y1 - (y1 - y0) * (point[1] - low[1]) / (high[1] - low[1])
-        if point in best:
-            spikes = [
-                (x + r * math.sin(i * math.pi / 5), y - r * math.cos(i * math.pi / 5)) for i in range(10) for r in [9 if i % 2 == 0 else 4]
-            ]
-            draw.polygon(spikes, fill="#c8551b")
-        else:
-            draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill="#1f5fa8")
-        draw.text((x + 9, y - 12), name, fill="black")
+def new_figure(path: str | Path, width: float, height: float, say: Say):
+    """A matplotlib figure of so many times 100 pixels, in time the picture `path`; None where that is not installed."""
+    try:
+        import matplotlib.figure
+    except ImportError:
+        if not not_drawn:
+            say(f'{path}: not drawn, that needs matplotlib: pip install -e ".[plots]"')
+        not_drawn.append(path)
+        return None
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    return matplotlib.figure.Figure((width, height), dpi=100, layout="constrained")
+
+
+def save_curves(path: str | Path, log: str | Path, panels: list[list[str]], say: Say = print) -> None:
+    """PNG with one panel per list of keys, losses or accuracies in percent, over the epochs of a log.jsonl."""
+    records, curves = [r for r in read_log(log) if "epoch" in r and "status" not in r], []
+    for keys in panels:
+        curves.append({k: [(r["epoch"], r[k]) for r in records if isinstance(r.get(k), (int, float))] for k in keys})
+    save_plot(path, curves, "epoch", ["loss" if "loss" in keys[0] else "accuracy, %" for keys in panels], say)
+
+
+def save_plot(path: str | Path, panels: list[dict[str, list]], x_label: str, y_labels=None, say: Say = print) -> None:
+    """PNG with one panel per dictionary, the name of a curve to its points (x, y), x whole numbers."""
+    if figure := new_figure(path, 4.2 * len(panels), 2.6, say):
+        row = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axes, curves, y_label in zip(row, panels, y_labels or [""] * len(panels)):
+            axes.set(xlabel=x_label, ylabel=y_label)
+            axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+            axes.grid(alpha=0.3)
+            for name, points in curves.items():
+                if points:
+                    axes.plot(*zip(*points), ".-" if len(points) < 50 else "-", label=name)
+                    axes.legend(fontsize="small")
+        figure.savefig(path)
+
+
+def save_scatter(path: str | Path, points: dict[str, tuple], x_label: str, y_label: str, say: Say = print) -> None:
+    """PNG of named points (x, y); stars: the upper right of the convex hull, which no mixture of others beats."""
+    if figure := new_figure(path, 6.4, 4.8, say):
+        axes, best = figure.subplots(), upper_right_hull(list(points.values()))
+        axes.set(xlabel=x_label, ylabel=y_label)
+        axes.set_title("stars: no mixture of the others is better", fontsize="small", loc="left")
+        axes.margins(0.1)
+        axes.grid(alpha=0.3)
+        for name, point in points.items():
+            marker, size, colour = ("*", 14, "#c8551b") if point in best else ("o", 7, "#1f5fa8")
+            axes.plot(*point, marker, markersize=size, color=colour)
+            axes.annotate(name, point, (6, 6), textcoords="offset points", fontsize="small", parse_math=False)
+        figure.savefig(path)
 
 
 def upper_right_hull(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     """Corners of the convex hull from the highest point to the rightmost one."""
-    hull: list[tuple[float, float]] = []
-    for x, y in sorted(set(points), key=lambda p: (p[0], -p[1])):
-        if hull and hull[-1][0] == x:
-            continue
-        while len(hull) > 1 and (hull[-1][0] - hull[-2][0]) * (y - hull[-2][1]) >= (hull[-1][1] - hull[-2][1]) * (x - hull[-2][0]):
-            hull.pop()
-        hull.append((x, y))
-    top = max(range(len(hull)), key=lambda i: hull[i][1])
-    return hull[top:]
+    hull = [max(points, key=lambda p: (p[1], p[0]))]
+    while right := [p for p in points if p[0] > hull[-1][0]]:
+        x, y = hull[-1]
+        hull.append(max(right, key=lambda p: ((p[1] - y) / (p[0] - x), p[0])))  # where the way falls least, and far
+    return hull
