@@ -25,7 +25,7 @@ def save(checkpoint: dict, path: Path, *, keep: Path | None = None) -> None:
     """Writes `path` atomically: temporary file, fsync, read back with CRC, rename, fsync of the folder; what it was
     becomes `keep`. RunError, with the old files left alone, if the disk is full or a tensor is not finite."""
     checkpoint = plain({**checkpoint, "format": FORMAT})
-    broken = [k for k, v in checkpoint["model"].items() if v.is_floating_point() and not torch.isfinite(v).all()]
+    broken = [k for k, v in checkpoint["model"].items() if not torch.isfinite(v).all()]
     if broken:
         problem = f"{len(broken)} tensors are not finite, e.g. {broken[0]}"
         raise RunError(f"{path} not written: {problem}; the previous checkpoint is intact")
@@ -134,8 +134,8 @@ def weights(checkpoint: dict, *, ema: bool = False) -> dict[str, torch.Tensor]:
 
 def recipe_of(content: dict) -> dict:
     """The fields of the recipe that a checkpoint of ours was trained by; {} of an official or bare one."""
-    fields = content.get("recipe")
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()} if isinstance(fields, dict) else {}
+    recipe = content.get("recipe")
+    return recipe if isinstance(recipe, dict) else {}
 
 
 def classes_of(content: dict) -> list[str]:
@@ -152,7 +152,7 @@ def load_weights(model: torch.nn.Module, state: dict[str, torch.Tensor], where: 
     own = model.state_dict()
     differ = [f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}" for k, v in own.items()
               if k in state and state[k].shape != v.shape]
-    kinds = {"keys missing": sorted(set(own) - set(state)), "keys not known": sorted(set(state) - set(own)),
+    kinds = {"keys missing": sorted(own.keys() - state.keys()), "keys not known": sorted(state.keys() - own.keys()),
              "shapes differ": differ}
     problems = [f"{len(found)} {kind}, e.g. {', '.join(found[:5])}" for kind, found in kinds.items() if found]
     if problems:
@@ -160,7 +160,7 @@ def load_weights(model: torch.nn.Module, state: dict[str, torch.Tensor], where: 
     model.load_state_dict(state)
 
 
-def fit(model: torch.nn.Module, content: dict, where: str, say: Callable[[str], None], *, ema: bool = False,
+def fit(model: torch.nn.Module, content: dict, where: str, say: Callable, *, ema: bool = False,
         adapt: Callable | None = None, new_head: bool = False) -> None:
     """A checkpoint's weights (ema: its averaged ones) into the model; UserError, naming `where`, if they do not fit.
     adapt(model, state, content, say) changes the state dict in place first, to the model's resolution; new_head: a

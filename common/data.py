@@ -19,9 +19,6 @@ from common.errors import RunError, UserError, one_line
 from common.run import Run
 from common.sources import Source, open_data
 
-Images = torch.Tensor | tuple[torch.Tensor, ...]
-Transform = Callable[[torch.Tensor, random.Random], tuple[Images, tuple[float, ...]]]
-
 
 def epoch_length(length: int, repeats: int) -> int:
     """Samples of an epoch. With repeats (repeated augmentation) still about as many as there are images, hence
@@ -98,7 +95,7 @@ class Samples(Dataset):
     which could not be read.
     """
 
-    def __init__(self, source: Source, transform: Transform, seed: int):
+    def __init__(self, source: Source, transform: Callable, seed: int):
         self.source, self.transform, self.seed = source, transform, seed
 
     def __getitems__(self, keys: list[tuple[int, int, int]]) -> tuple | str:
@@ -158,7 +155,7 @@ class Batch(NamedTuple):
     """A micro-batch: images uint8 (B, 3, h, w) or a tuple of crops (B, n, 3, h, w), and labels (B,) on the device;
     parameters (B, P) of the transform and indices (B,) on the host; its mixing groups' numbers."""
 
-    images: Images
+    images: torch.Tensor | tuple[torch.Tensor, ...]
     parameters: torch.Tensor
     labels: torch.Tensor
     indices: torch.Tensor
@@ -172,7 +169,7 @@ class TrainingData:
     accumulation (micro-batches per step and rank), steps (per epoch); seen: indices of the step's images.
     """
 
-    def __init__(self, run: Run, recipe, transform: Transform):
+    def __init__(self, run: Run, recipe, transform: Callable):
         args, self.run = run.args, run
         self.group = min(getattr(recipe, "mix_group", 1), recipe.batch_size)  # 1: nothing is mixed
         self.micro_batch, self.accumulation = split_batch(recipe.batch_size, run.world, args.micro_batch, self.group)

@@ -5,7 +5,6 @@ host reads a few steps later (common.run).
 """
 
 import contextlib
-from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -45,7 +44,7 @@ class Precision:
         return torch.autocast(self.device.type, dtype=AMP[self.amp], enabled=self.amp != "fp32")
 
     @contextlib.contextmanager
-    def forward(self, model: nn.Module) -> Iterator[None]:
+    def forward(self, model: nn.Module):
         """For forward and loss of one micro-batch, to be followed by backward(): autocast, and gradients exchanged
         between ranks only with the step's last micro-batch."""
         self.micro_batch += 1

@@ -317,26 +317,20 @@ class Run:
         name, saved = self._newest_checkpoint()
         if saved is None:
             return self.say(f"nothing to resume in {self.out}: starting from the beginning")
-        flag, asked = f"--resume {self.args.resume}", (self.method, self.args.model)
+        flag, own = f"--resume {self.args.resume}", self._state()
         if "optimizer" not in saved or "epoch" not in saved:
             raise UserError(f"{flag}: holds weights only; to start from them use --weights {self.args.resume}")
-        lacking = [key for key in self._state() if key not in saved]
+        lacking = [key for key in own if key not in saved]
         if lacking:
             raise UserError(f"{flag}: lacks {', '.join(lacking)}; it was not written by this version's training")
-        if (saved["method"], saved["model_name"]) != asked:
-            held = f"{saved['method']} {saved['model_name']}"
-            raise UserError(f"{flag}: holds {held}, you asked for {' '.join(asked)}")
-        now = _compared(dataclasses.asdict(self.recipe), self.args.seed, self.data_info)
-        then = _compared(saved["recipe"], saved["seed"], saved["data"])
+        held, asked = (f"{state['method']} {state['model_name']}" for state in (saved, own))
+        if held != asked:
+            raise UserError(f"{flag}: holds {held}, you asked for {asked}")
+        then, now = _compared(saved), _compared(own)
         changes = [f"{k} was {then.get(k)}, now {now.get(k)}" for k in {**then, **now} if then.get(k) != now.get(k)]
         if changes and not self.args.allow_changes:
             told = f"the run was started differently: {'; '.join(changes)}"
             raise UserError(f"{flag}: {told}; repeat its flags, or add --allow-changes")
-        self._restore(saved, flag)
-        changed = f" with changes: {'; '.join(changes)}" if changes else ""
-        self.say(f"resumed from {name} at epoch {self.epoch}, step {self.step}{changed}")
-
-    def _restore(self, saved: dict, flag: str) -> None:
         checkpoint.load_weights(self.parts["model"], saved["model"], flag)
         for key, part in self.parts.items():
             if (part is None) != (saved[key] is None):
@@ -348,10 +342,12 @@ class Run:
             except (ValueError, KeyError, RuntimeError) as error:
                 problem = f"its {key} state does not fit ({one_line(error)})"
                 raise UserError(f"{flag}: {problem}; to start from the weights use --weights") from None
-        for name in COUNTERS:
-            setattr(self, name, saved[name])
+        for counter in COUNTERS:
+            setattr(self, counter, saved[counter])
         torch.set_rng_state(saved["rng"]["torch"])
         random.setstate(saved["rng"]["python"])
+        changed = f" with changes: {'; '.join(changes)}" if changes else ""
+        self.say(f"resumed from {name} at epoch {self.epoch}, step {self.step}{changed}")
 
     def rng(self, purpose: str, number: int) -> random.Random:
         """A generator of this step, the same on all ranks."""
@@ -486,8 +482,8 @@ class Run:
             raise Stopped(128 + number)
 
     def _stop(self) -> None:
-        number, where = int(self.stop_signal or signal.SIGTERM), {"epoch": self.epoch, "step": self.step}
-        self.log({"status": "preempted", "signal": number, **where})
+        number = int(self.stop_signal or signal.SIGTERM)
+        self.log({"status": "preempted", "signal": number, "epoch": self.epoch, "step": self.step})
         if self.started and (self.out / "last.pt").exists():
             hint = f"the same command with --resume auto --out {self.out} goes on"
             self.say(f"stopped by signal {number} at epoch {self.epoch}, step {self.step}; {hint}")
@@ -502,7 +498,8 @@ class Run:
             dist.destroy_process_group()
 
 
-def _compared(recipe: dict, seed: int, data: dict) -> dict:
-    """What must be the same when a run goes on."""
+def _compared(state: dict) -> dict:
+    """What of a checkpoint must be the same when a run goes on."""
+    data = state["data"]
     others = {k: v for k, v in data.items() if k not in ("classes", "digest", "val_images")}
-    return {**recipe, "seed": seed, "data": data["digest"], "classes": len(data["classes"]), **others}
+    return {**state["recipe"], "seed": state["seed"], "data": data["digest"], "classes": len(data["classes"]), **others}
