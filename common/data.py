@@ -7,8 +7,8 @@ pixels for any number of workers and ranks, and a run that was killed in the mid
 import random
 import signal
 import time
+from collections import namedtuple
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,24 +31,6 @@ def epoch_order(length: int, epoch: int, seed: int, repeats: int) -> np.ndarray:
     generator = torch.Generator().manual_seed(epoch + (seed << 20))
     order = torch.randperm(length, generator=generator).numpy()
     return np.repeat(order[: -(-length // repeats)], repeats)[: epoch_length(length, repeats)]
-
-
-class RepeatedAugSampler(Sampler[int]):
-    """Rank r's share of epoch_order, every world_size-th sample; with seed 0 exactly the official sampler's indices."""
-
-    def __init__(self, length: int, world_size: int, rank: int, repeats: int = 3, seed: int = 0):
-        self.length, self.world_size, self.rank, self.repeats, self.seed = length, world_size, rank, repeats, seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return epoch_length(self.length, self.repeats) // self.world_size
-
-    def __iter__(self) -> Iterator[int]:
-        order = epoch_order(self.length, self.epoch, self.seed, self.repeats)
-        return iter(order[self.rank :: self.world_size][: len(self)].tolist())
 
 
 class GlobalBatches(Sampler[list]):
@@ -84,6 +66,20 @@ class GlobalBatches(Sampler[list]):
             for micro_batch in range(self.accumulation):
                 mine = positions[list(self.groups(micro_batch))].ravel()
                 yield [(self.epoch, int(order[p]), int(p % self.repeats)) for p in mine]
+
+
+class RepeatedAugSampler(GlobalBatches):
+    """Rank r's share of epoch_order, every world_size-th sample; with seed 0 exactly the official sampler's indices."""
+
+    def __init__(self, length: int, world_size: int, rank: int, repeats: int = 3, seed: int = 0):
+        super().__init__(length, batch_size=world_size, micro_batch=1, group=1, world_size=world_size, rank=rank,
+                         repeats=repeats, seed=seed)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        return (index for [(_, index, _)] in super().__iter__())
 
 
 class Samples(Dataset):
@@ -151,15 +147,9 @@ def split_batch(batch_size: int, world: int, micro_batch: int | None, group: int
     return micro, local // micro
 
 
-class Batch(NamedTuple):
-    """A micro-batch: images uint8 (B, 3, h, w) or a tuple of crops (B, n, 3, h, w), and labels (B,) on the device;
-    parameters (B, P) of the transform and indices (B,) on the host; its mixing groups' numbers."""
-
-    images: torch.Tensor | tuple[torch.Tensor, ...]
-    parameters: torch.Tensor
-    labels: torch.Tensor
-    indices: torch.Tensor
-    groups: range
+# A micro-batch: images uint8 (B, 3, h, w) or a tuple of crops (B, n, 3, h, w), and labels (B,) on the device;
+# parameters (B, P) of the transform and indices (B,) on the host; its mixing groups' numbers.
+Batch = namedtuple("Batch", "images parameters labels indices groups")
 
 
 class TrainingData:

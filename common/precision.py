@@ -58,9 +58,8 @@ class Precision:
         self.loss += loss.detach().float() / self.accumulation
 
     def step(self, optimizer: optim.Optimizer, lr: float, asked: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Clip, apply, clear. Returns (stats, skipped), tensors on the device. stats (3,): mean loss over all ranks,
-        number of ranks whose loss or gradient is not finite, sum of what the ranks were asked. skipped: 1.0 if the step
-        changed nothing, else 0.0."""
+        """Clip, apply, clear: (stats, skipped) on the device. stats (3,): mean loss over all ranks, how many ranks have
+        a loss or gradient that is not finite, sum of their `asked`; skipped: 1.0 if nothing was changed, else 0.0."""
         norm = global_norm([p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None])
         norm /= self.scale
         bad = ~(torch.isfinite(norm) & torch.isfinite(self.loss))
