@@ -1,7 +1,5 @@
-"""Checkpoints: written so that a crash cannot lose the last good one, read so that a bad one cannot pass for good.
-
-A file holds plain types and tensors only and loads with torch.load(weights_only=True) in a process without this code.
-"""
+"""Checkpoints: written so that a crash cannot lose the last good one, read so that a bad one cannot pass for good. They
+hold plain types and tensors only and load with torch.load(weights_only=True) in a process without this code."""
 
 import argparse
 import contextlib

@@ -1,8 +1,5 @@
-"""The order in which images are visited, and the loaders.
-
-Everything random is a function of (seed, epoch, sample, repeat): never of worker, rank or history. Hence the same
-pixels for any number of workers and ranks, and a run that was killed in the middle of an epoch resumes exactly.
-"""
+"""The order in which images are visited, and the loaders. Everything random is a function of (seed, epoch, sample,
+repeat), never of worker, rank or history: the same pixels for any number of them, and when a run is resumed."""
 
 import random
 import signal
@@ -39,8 +36,7 @@ class GlobalBatches(Sampler[list]):
     The global batch of step s is samples [s B, (s + 1) B) of epoch_order, dealt out like cards to B / group groups.
     A group is what a GPU was in the papers: images that share one mixup or cutmix draw and are mixed with each other
     only. Ranks and micro-batches are made of whole groups: who is mixed with whom depends on neither. Neighbouring
-    groups stay together: repeats of an image then mostly land in one micro-batch and share a decode.
-    """
+    groups stay together: repeats of an image then mostly land in one micro-batch and share a decode."""
 
     def __init__(self, length: int, *, batch_size: int, micro_batch: int, group: int, world_size: int, rank: int,
                  repeats: int, seed: int):
@@ -83,13 +79,10 @@ class RepeatedAugSampler(GlobalBatches):
 
 
 class Samples(Dataset):
-    """Whole micro-batches of transformed images.
-
-    transform(image, rng seeded by the key) -> (uint8 (3, h, w), or of several crops a tuple of (n, 3, h, w), one per
-    size; parameters of what is left to the device). Items: (images uint8 (B, 3, h, w) channels-last, or a tuple of
-    (B, n, 3, h, w); parameters float32 (B, P); labels int64 (B,); indices int64 (B,)), or a string that names an image
-    which could not be read.
-    """
+    """Whole micro-batches of transformed images: (images uint8 (B, 3, h, w) channels-last, parameters float32 (B, P),
+    labels int64 (B,), indices int64 (B,)), or a string naming the image that could not be read. transform(image, rng
+    seeded by the key) -> (uint8 (3, h, w), parameters of what is left to the device). One that makes several crops
+    returns a tuple of tensors (n, 3, h, w), one per size; images is then a tuple of (B, n, 3, h, w)."""
 
     def __init__(self, source: Source, transform: Callable, seed: int):
         self.source, self.transform, self.seed = source, transform, seed
@@ -153,11 +146,9 @@ Batch = namedtuple("Batch", "images parameters labels indices groups")
 
 
 class TrainingData:
-    """What a training loop draws from: training images in the recipe's order and batches, and validation images.
-
-    source, val: their Sources (val None with --val-data none); classes; micro_batch (images per rank and forward pass),
-    accumulation (micro-batches per step and rank), steps (per epoch); seen: indices of the step's images.
-    """
+    """Training images in the recipe's order and batches, and validation images; source, val: their Sources (val None
+    with --val-data none); classes; micro_batch (images per rank and forward pass), accumulation (micro-batches per step
+    and rank), steps (per epoch); seen: indices of the step's images."""
 
     def __init__(self, run: Run, recipe, transform: Callable):
         args, self.run = run.args, run

@@ -1,8 +1,5 @@
 """One path for fp32, bf16 and fp16: autocast, accumulation, loss scaling, clipping, the guard against broken numbers.
-
-Nothing here makes the host wait for the device: whether a step is applied is decided by a flag on the device, which the
-host reads a few steps later (common.run).
-"""
+The host never waits for the device: a flag there decides if a step is applied, which common.run reads steps later."""
 
 import contextlib
 
@@ -27,12 +24,9 @@ def check_amp(amp: str, device: torch.device) -> None:
 
 
 class Precision:
-    """Runs optimizer steps of `accumulation` micro-batches each; the gradient is the mean over the global batch.
-
-    A step whose loss or gradient is not finite on any rank changes no parameter and no optimizer state on any rank; in
-    fp32 and bf16 all later steps are withheld too, because the run is about to be stopped; in fp16 only that step is
-    skipped and the loss scale halved.
-    """
+    """Optimizer steps of `accumulation` micro-batches; the gradient is the mean over the global batch. A step whose
+    loss or gradient is not finite on any rank changes no parameter and no optimizer state on any rank; in fp32 and bf16
+    all later ones are withheld too, because the run is about to be stopped; in fp16 the loss scale is halved."""
 
     def __init__(self, amp: str, device: torch.device, *, accumulation: int = 1, clip_grad: float | None = None):
         self.amp, self.device, self.accumulation, self.clip_grad = amp, device, accumulation, clip_grad

@@ -1,8 +1,5 @@
-"""One run: ranks, output folder, log, progress, signals, checkpoints and resuming.
-
-What decides the result (order, augmentation, learning rate, random draws) is a pure function of (seed, epoch, step),
-so a run is resumed exactly from weights, optimizer state and these two counters.
-"""
+"""One run: ranks, output folder, log, progress, signals, checkpoints and resuming. What decides the result (order,
+augmentation, learning rate, random draws) is a pure function of (seed, epoch, step): a run resumes exactly."""
 
 import contextlib
 import dataclasses
