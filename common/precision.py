@@ -24,9 +24,9 @@ def check_amp(amp: str, device: torch.device) -> None:
 
 
 class Precision:
-    """Optimizer steps of `accumulation` micro-batches; the gradient is the mean over the global batch. A step whose
-    loss or gradient is not finite on any rank changes no parameter and no optimizer state on any rank; in fp32 and bf16
-    all later ones are withheld too, because the run is about to be stopped; in fp16 the loss scale is halved."""
+    """Optimizer steps of `accumulation` micro-batches; the gradient is the mean over the global batch. A step with loss
+    or gradient not finite on any rank changes no parameter and no optimizer state on any rank; in fp32 and bf16 all
+    later ones are withheld too, because the run is about to be stopped; in fp16 the loss scale is halved."""
 
     def __init__(self, amp: str, device: torch.device, *, accumulation: int = 1, clip_grad: float | None = None):
         self.amp, self.device, self.accumulation, self.clip_grad = amp, device, accumulation, clip_grad
