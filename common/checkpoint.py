@@ -1,9 +1,5 @@
-"""Checkpoints: written so that a crash cannot lose the last good one, read so that a bad one cannot pass for good.
-
-A file holds plain types and tensors only and loads with torch.load(weights_only=True) in a process without this code.
-"""
-
-from __future__ import annotations
+"""Checkpoints: written so that a crash cannot lose the last good one, read so that a bad one cannot pass for good. They
+hold plain types and tensors only and load with torch.load(weights_only=True) in a process without this code."""
 
 import argparse
 import contextlib
@@ -20,19 +16,17 @@ from torch.utils._pytree import tree_leaves
 from common.errors import RunError, UserError, one_line
 
 FORMAT = 1
+HEADS = ("head.", "head_dist.", "fc.", "classifier.", "heads.")  # classifiers: of the methods, of torchvision's models
 
 
 def save(checkpoint: dict, path: Path, *, keep: Path | None = None) -> None:
-    """Writes `path` atomically: temporary file, fsync, read back with CRC, rename, fsync of the folder.
-
-    The file that `path` was becomes `keep`. Raises RunError and leaves the old files alone if the disk is full or a
-    tensor is not finite.
-    """
+    """Writes `path` atomically: temporary file, fsync, read back with CRC, rename, fsync of the folder; what it was
+    becomes `keep`. RunError, with the old files left alone, if the disk is full or a tensor is not finite."""
     checkpoint = plain({**checkpoint, "format": FORMAT})
-    broken = [k for k, v in checkpoint["model"].items() if v.is_floating_point() and not torch.isfinite(v).all()]
+    broken = [k for k, v in checkpoint["model"].items() if not torch.isfinite(v).all()]
     if broken:
-        few = f"{len(broken)} tensors are not finite, e.g. {broken[0]}"
-        raise RunError(f"{path} not written: {few}; the previous checkpoint is intact")
+        problem = f"{len(broken)} tensors are not finite, e.g. {broken[0]}"
+        raise RunError(f"{path} not written: {problem}; the previous checkpoint is intact")
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,8 +51,7 @@ def save(checkpoint: dict, path: Path, *, keep: Path | None = None) -> None:
 
 
 def save_copy(path: Path, copy: Path) -> None:
-    """`copy` becomes the same file as `path`, atomically and by a link where that is possible. RunError if it is
-    not."""
+    """`copy` becomes the same file as `path`, atomically, by a link where there are links; RunError if it cannot be."""
     try:
         _link(path, copy)
         _sync_folder(copy.parent)
@@ -85,33 +78,37 @@ def _sync_folder(folder: Path) -> None:
 
 
 def load(path: str | Path, flag: str) -> dict:
-    """The checkpoint's content on the CPU. UserError, naming `flag`, for a missing, damaged or unsafe file.
-
-    A .safetensors file is a bare state dict; reading it needs that package.
-    """
-    path = Path(path)
-    where = f"{flag} {path}"
+    """The checkpoint's content on the CPU, of a .safetensors file its bare state dict. UserError, naming `flag`, for a
+    missing, damaged or unsafe file."""
+    path, where = Path(path), f"{flag} {path}"
     if not path.is_file():
         raise UserError(f"{where}: " + ("is a folder; name the checkpoint file" if path.is_dir() else "no such file"))
     if path.suffix == ".safetensors":
-        return _load_safetensors(path, flag)
-    hint = "use another one (previous.pt and best.pt lie beside last.pt)"
-    damaged = UserError(f"{flag}: damaged checkpoint {path}; {hint}")
+        try:
+            from safetensors import SafetensorError
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        except ImportError:
+            raise UserError(f"{where}: reading this kind of file needs a package: pip install safetensors") from None
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            raise UserError(f"{flag}: damaged checkpoint {path} ({one_line(error)})") from None
+    bad = UserError(f"{flag}: damaged checkpoint {path}; use another one (previous.pt and best.pt lie beside last.pt)")
     try:
         if zipfile.is_zipfile(path):  # torch.load itself does not notice a flipped byte
             with zipfile.ZipFile(path) as z:
                 if z.testzip() is not None:
-                    raise damaged
+                    raise bad
         # The official DeiT and t-ReX files carry their command line; nothing else beyond plain types is let in.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "global" not in str(error).lower():
-            raise damaged from None
+            raise bad from None
         held = "the file holds more than tensors and plain types and could run code"
         raise UserError(f"{where}: refused, {held}") from None
     except (EOFError, RuntimeError, OSError, ValueError, LookupError, AttributeError, TypeError, zipfile.BadZipFile):
-        raise damaged from None
+        raise bad from None
     if not isinstance(content, dict):
         raise UserError(f"{where}: holds a {type(content).__name__}, not a checkpoint")
     if content.get("format", FORMAT) != FORMAT:
@@ -120,46 +117,23 @@ def load(path: str | Path, flag: str) -> dict:
     return content
 
 
-def _load_safetensors(path: Path, flag: str) -> dict:
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError:
-        raise UserError(f"{flag} {path}: reading this kind of file needs a package: pip install safetensors") from None
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"{flag}: damaged checkpoint {path} ({one_line(error)})") from None
-
-
-PREFIXES = ("module.", "_orig_mod.", "model.")
-
-
 def weights(checkpoint: dict, *, ema: bool = False) -> dict[str, torch.Tensor]:
-    """The state dict inside a checkpoint of ours, an official one, or a bare one; wrappers' prefixes removed.
-
-    ema: the averaged weights; UserError if there are none.
-    """
+    """The state dict inside a checkpoint of ours, an official one, or a bare one; wrappers' prefixes removed. ema: the
+    averaged weights; UserError if there are none."""
     names = ("ema", "model_ema") if ema else ("model", "state_dict")
-    state = next((checkpoint[n] for n in names if isinstance(checkpoint.get(n), dict)), None)
-    if state is None and ema:
+    state = next((checkpoint[n] for n in names if isinstance(checkpoint.get(n), dict)), None if ema else checkpoint)
+    if state is None:
         raise UserError("--use-ema: this checkpoint holds no averaged weights")
-    state = checkpoint if state is None else state
     state = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
-    for _ in range(3):
-        for prefix in PREFIXES:
-            if state and all(k.startswith(prefix) for k in state):
-                state = {k[len(prefix) :]: v for k, v in state.items()}
+    while {k.partition(".")[0] for k in state} in ({"module"}, {"_orig_mod"}, {"model"}):
+        state = {k.partition(".")[2]: v for k, v in state.items()}
     return state
 
 
 def recipe_of(content: dict) -> dict:
     """The fields of the recipe that a checkpoint of ours was trained by; {} of an official or bare one."""
-    fields = content.get("recipe")
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()} if isinstance(fields, dict) else {}
-
-
-HEADS = ("head.", "head_dist.", "fc.", "classifier.", "heads.")  # classifiers: of the methods, of torchvision's models
+    recipe = content.get("recipe")
+    return recipe if isinstance(recipe, dict) else {}
 
 
 def classes_of(content: dict) -> list[str]:
@@ -176,7 +150,7 @@ def load_weights(model: torch.nn.Module, state: dict[str, torch.Tensor], where: 
     own = model.state_dict()
     differ = [f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}" for k, v in own.items()
               if k in state and state[k].shape != v.shape]
-    kinds = {"keys missing": sorted(set(own) - set(state)), "keys not known": sorted(set(state) - set(own)),
+    kinds = {"keys missing": sorted(own.keys() - state.keys()), "keys not known": sorted(state.keys() - own.keys()),
              "shapes differ": differ}
     problems = [f"{len(found)} {kind}, e.g. {', '.join(found[:5])}" for kind, found in kinds.items() if found]
     if problems:
@@ -184,15 +158,11 @@ def load_weights(model: torch.nn.Module, state: dict[str, torch.Tensor], where: 
     model.load_state_dict(state)
 
 
-def fit(
-    model: torch.nn.Module, content: dict, where: str, say: Callable[[str], None], *, ema: bool = False,
-    adapt: Callable | None = None, new_head: bool = False,
-) -> None:
+def fit(model: torch.nn.Module, content: dict, where: str, say: Callable, *, ema: bool = False,
+        adapt: Callable | None = None, new_head: bool = False) -> None:
     """A checkpoint's weights (ema: its averaged ones) into the model; UserError, naming `where`, if they do not fit.
-
     adapt(model, state, content, say) changes the state dict in place first, to the model's resolution; new_head: a
-    classifier for other classes is left fresh.
-    """
+    classifier for other classes is left fresh."""
     state = weights(content, ema=ema)
     narrow = {v.dtype for v in state.values()} & {torch.float16, torch.bfloat16}
     if narrow:
@@ -211,7 +181,7 @@ def fit(
 
 
 def of_run(run) -> dict:
-    """The content of --weights (last.pt of --out without it); UserError if it is another method's or model's."""
+    """The content of --weights (last.pt of --out without it); UserError if it is another model's."""
     args = run.args
     args.weights = args.weights or str(run.out / "last.pt")
     content = load(args.weights, "--weights")
@@ -222,13 +192,9 @@ def of_run(run) -> dict:
 
 
 def take_part(model: torch.nn.Module, state: dict[str, torch.Tensor], prefix: str) -> list[str]:
-    """Fits a state dict, in place, to a model that takes its part `prefix` (a trunk); returns the keys that start
-    afresh.
-
-    A state dict without that prefix is taken for the part alone, in torchvision's form. Of all else, what has the same
-    name and shape is taken too; the rest is the model's own. The part itself must fit: load_weights says where it does
-    not.
-    """
+    """Fits a state dict, in place, to a model that takes its part `prefix` (a trunk), which load_weights checks; of all
+    else it takes what has the same name and shape and returns the keys that start afresh. A state dict without that
+    prefix is taken for the part alone, in torchvision's form."""
     if not any(k.startswith(prefix) for k in state):
         for key in list(state):
             state[prefix + key] = state.pop(key)

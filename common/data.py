@@ -1,32 +1,25 @@
-"""The order in which images are visited, and the loaders.
-
-Everything random is a function of (seed, epoch, sample, repeat): never of worker, rank or history. Hence the same
-pixels for any number of workers and ranks, and a run that was killed in the middle of an epoch resumes exactly.
-"""
-
-from __future__ import annotations
+"""The order in which images are visited, and the loaders. Everything random is a function of (seed, epoch, sample,
+repeat), never of worker, rank or history: the same pixels for any number of them, and when a run is resumed."""
 
 import random
 import signal
 import time
+from collections import namedtuple
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.errors import RunError, UserError, one_line
 from common.run import Run
 from common.sources import Source, open_data
 
-# ---- Order -----------------------------------------------------------------------------------------------------------
-
 
 def epoch_length(length: int, repeats: int) -> int:
     """Samples of an epoch. With repeats (repeated augmentation) still about as many as there are images, hence
-    length/repeats distinct ones: a multiple of 256 as the official sampler has it, unless there are fewer images than
-    that."""
+    length/repeats distinct ones: a multiple of 256, as in the official sampler, unless there are fewer images."""
     return length if repeats == 1 else length // 256 * 256 or length
 
 
@@ -37,32 +30,13 @@ def epoch_order(length: int, epoch: int, seed: int, repeats: int) -> np.ndarray:
     return np.repeat(order[: -(-length // repeats)], repeats)[: epoch_length(length, repeats)]
 
 
-class RepeatedAugSampler(Sampler[int]):
-    """Rank r's share of epoch_order, every world_size-th sample; with seed 0 exactly the official sampler's indices."""
-
-    def __init__(self, length: int, world_size: int, rank: int, repeats: int = 3, seed: int = 0):
-        self.length, self.world_size, self.rank, self.repeats, self.seed = length, world_size, rank, repeats, seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return epoch_length(self.length, self.repeats) // self.world_size
-
-    def __iter__(self) -> Iterator[int]:
-        order = epoch_order(self.length, self.epoch, self.seed, self.repeats)
-        return iter(order[self.rank :: self.world_size][: len(self)].tolist())
-
-
 class GlobalBatches(Sampler[list]):
     """This rank's micro-batches of every global batch, as lists of keys (epoch, index, repeat).
 
-    The global batch of step s is samples [s B, (s + 1) B) of epoch_order, dealt out like cards to B / group groups. A
-    group is what a GPU was in the papers: `group` images that share one mixup or cutmix draw and are mixed with each
-    other only. Ranks and micro-batches are made of whole groups: who is mixed with whom depends on neither.
-    Neighbouring groups stay together: repeats of an image then mostly land in one micro-batch and share a decode.
-    """
+    The global batch of step s is samples [s B, (s + 1) B) of epoch_order, dealt out like cards to B / group groups.
+    A group is what a GPU was in the papers: images that share one mixup or cutmix draw and are mixed with each other
+    only. Ranks and micro-batches are made of whole groups: who is mixed with whom depends on neither. Neighbouring
+    groups stay together: repeats of an image then mostly land in one micro-batch and share a decode."""
 
     def __init__(self, length: int, *, batch_size: int, micro_batch: int, group: int, world_size: int, rank: int,
                  repeats: int, seed: int):
@@ -90,48 +64,46 @@ class GlobalBatches(Sampler[list]):
                 yield [(self.epoch, int(order[p]), int(p % self.repeats)) for p in mine]
 
 
-# ---- Loading ---------------------------------------------------------------------------------------------------------
+class RepeatedAugSampler(GlobalBatches):
+    """Rank r's share of epoch_order, every world_size-th sample; with seed 0 exactly the official sampler's indices."""
 
-Images = torch.Tensor | tuple[torch.Tensor, ...]
-Transform = Callable[[torch.Tensor, random.Random], tuple[Images, tuple[float, ...]]]
+    def __init__(self, length: int, world_size: int, rank: int, repeats: int = 3, seed: int = 0):
+        super().__init__(length, batch_size=world_size, micro_batch=1, group=1, world_size=world_size, rank=rank,
+                         repeats=repeats, seed=seed)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        return (index for [(_, index, _)] in super().__iter__())
 
 
 class Samples(Dataset):
-    """Whole micro-batches of transformed images.
+    """Whole micro-batches of transformed images: (images uint8 (B, 3, h, w) channels-last, parameters float32 (B, P),
+    labels int64 (B,), indices int64 (B,)), or a string naming the image that could not be read. transform(image, rng
+    seeded by the key) -> (uint8 (3, h, w), parameters of what is left to the device). One that makes several crops
+    returns a tuple of tensors (n, 3, h, w), one per size; images is then a tuple of (B, n, 3, h, w)."""
 
-    transform(image, rng) -> (uint8 (3, h, w), parameters of what is left to the device). rng is seeded by the key.
-    Items: (images uint8 (B, 3, h, w) channels-last, parameters float32 (B, P), labels int64 (B,), indices int64 (B,)),
-    or a string naming the image that could not be read. A transform that makes several crops returns a tuple of tensors
-    (n, 3, h, w), one per size; images is then a tuple of (B, n, 3, h, w).
-    """
-
-    def __init__(self, source: Source, transform: Transform, seed: int):
+    def __init__(self, source: Source, transform: Callable, seed: int):
         self.source, self.transform, self.seed = source, transform, seed
 
     def __getitems__(self, keys: list[tuple[int, int, int]]) -> tuple | str:
-        batches, parameters, decoded = None, [], {}
-        for i, (epoch, index, repeat) in enumerate(keys):
-            if index not in decoded:
-                try:
+        crops, parameters, decoded = [], [], {}
+        for epoch, index, repeat in keys:
+            try:
+                if index not in decoded:
                     decoded[index] = self.source.read(index)
-                except (OSError, ValueError) as error:
-                    return f"{self.source.name(index)}: {one_line(error, 1000)}"
+            except (OSError, ValueError) as error:
+                return f"{self.source.name(index)}: {one_line(error, 1000)}"
             rng = random.Random((((self.seed << 32) + epoch) << 40) + (index << 8) + repeat)
-            crops, extra = self.transform(decoded[index], rng)
-            several = isinstance(crops, tuple)
-            crops = [crop.movedim(-3, -1) for crop in (crops if several else (crops,))]
-            if batches is None:
-                batches = [torch.empty((len(keys), *crop.shape), dtype=torch.uint8) for crop in crops]
-            for batch, crop in zip(batches, crops):
-                batch[i] = crop
-            parameters.append(extra)
+            images, left = self.transform(decoded[index], rng)
+            crops.append(images if isinstance(images, tuple) else (images,))
+            parameters.append(left)
+        batches = tuple(torch.stack([c.movedim(-3, -1) for c in size]).movedim(-1, -3) for size in zip(*crops))
         indices = torch.tensor([index for _, index, _ in keys])
         labels = torch.from_numpy(self.source.labels[indices.numpy()])
-        images = tuple(batch.movedim(-1, -3) for batch in batches)
-        return images if several else images[0], torch.tensor(parameters, dtype=torch.float32), labels, indices
-
-    def __len__(self) -> int:
-        return len(self.source)
+        images = batches if isinstance(images, tuple) else batches[0]
+        return images, torch.tensor(parameters, dtype=torch.float32), labels, indices
 
 
 def _identity(batch):
@@ -144,21 +116,18 @@ def _worker_init(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def make_loader(
-    samples: Samples, batches: Sampler, workers: int, device: torch.device, *, persistent: bool = True
-) -> DataLoader:
+def make_loader(samples: Samples, batches, workers: int, device: torch.device, persistent: bool = True) -> DataLoader:
     """DataLoader over whole micro-batches, ready ahead of need; persistent workers live through all epochs."""
     return DataLoader(
         samples, batch_sampler=batches, num_workers=workers, collate_fn=_identity, pin_memory=device.type == "cuda",
-        worker_init_fn=_worker_init, persistent_workers=workers > 0 and persistent,
-        prefetch_factor=2 if workers else None, timeout=300 if workers else 0,
+        worker_init_fn=_worker_init, persistent_workers=workers > 0 and persistent, timeout=300 if workers else 0,
     )
 
 
 def split_batch(batch_size: int, world: int, micro_batch: int | None, group: int) -> tuple[int, int]:
     """(micro-batch per rank, accumulation steps) with world x micro-batch x accumulation = batch_size, micro-batches of
     whole mixing groups. UserError with the two nearest batch sizes that would do."""
-    unit = world * (micro_batch or group)
+    unit, local = world * (micro_batch or group), batch_size // world
     if micro_batch is not None and (micro_batch < 1 or micro_batch % group):
         mixed = f"the {group} images that are mixed together (--mix-group)"
         raise UserError(f"--micro-batch {micro_batch}: must be a multiple of {mixed}")
@@ -167,48 +136,35 @@ def split_batch(batch_size: int, world: int, micro_batch: int | None, group: int
         least = "" if micro_batch else " (--mix-group, the least a rank can take)"
         parts = f"{world} ranks x {micro_batch or group} images{least}"
         raise UserError(f"--batch-size {batch_size}: not a multiple of {parts}; the nearest that are: {near}")
-    local = batch_size // world
     micro = micro_batch or max(m for m in range(group, local + 1, group) if local % m == 0 and (m <= 256 or m == group))
     return micro, local // micro
 
 
-class Batch(NamedTuple):
-    """A micro-batch: images uint8 (B, 3, h, w) or a tuple of crops (B, n, 3, h, w), and labels (B,) on the device;
-    parameters (B, P) of the transform and indices (B,) on the host; its mixing groups' numbers."""
-
-    images: Images
-    parameters: torch.Tensor
-    labels: torch.Tensor
-    indices: torch.Tensor
-    groups: range
+# A micro-batch: images uint8 (B, 3, h, w) or a tuple of crops (B, n, 3, h, w), and labels (B,) on the device;
+# parameters (B, P) of the transform and indices (B,) on the host; its mixing groups' numbers.
+Batch = namedtuple("Batch", "images parameters labels indices groups")
 
 
 class TrainingData:
-    """What a training loop draws from: the training images in the recipe's order and batches, and the validation
-    images.
+    """Training images in the recipe's order and batches, and validation images; source, val: their Sources (val None
+    with --val-data none); classes; micro_batch (images per rank and forward pass), accumulation (micro-batches per step
+    and rank), steps (per epoch); seen: indices of the step's images."""
 
-    source, val: training and validation Source (val None with --val-data none); classes; micro_batch (images per rank
-    and forward pass), accumulation (micro-batches per step and rank), steps (per epoch); seen: indices of the step's
-    images.
-    """
-
-    def __init__(self, run: Run, recipe, transform: Transform):
+    def __init__(self, run: Run, recipe, transform: Callable):
         args, self.run = run.args, run
         self.group = min(getattr(recipe, "mix_group", 1), recipe.batch_size)  # 1: nothing is mixed
         self.micro_batch, self.accumulation = split_batch(recipe.batch_size, run.world, args.micro_batch, self.group)
         splits = ("train",) if args.val_data == "none" else ("train", "val")
         options = dict(val_data=args.val_data, coarse_labels=args.coarse_labels, splits=splits, say=run.say)
         found = run.first(lambda: open_data(args.data, **options))
-        self.source, self.val = found["train"], found.get("val")
-        self.classes = self.source.classes
+        self.source, self.val, self.classes = found["train"], found.get("val"), found["train"].classes
         self.batches = GlobalBatches(
             len(self.source), batch_size=recipe.batch_size, micro_batch=self.micro_batch, group=self.group,
-            world_size=run.world, rank=run.rank, repeats=recipe.repeats, seed=args.seed,
-        )
+            world_size=run.world, rank=run.rank, repeats=recipe.repeats, seed=args.seed)
         self.steps = self.batches.steps
         if self.steps == 0:
-            images = f"{len(self.source)} images"
-            raise UserError(f"--batch-size {recipe.batch_size}: larger than the training set of {images}; lower it")
+            size = f"larger than the training set of {len(self.source)} images"
+            raise UserError(f"--batch-size {recipe.batch_size}: {size}; lower it")
         self.samples = Samples(self.source, transform, args.seed)
         self.loader = make_loader(self.samples, self.batches, run.workers, run.device)
 
@@ -232,17 +188,10 @@ class TrainingData:
         """For Run.start: the classes, a digest of the training images' names and labels, the validation set's size."""
         return {"classes": self.classes, "digest": self.source.digest(), "val_images": len(self.val or ())}
 
-    def names(self, indices: torch.Tensor) -> list[str]:
-        """File names of training images, for messages."""
-        return [self.source.name(i) for i in indices.tolist()]
-
     def first_images(self, count: int) -> Batch:
         """The run's first `count` images, or the few more that make whole groups."""
-        groups = -(-count // self.group)
-        keys = next(iter(self.batches))[: self.group * groups]
-        images, parameters, labels, indices = readable(self.samples.__getitems__(keys))
-        device = self.run.device
-        return Batch(moved(images, device), parameters, moved(labels, device), indices, range(len(keys) // self.group))
+        keys = next(iter(self.batches))[: -(-count // self.group) * self.group]
+        return Batch(*moved(self.samples.__getitems__(keys), self.run.device), range(len(keys) // self.group))
 
 
 def eval_batches(length: int, batch_size: int, world_size: int, rank: int) -> list[list]:
@@ -251,43 +200,32 @@ def eval_batches(length: int, batch_size: int, world_size: int, rank: int) -> li
     return [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]
 
 
-def moved(images: Images, device: torch.device) -> Images:
-    """Images on the device, without waiting for the copy."""
-    if isinstance(images, tuple):
-        return tuple(moved(crops, device) for crops in images)
-    return images.to(device, non_blocking=True)
-
-
-def readable(batch: tuple | str) -> tuple:
-    """What Samples returned; RunError if that is the name of an image that cannot be read."""
+def moved(batch: tuple | str, device: torch.device) -> tuple:
+    """What Samples returned, its images and labels on the device, which is not waited for; RunError if a string."""
     if isinstance(batch, str):
         raise RunError(f"cannot read {batch}")
-    return batch
+    images, parameters, labels, indices = batch
+    images, labels = tree_map(lambda tensor: tensor.to(device, non_blocking=True), (images, labels))
+    return images, parameters, labels, indices
 
 
-def to_device(loader: DataLoader, device: torch.device) -> Iterator[tuple[torch.Tensor, ...]]:
-    """The loader's batches, images and labels on `device`, parameters and indices on the host.
-
-    The next batch is copied (on a stream of its own) while the current one is in use. Raises RunError naming the image
-    that cannot be read, or the likely reason if a worker process died.
-    """
+def to_device(loader: DataLoader, device: torch.device) -> Iterator[tuple]:
+    """The loader's batches, images and labels on `device`: the next is copied there, on a stream of its own, while this
+    one is in use. RunError naming the image that cannot be read, or the likely reason if a worker process died."""
     try:
         if device.type != "cuda":
-            yield from map(readable, loader)
+            yield from (moved(batch, device) for batch in loader)
             return
-        stream, ahead = torch.cuda.Stream(device), None
+        stream, ahead = torch.cuda.Stream(device), []
         for batch in loader:
-            images, parameters, labels, indices = readable(batch)
             with torch.cuda.stream(stream):
-                images, labels = moved(images, device), moved(labels, device)
-            if ahead is not None:
-                yield ahead
+                batch = moved(batch, device)
+            yield from ahead
             torch.cuda.current_stream(device).wait_stream(stream)
-            for tensor in (*(images if isinstance(images, tuple) else (images,)), labels):
+            for tensor in tree_leaves((batch[0], batch[2])):
                 tensor.record_stream(torch.cuda.current_stream(device))
-            ahead = images, parameters, labels, indices
-        if ahead is not None:
-            yield ahead
+            ahead = [batch]
+        yield from ahead
     except RuntimeError as error:
         if "DataLoader" not in str(error):
             raise

@@ -1,10 +1,5 @@
-"""One run: ranks, output folder, log, progress, signals, checkpoints and resuming.
-
-What decides the result (order, augmentation, learning rate, random draws) is a pure function of (seed, epoch, step),
-so a run is resumed exactly from weights, optimizer state and these two counters.
-"""
-
-from __future__ import annotations
+"""One run: ranks, output folder, log, progress, signals, checkpoints and resuming. What decides the result (order,
+augmentation, learning rate, random draws) is a pure function of (seed, epoch, step): a run resumes exactly."""
 
 import contextlib
 import dataclasses
@@ -18,18 +13,15 @@ import os
 import random
 import shutil
 import signal
-import socket
 import sys
 import time
 import traceback
-from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torchvision
-from torch import nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -42,15 +34,15 @@ from common.precision import check_amp
 
 FLAG_LAG = 3  # steps after which the host reads a step's flags from a GPU: long done by then, so nothing waits
 SAVE, STOP = 1.0, 2.0**16  # what a signal asks of a rank; a sum over ranks tells both
-COUNTERS = ("epoch", "step", "best", "loss_sum", "loss_count", "skipped_steps")  # of a run, kept in its checkpoints
+COUNTERS = ("epoch", "step", "best", "loss_sum", "loss_count", "skipped_steps", "log_bytes")  # kept in checkpoints
 MAX_SKIPPED = 20  # consecutive fp16 overflows before the run stops
+LOST = ("connection closed by peer", "connection reset", "broken pipe", "timed out", "gloo", "nccl", "socket")
+_CURRENT: list = []  # this process' Run
+_STORE: list = []  # where its ranks meet
 
 
-class Stopped(Exception):
-    """A signal asked for an end and the state is saved."""
-
-
-# ---- Starting and ending ---------------------------------------------------------------------------------------------
+class Stopped(SystemExit):
+    """A signal asked for an end, and the state is saved. Its code is 128 + signal."""
 
 
 def launch(main: Callable[[], None]) -> None:
@@ -70,8 +62,6 @@ def outcome(main: Callable[[], None]) -> int:
         status = 0
     except SystemExit as end:
         status = end.code or 0
-    except Stopped as stopped:
-        status = 128 + stopped.args[0]
     except KeyboardInterrupt:
         status = 130
     except BrokenPipeError:
@@ -80,12 +70,15 @@ def outcome(main: Callable[[], None]) -> int:
         status = 2 if isinstance(error, UserError) else 1
         if "--debug" in sys.argv:
             traceback.print_exc()
-        if _first_to_report(rank):
-            line = str(error)
+        first = True  # one rank tells it, where ranks can be asked; before they are connected, rank 0
+        with contextlib.suppress(RuntimeError):
+            first = _STORE[-1].add("reported_error", 1) == 1 if _STORE else rank == 0
+        line = str(error) if first else None
     except torch.cuda.OutOfMemoryError:
         line = "the GPU's memory is full; lower --micro-batch (the result stays the same) or use --grad-checkpoint"
     except BaseException as error:
-        if _lost_contact(error):
+        said = str(error).lower()
+        if isinstance(error, RuntimeError) and dist.is_initialized() and any(sign in said for sign in LOST):
             time.sleep(3)  # the rank that failed speaks first
             where = "".join(f" at epoch {run.epoch}, step {run.step}" for run in _CURRENT if run.started)
             hint = "it died or hangs (see its own message); --resume auto goes on from the last checkpoint"
@@ -113,23 +106,6 @@ def _quit(status: int) -> None:
     os._exit(status)
 
 
-_CURRENT: list[Run] = []
-_STORE: list = []  # where the ranks meet
-
-
-def _first_to_report(rank: int) -> bool:
-    """True on one rank only, where ranks can be asked; before they are connected, on rank 0."""
-    with contextlib.suppress(RuntimeError):
-        return _STORE[-1].add("reported_error", 1) == 1 if _STORE else rank == 0
-    return True
-
-
-def _lost_contact(error: BaseException) -> bool:
-    signs = ("connection closed by peer", "connection reset", "broken pipe", "timed out", "gloo", "nccl", "socket")
-    said = str(error).lower()
-    return isinstance(error, RuntimeError) and dist.is_initialized() and any(s in said for s in signs)
-
-
 def connect(device: str | None, timeout: int) -> tuple[torch.device, int, int]:
     """(device, rank, world size) from torchrun's environment; one process without it. UserError for half of it."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -137,7 +113,7 @@ def connect(device: str | None, timeout: int) -> tuple[torch.device, int, int]:
     if given and missing:
         hint = "start several ranks with torchrun, one with plain python"
         raise UserError(f"the environment sets {', '.join(given)} but not {', '.join(missing)}; {hint}")
-    rank, world, local = (int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world, local = (int(os.environ[n]) for n in names[:3]) if given else (0, 1, 0)
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "cuda" and not gpus:
         raise UserError("--device cuda: torch sees no GPU here; leave the flag out to run on the CPU")
@@ -162,9 +138,6 @@ def connect(device: str | None, timeout: int) -> tuple[torch.device, int, int]:
     return torch.device(device), rank, world
 
 
-# ---- The run ---------------------------------------------------------------------------------------------------------
-
-
 class Run:
     """State and bookkeeping of one training run. All its methods are called by all ranks alike."""
 
@@ -176,12 +149,15 @@ class Run:
         self.out = Path(args.out or f"runs/{method}_{args.model.replace('/', '_')}")
         self.epoch = self.step = 0  # what comes next
         self.best, self.loss_sum, self.loss_count, self.last_loss = -math.inf, 0.0, 0, math.nan
-        self.stop_signal, self.stop_agreed = 0, False  # asked of this rank; known to all ranks
-        self.save_asked, self.save_agreed = False, False
-        self.lag = FLAG_LAG if self.device.type == "cuda" else 0
-        self.pending: deque = deque()  # steps whose flags the host has not read
         self.skipped_in_a_row = self.skipped_steps = self.log_bytes = 0
-        self.bar = self.writer = self.lock = None
+        self.stop_signal, self.save_asked = 0, False  # asked of this rank
+        self.stop_agreed = self.save_agreed = False  # known to all ranks
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        share = max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        self.workers = share if args.workers is None else args.workers  # loader processes of this rank
+        self.lag = FLAG_LAG if self.device.type == "cuda" else 0
+        self.pending: list[tuple] = []  # steps whose flags the host has not read
+        self.bar, self.writer, self.lock = tqdm(disable=True), None, None
         self.started = self.log_failed = False
         _CURRENT.append(self)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
@@ -212,16 +188,6 @@ class Run:
                     self.say(f"warning: cannot write {self.out / 'log.jsonl'} ({error.strerror}); training goes on")
                 self.log_failed = True
 
-    @property
-    def workers(self) -> int:
-        """Loader processes of this rank."""
-        if self.args.workers is not None:
-            return self.args.workers
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-
-    # -- several ranks
-
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Every rank's tensor (n, ...), rank 0's first: (world n, ...), the same on all ranks. No gradient."""
         parts = [tensor] if self.world == 1 else [torch.empty_like(tensor) for _ in range(self.world)]
@@ -231,44 +197,36 @@ class Run:
 
     def first(self, action: Callable):
         """action() of every rank, rank 0's before the others': what it builds (an index), they find."""
-        result = []
-        self.on_rank_0(lambda: result.append(action()))
-        return result[0] if result else action()
+        result = self.on_rank_0(action)
+        return result if self.rank == 0 else action()
 
-    def on_rank_0(self, action: Callable[[], None]) -> None:
-        """Runs `action` on rank 0 while the others wait; if it fails there, all ranks stop."""
-        error = None
+    def on_rank_0(self, action: Callable):
+        """action() on rank 0, and what it returns, while the others wait; if it fails there, all ranks stop."""
+        result = error = None
         if self.rank == 0:
             try:
-                action()
+                result = action()
             except (UserError, RunError) as raised:
                 error = raised
-        failed = torch.tensor([error is not None], dtype=torch.int32, device=self.device)
-        if self.world > 1:
-            dist.broadcast(failed, 0)
-        if error is not None:
-            raise error
-        if failed.item():
-            sys.exit(1)  # rank 0 says why
+        if self.gather(torch.tensor([error is not None], device=self.device)).any():
+            raise error or SystemExit(1)  # rank 0 says why
+        return result
 
     def _check_same_weights(self) -> None:
         """RunError if ranks hold different weights: they would diverge without a word."""
-        if self.world > 1:
-            sums = torch.stack([p.detach().double().sum() for p in self.parts["model"].parameters()]).sum()[None]
-            if any(not torch.equal(s, sums[0]) for s in self.gather(sums)):
-                where = f"at epoch {self.epoch}, step {self.step}"
-                raise RunError(f"the ranks hold different weights {where}; resume from the last checkpoint")
-
-    # -- before the first step
+        sums = torch.stack([p.detach().double().sum() for p in self.parts["model"].parameters()]).sum()[None]
+        if self.world > 1 and (self.gather(sums) != sums).any():
+            where = f"at epoch {self.epoch}, step {self.step}"
+            raise RunError(f"the ranks hold different weights {where}; resume from the last checkpoint")
 
     def open_folder(self) -> None:
         """Takes the output folder; UserError if it cannot be written or holds another run."""
-        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and self.args.resume is None:
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and self.args.resume is None:
             self.args.resume = "auto"  # torchrun --max-restarts started this process again
         self.on_rank_0(self._open_folder)
 
     def _open_folder(self) -> None:
-        path, where, here = self.out / "lock", f"--out {self.out}", socket.gethostname()
+        path, where, here = self.out / "lock", f"--out {self.out}", os.uname().nodename
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             lock = open(path, "a+")
@@ -300,9 +258,9 @@ class Run:
             self.lock.close()
             self.lock = None
 
-    def prepare(self, model: nn.Module, micro_batch: int) -> nn.Module:
+    def prepare(self, model: torch.nn.Module, micro_batch: int) -> torch.nn.Module:
         """The model as it is trained: BatchNorm synchronised, compiled if asked for, wrapped for several ranks."""
-        if micro_batch == 1 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+        if micro_batch == 1 and any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in model.modules()):
             raise UserError("--micro-batch 1: this model's BatchNorm needs at least 2 images per forward pass")
         model, cuda = synchronise(model, self.device), self.device.type == "cuda"
         if self.args.compile:
@@ -312,16 +270,14 @@ class Run:
             model.compile()
         if self.world > 1:
             # Buffers are equal on all ranks by themselves: BatchNorm's statistics are synchronised, memories gathered.
-            options = dict(gradient_as_bucket_view=True, broadcast_buffers=False)
-            model = DistributedDataParallel(model, [self.device.index] if cuda else None, **options)
+            model = DistributedDataParallel(model, [self.device.index] if cuda else None,
+                                            gradient_as_bucket_view=True, broadcast_buffers=False)
         return model
 
     def start(self, data: dict, **parts) -> None:
         """Registers what a checkpoint holds, resumes if asked to, and checks that all ranks hold the same weights.
-
-        data: TrainingData.identity() and what else must be the same when the run goes on (a teacher); parts: "model",
-        "optimizer" and whatever else has state_dict() and load_state_dict(), or None.
-        """
+        data: TrainingData.identity() and what else must stay the same when the run goes on (a teacher); parts: "model",
+        "optimizer" and whatever else has state_dict() and load_state_dict(), or None."""
         self.parts, self.data_info = parts, data
         if self.args.resume:
             self._resume()
@@ -332,16 +288,15 @@ class Run:
             except ImportError:
                 raise UserError("--tensorboard: the package is not installed; pip install tensorboard") from None
             self.writer = SummaryWriter(self.out, purge_step=self.epoch)
-        if self.epoch == self.step == 0 and self.rank == 0:
-            with contextlib.suppress(OSError):  # log() says so, once
-                (self.out / "log.jsonl").write_bytes(b"")
+        if self.rank == 0:  # what was logged after the checkpoint is forgotten
+            with contextlib.suppress(OSError), open(self.out / "log.jsonl", "ab") as f:  # log() says so, once
+                f.truncate(min(self.log_bytes, f.tell()))
         self.started = True
-        self.log({
-            "status": "started", "epoch": self.epoch, "step": self.step, "seed": self.args.seed,
-            "world_size": self.world, "recipe": dataclasses.asdict(self.recipe),
-            "differs_from_paper": differences(self.recipe, self.paper), "allowed_changes": self.args.allow_changes,
-            **{k: v for k, v in data.items() if k not in ("classes", "digest")},
-        })
+        self.log({"status": "started", "epoch": self.epoch, "step": self.step, "seed": self.args.seed,
+                  "world_size": self.world, "recipe": dataclasses.asdict(self.recipe),
+                  "differs_from_paper": differences(self.recipe, self.paper),
+                  "allowed_changes": self.args.allow_changes,
+                  **{k: v for k, v in data.items() if k not in ("classes", "digest")}})
 
     def _newest_checkpoint(self) -> tuple[str, dict | None]:
         """(name, content) of what --resume asks for; no content if there is nothing."""
@@ -361,26 +316,20 @@ class Run:
         name, saved = self._newest_checkpoint()
         if saved is None:
             return self.say(f"nothing to resume in {self.out}: starting from the beginning")
-        flag, asked = f"--resume {self.args.resume}", (self.method, self.args.model)
+        flag, own = f"--resume {self.args.resume}", self._state()
         if "optimizer" not in saved or "epoch" not in saved:
             raise UserError(f"{flag}: holds weights only; to start from them use --weights {self.args.resume}")
-        lacking = [key for key in (*self.parts, *self._state()) if key not in saved]
+        lacking = [key for key in own if key not in saved]
         if lacking:
             raise UserError(f"{flag}: lacks {', '.join(lacking)}; it was not written by this version's training")
-        if (saved["method"], saved["model_name"]) != asked:
-            held = f"{saved['method']} {saved['model_name']}"
-            raise UserError(f"{flag}: holds {held}, you asked for {' '.join(asked)}")
-        now = _compared(dataclasses.asdict(self.recipe), self.args.seed, self.data_info)
-        then = _compared(saved["recipe"], saved["seed"], saved["data"])
+        held, asked = (f"{state['method']} {state['model_name']}" for state in (saved, own))
+        if held != asked:
+            raise UserError(f"{flag}: holds {held}, you asked for {asked}")
+        then, now = _compared(saved), _compared(own)
         changes = [f"{k} was {then.get(k)}, now {now.get(k)}" for k in {**then, **now} if then.get(k) != now.get(k)]
         if changes and not self.args.allow_changes:
             told = f"the run was started differently: {'; '.join(changes)}"
             raise UserError(f"{flag}: {told}; repeat its flags, or add --allow-changes")
-        self._restore(saved, flag)
-        changed = f" with changes: {'; '.join(changes)}" if changes else ""
-        self.say(f"resumed from {name} at epoch {self.epoch}, step {self.step}{changed}")
-
-    def _restore(self, saved: dict, flag: str) -> None:
         checkpoint.load_weights(self.parts["model"], saved["model"], flag)
         for key, part in self.parts.items():
             if (part is None) != (saved[key] is None):
@@ -392,15 +341,12 @@ class Run:
             except (ValueError, KeyError, RuntimeError) as error:
                 problem = f"its {key} state does not fit ({one_line(error)})"
                 raise UserError(f"{flag}: {problem}; to start from the weights use --weights") from None
-        for name in COUNTERS:
-            setattr(self, name, saved[name])
+        for counter in COUNTERS:
+            setattr(self, counter, saved[counter])
         torch.set_rng_state(saved["rng"]["torch"])
         random.setstate(saved["rng"]["python"])
-        if self.rank == 0 and (self.out / "log.jsonl").exists():  # forget what was logged after the checkpoint
-            with open(self.out / "log.jsonl", "r+b") as f:
-                f.truncate(min(saved["log_bytes"], f.seek(0, 2)))
-
-    # -- the loop
+        changed = f" with changes: {'; '.join(changes)}" if changes else ""
+        self.say(f"resumed from {name} at epoch {self.epoch}, step {self.step}{changed}")
 
     def rng(self, purpose: str, number: int) -> random.Random:
         """A generator of this step, the same on all ranks."""
@@ -415,10 +361,9 @@ class Run:
         self.data, self.first_step, self.epoch_start = data, self.step, time.time()
         self.last_line = self.epoch_start
         data.begin(self.epoch, self.step)
-        if self.rank == 0 and sys.stderr.isatty():
-            total, done = data.steps * self.recipe.batch_size, self.step * self.recipe.batch_size
-            look = dict(desc=f"epoch {self.epoch}", unit="img", unit_scale=True, dynamic_ncols=True, leave=False)
-            self.bar = tqdm(total=total, initial=done, **look)
+        batch, hidden = self.recipe.batch_size, self.rank > 0 or not sys.stderr.isatty()
+        self.bar = tqdm(desc=f"epoch {self.epoch}", total=data.steps * batch, initial=self.step * batch, unit="img",
+                        unit_scale=True, dynamic_ncols=True, leave=False, disable=hidden)
         while self.step < data.steps:
             yield self.step
 
@@ -428,16 +373,22 @@ class Run:
         return SAVE * save + STOP * (self.stop_signal != 0)
 
     def after_step(self, stats: torch.Tensor, lr: float) -> None:
-        """Counts the step, reads the flags of an earlier one, saves and stops where asked. stats: Precision.step's."""
+        """Counts and shows a step, reads an earlier one's flags, saves and stops if asked. stats: Precision.step's."""
         event = None
         if self.device.type == "cuda":
             stats = torch.empty(3, pin_memory=True).copy_(stats, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
+            event = torch.cuda.current_stream().record_event()
         self.pending.append((stats, event, lr, self.epoch, self.step, self.data.seen))
         self.step += 1
         self._read_flags(self.lag)
-        self._progress(lr)
+        self.bar.update(self.recipe.batch_size)
+        self.bar.set_postfix(loss=f"{self.last_loss:.4f}", lr=f"{lr:.2e}", refresh=False)
+        if self.bar.disable and time.time() - self.last_line > 30:
+            self.last_line, total = time.time(), self.data.steps
+            rate = (self.step - self.first_step) / (time.time() - self.epoch_start)  # steps per second
+            left = datetime.timedelta(seconds=int(((self.recipe.epochs - self.epoch) * total - self.step) / rate))
+            where, speed = f"epoch {self.epoch} step {self.step}/{total}", f"{rate * self.recipe.batch_size:.0f} img/s"
+            self.say(f"{where}  loss {self.last_loss:.4f}  lr {lr:.2e}  {speed}  ETA {left}")
         if self.stop_agreed or self.save_agreed or (self.args.save_steps and self.step % self.args.save_steps == 0):
             self.save_agreed = False
             self.save()
@@ -446,7 +397,7 @@ class Run:
 
     def _read_flags(self, lag: int) -> None:
         while len(self.pending) > lag:
-            stats, event, lr, epoch, step, seen = self.pending.popleft()
+            stats, event, lr, epoch, step, seen = self.pending.pop(0)
             if event is not None:
                 event.synchronize()
             loss, bad, asked = stats.tolist()
@@ -458,31 +409,18 @@ class Run:
                 continue
             self.skipped_steps, self.skipped_in_a_row = self.skipped_steps + 1, self.skipped_in_a_row + 1
             if self.amp != "fp16" or self.skipped_in_a_row > MAX_SKIPPED:
-                names = self.data.names(self.gather(torch.cat(seen).to(self.device)))
+                names = [self.data.source.name(i) for i in self.gather(torch.cat(seen).to(self.device)).tolist()]
                 reason = "loss or gradient not finite"
                 self.log({"status": "failed", "reason": reason, "epoch": epoch, "step": step, "lr": lr, "files": names})
                 images = f"Its images: {', '.join(names[:4])}, ... (all {len(names)} in {self.out / 'log.jsonl'})"
                 where = f"at epoch {epoch}, step {step}, lr {lr:g}"
                 raise RunError(f"{reason} {where}; nothing of that step was applied. {images}")
 
-    def _progress(self, lr: float) -> None:
-        if self.bar is not None:
-            self.bar.update(self.recipe.batch_size)
-            self.bar.set_postfix(loss=f"{self.last_loss:.4f}", lr=f"{lr:.2e}", refresh=False)
-        elif time.time() - self.last_line > 30:
-            self.last_line, total = time.time(), self.data.steps
-            rate = (self.step - self.first_step) / (time.time() - self.epoch_start)  # steps per second
-            left = datetime.timedelta(seconds=int(((self.recipe.epochs - self.epoch) * total - self.step) / rate))
-            where, speed = f"epoch {self.epoch} step {self.step}/{total}", f"{rate * self.recipe.batch_size:.0f} img/s"
-            self.say(f"{where}  loss {self.last_loss:.4f}  lr {lr:.2e}  {speed}  ETA {left}")
-
     def end_of_training_epoch(self, lr: float) -> dict:
-        """Figures of the epoch's training part, with the next learning rate; saves `last.pt`, from which a resumed run
-        goes straight to evaluation."""
+        """Figures of the training epoch, with the next learning rate; a run that resumes from its last.pt evaluates."""
         self._read_flags(0)
         seconds, done = time.time() - self.epoch_start, self.step - self.first_step
-        if self.bar is not None:
-            self.bar.close()
+        self.bar.close()
         self._check_same_weights()
         if done or not (self.out / "last.pt").exists():
             self.save()
@@ -491,12 +429,10 @@ class Run:
         waiting = self.data.waited / seconds if done else 0.0
         if waiting > 0.3:
             self.say(f"warning: {waiting:.0%} of this epoch was waiting for data; raise --workers (now {self.workers})")
-        return {
-            "epoch": self.epoch, "step": (self.epoch + 1) * self.data.steps,
-            "train_loss": self.loss_sum / max(self.loss_count, 1),
-            "images_per_s": done * self.recipe.batch_size / seconds if done else None, "waiting_for_data": waiting,
-            "skipped_steps": self.skipped_steps, "lr": lr,
-        }
+        return {"epoch": self.epoch, "step": (self.epoch + 1) * self.data.steps,
+                "train_loss": self.loss_sum / max(self.loss_count, 1),
+                "images_per_s": done * self.recipe.batch_size / seconds if done else None,
+                "waiting_for_data": waiting, "skipped_steps": self.skipped_steps, "lr": lr}
 
     def end_of_epoch(self, record: dict, score: float | None) -> None:
         """Logs the epoch, keeps `best.pt` if `score` is the highest so far, and moves on to the next epoch."""
@@ -513,25 +449,20 @@ class Run:
             self.writer.flush()
         self.epoch, self.step, self.loss_sum, self.loss_count = self.epoch + 1, 0, 0.0, 0
 
-    # -- saving and stopping
-
     def _state(self) -> dict:
-        """Where the run is and what it is, for a checkpoint."""
+        """What a checkpoint holds: the parts' states, where the run is and what it is."""
+        parts = {key: part if part is None else part.state_dict() for key, part in self.parts.items()}
         versions = {m.__name__: str(m.__version__) for m in (torch, torchvision)} | {"python": sys.version.split()[0]}
-        return {
-            **{name: getattr(self, name) for name in COUNTERS}, "log_bytes": self.log_bytes,
-            "rng": {"torch": torch.get_rng_state(), "python": random.getstate()},
-            "method": self.method, "model_name": self.args.model, "seed": self.args.seed,
-            "recipe": dataclasses.asdict(self.recipe), "data": self.data_info, "world_size": self.world,
-            "versions": versions,
-        }
+        return {**parts, **{name: getattr(self, name) for name in COUNTERS}, "versions": versions,
+                "rng": {"torch": torch.get_rng_state(), "python": random.getstate()},
+                "method": self.method, "model_name": self.args.model, "seed": self.args.seed,
+                "recipe": dataclasses.asdict(self.recipe), "data": self.data_info, "world_size": self.world}
 
     def save(self) -> None:
         """Writes last.pt (the one before becomes previous.pt); only rank 0 writes."""
         self._read_flags(0)  # raises if what would be saved comes after a broken step
-        parts = {key: part if part is None else part.state_dict() for key, part in self.parts.items()}
-        content, folder = {**parts, **self._state()}, self.out
-        self.on_rank_0(lambda: checkpoint.save(content, folder / "last.pt", keep=folder / "previous.pt"))
+        content, path = self._state(), self.out / "last.pt"
+        self.on_rank_0(lambda: checkpoint.save(content, path, keep=path.with_name("previous.pt")))
 
     def check_stop(self) -> None:
         """Ends the run if any rank was asked to, with what is on disk (before training, and during evaluation)."""
@@ -547,19 +478,18 @@ class Run:
             _quit(130)
         self.stop_signal = int(number)
         if not self.started:  # nothing to save yet, or ever
-            raise Stopped(int(number))
+            raise Stopped(128 + number)
 
     def _stop(self) -> None:
-        number, where = int(self.stop_signal or signal.SIGTERM), {"epoch": self.epoch, "step": self.step}
-        self.log({"status": "preempted", "signal": number, **where})
+        number = int(self.stop_signal or signal.SIGTERM)
+        self.log({"status": "preempted", "signal": number, "epoch": self.epoch, "step": self.step})
         if self.started and (self.out / "last.pt").exists():
             hint = f"the same command with --resume auto --out {self.out} goes on"
             self.say(f"stopped by signal {number} at epoch {self.epoch}, step {self.step}; {hint}")
-        raise Stopped(number)
+        raise Stopped(128 + number)
 
     def close(self, status: int) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        self.bar.close()
         if status in (1, 2) and self.started:  # a refused start leaves the log of the run that was there alone
             self.log({"status": "failed", "exit": status, "epoch": self.epoch, "step": self.step})
         self._unlock()
@@ -567,7 +497,8 @@ class Run:
             dist.destroy_process_group()
 
 
-def _compared(recipe: dict, seed: int, data: dict) -> dict:
-    """What must be the same when a run goes on."""
+def _compared(state: dict) -> dict:
+    """What of a checkpoint must be the same when a run goes on."""
+    data = state["data"]
     others = {k: v for k, v in data.items() if k not in ("classes", "digest", "val_images")}
-    return {**recipe, "seed": seed, "data": data["digest"], "classes": len(data["classes"]), **others}
+    return {**state["recipe"], "seed": state["seed"], "data": data["digest"], "classes": len(data["classes"]), **others}
