@@ -19,7 +19,7 @@ from common.evaluate import denormalize
 from common.images import to_pil
 from common.models import on_meta
 from common.optim import make_optimizer
-from common.precision import Precision, check_amp
+from common.precision import Precision
 from common.run import Run
 
 
@@ -50,7 +50,6 @@ def benchmark(run: Run, build: Callable[[], torch.nn.Module], loss: Callable[...
     build() makes the model for 1000 classes; loss(model, images, labels) is the method's.
     """
     args, recipe = run.args, run.recipe
-    check_amp(run.amp, run.device)
     batch = args.micro_batch or (64 if run.device.type == "cuda" else 8)
     parameters, gmacs = count(build, recipe.img_size)
     model = build().to(run.device)

@@ -39,7 +39,6 @@ from common.cli import Parser, check_choice, converter
 from common.errors import UserError
 from common.evaluate import extract, log_odds, logistic_regression, mean_average_precision
 from common.models import classifier_inputs, fingerprint, from_checkpoint, from_official, from_torchvision
-from common.precision import check_amp
 from common.report import read_log, save_json, save_scatter
 from common.run import Run, launch
 from common.sources import Source, cache_file, keep, open_data
@@ -261,7 +260,6 @@ def features(args) -> None:
         raise UserError("features: runs as one process; start it with plain python")
     asked = chosen_sets(args.sets, args.root)
     run = Run("transfer", args, None, None)
-    check_amp(run.amp, run.device)
     model, name, size, ratio, top1 = load_network(args, run.say)
     embed, identity = classifier_inputs(model, name), fingerprint(model)
     model.to(run.device)
