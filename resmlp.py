@@ -180,9 +180,9 @@ class CrossPatch(nn.Linear):
     """The matrix A of Eq. 4.2 and a bias, applied across patches: (B, N, C) -> (B, N, C)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # Autocast would cast after the expansion: one dense copy of A per image, kept for the backward pass.
-        device = x.device.type
-        A = self.weight.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else self.weight
+        A, device = self.weight, x.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            A = A.to(torch.get_autocast_dtype(device))  # after the expansion it would be one dense copy per image
         return torch.baddbmm(self.bias[:, None], A.expand(len(x), -1, -1), x)
 
 

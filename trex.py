@@ -177,7 +177,8 @@ class MemoryBank(nn.Module):
         features, labels = features[-size:].to(self.features.dtype), labels[-size:]
         where = (self.ptr + torch.arange(len(labels), device=labels.device)) % size
         end = (self.ptr + len(labels)) % size
-        for buffer, index, new in ((self.features, where, features), (self.labels, where, labels), (self.ptr, ..., end)):
+        changes = (self.features, where, features), (self.labels, where, labels), (self.ptr, ..., end)
+        for buffer, index, new in changes:
             buffer[index] = new if skip is None else torch.where(skip > 0, buffer[index], new)
 
 

@@ -38,10 +38,7 @@ def make_parser(
     grad_checkpoint: bool = False,
 ) -> Parser:
     """The flags of every script: model and recipe (with these defaults), what a run needs, one flag per recipe field.
-
-    teacher: the default one, of torchvision's classifiers (None: the method does not distill); grad_checkpoint: the
-    script's models can recompute activations.
-    """
+    teacher: the default one (None: the method does not distill); grad_checkpoint: models can recompute activations."""
     parser = Parser(prog=f"{method}.py", description=doc.split("\n\nChecked")[0])
     flag = parser.add_argument
     flag("--model", default=model, metavar="NAME", help=f"see --list-models; default: {model}")

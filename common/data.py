@@ -152,7 +152,8 @@ class TrainingData:
 
     def __init__(self, run: Run, recipe, transform: Callable):
         args, self.run = run.args, run
-        self.group = min(recipe.mix_group if hasattr(recipe, "mix_group") else 1, recipe.batch_size)  # 1: nothing is mixed
+        mixed = recipe.mix_group if hasattr(recipe, "mix_group") else 1
+        self.group = min(mixed, recipe.batch_size)
         self.micro_batch, self.accumulation = split_batch(recipe.batch_size, run.world, args.micro_batch, self.group)
         splits = ("train",) if args.val_data == "none" else ("train", "val")
         options = dict(val_data=args.val_data, coarse_labels=args.coarse_labels, splits=splits, say=run.say)

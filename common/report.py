@@ -72,7 +72,7 @@ def benchmark(run: Run, build: Callable[[], torch.nn.Module], loss: Callable[...
     machine = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "CPU"
     cost = f"{parameters / 1e6:.2f} M parameters, {gmacs:.3f} GMACs"
     run.say(f"{args.model}, {cost}, batch {batch} per rank, {run.amp}, {machine}")
-    for name, step, products in (("training", train_step, 3), ("inference", inference, 1)):
+    for name, step, products in (("inference", inference, 1), ("training", train_step, 3)):  # memory of inference alone
         wrapped.train(name == "training")
         rate, memory = speed(step, batch * run.world, run.device)
         tflops = products * 2 * gmacs * rate / run.world / 1e3

@@ -1,5 +1,4 @@
-"""What every script does around its loop: finding out what it is asked to do, and all that comes before the first
-step."""
+"""What every script does around its loop: what it is asked to do, and all that comes before the first step."""
 
 from __future__ import annotations
 
@@ -22,9 +21,9 @@ def run_script(
     method: str, args, recipe, paper, models: dict, *, train: Callable[[Run], None], make_model: Callable,
     loss: Callable, adapt: Callable | None = None, predict: Predict = logits_of,
 ) -> None:
-    """What the command line asks for: --list-models, --eval, --benchmark, or train(run). make_model(args, recipe,
-    num_classes) builds a model, loss(model, images, labels) is --benchmark's; adapt: checkpoint.fit's, predict:
-    evaluate's."""
+    """What the command line asks for: --list-models, --eval, --benchmark (by loss(model, images, labels)) or
+    train(run). make_model(args, recipe, num_classes) builds a model; adapt: see checkpoint.fit, predict: see
+    evaluate."""
     if args.list_models:
         width = max(map(len, models)) + 1
         for name, config in models.items():
@@ -45,11 +44,11 @@ def set_up(
     adapt: Callable | None = None, teacher: str | None = None, extra: Callable[[TrainingData], dict] | None = None,
 ) -> tuple:
     """(data, model, the model as it is trained, optimizer, precision, average of the weights or None, teacher or None),
-    all that is checked, loaded, resumed and said before the first step.
+    checked, loaded, resumed and said; --show-batch ends here.
 
     transform: see data.Samples; prepare(batch) -> (images before mixing, as the network sees them, ...) for pictures
-    (None: the transform makes several crops of an image, which are shown as they are); teacher: the default of a method
-    that can distill; extra(data): further state of the method, by its name in checkpoints. --show-batch ends here.
+    (None: several crops of an image, shown as they are); teacher: the default of a method that can distill;
+    extra(data): further state of the method, by its name in checkpoints.
     """
     args, recipe = run.args, run.recipe
     on_meta(lambda: make_model(args, recipe, 2))  # a size that does not fit is told before the data is scanned
@@ -64,8 +63,8 @@ def set_up(
     torch.manual_seed(args.seed)
     model = make_model(args, recipe, run.num_classes)
     if args.weights:
-        where = f"--weights {args.weights}"
-        checkpoint.fit(model, checkpoint.of_run(run), where, run.say, ema=args.use_ema, adapt=adapt, new_head=True)
+        content, where = checkpoint.of_run(run), f"--weights {args.weights}"
+        checkpoint.fit(model, content, where, run.say, ema=args.use_ema, adapt=adapt, new_head=True)
     model.to(run.device)
     optimizer = make_optimizer(recipe.optimizer, model, recipe.lr, recipe.weight_decay)
     precision = Precision(run.amp, run.device, accumulation=data.accumulation, clip_grad=recipe.clip_grad)
