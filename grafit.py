@@ -223,47 +223,51 @@ def instance_loss(predictions: list[torch.Tensor], targets: list[torch.Tensor]) 
 
 class _NeighbourLoss(torch.autograd.Function):
     """Loss and gradient of Eq. 2.3 in one pass over the memory, of which a chunk at a time is compared with the batch.
-    Memory and batch are walked through in the order of their labels: only the rows lo:hi of the batch can have their
-    label in a chunk. So the sums over equal labels cost one chunk's and one label's share of what those over all do."""
+    by_label: memory and batch are walked through in the order of their labels, so that only the rows lo:hi of the batch
+    can have their label in a chunk: the sums over equal labels then cost next to nothing. A GPU would have to be waited
+    for."""
 
     @staticmethod
-    def forward(ctx, z, labels, memory, memory_labels, own_index, sigma, chunk):
+    def forward(ctx, z, labels, memory, memory_labels, own_index, sigma, chunk, by_label):
         # |cos| <= 1: relative to exp(1 / sigma) the smallest term is exp(-2 / sigma), and sums need no running maximum
         # as long as the number format holds that: single precision down to a sigma of 0.025.
         work = torch.float64 if z.dtype == torch.float64 or sigma < 0.025 else torch.float32
-        labels, by_label = labels.long().sort(stable=True)
-        memory_labels, order = memory_labels.long().sort(stable=True)
-        places = torch.empty_like(order)
-        places[order] = torch.arange(len(order), device=order.device)  # of the memory's rows in that order
-        own_column = places[own_index[by_label]]
-        starts = torch.arange(0, len(memory), chunk, device=z.device)
-        first, last = memory_labels[starts], memory_labels[(starts + chunk - 1).clamp(max=len(memory) - 1)]
-        ranges = torch.searchsorted(labels, first), torch.searchsorted(labels, last, right=True)
-
-        queries, rows = z[by_label].to(work) / sigma, torch.arange(len(z), device=z.device)
+        rows, order, spans = torch.arange(len(z), device=z.device), None, [(0, len(z))] * -(-len(memory) // chunk)
+        permutation, queries = rows, z.to(work) / sigma
+        if by_label:
+            labels, permutation = labels.long().sort(stable=True)
+            memory_labels, order = memory_labels.long().sort(stable=True)
+            places = torch.empty_like(order)
+            places[order] = torch.arange(len(order))  # of the memory's rows in that order
+            own_index, queries = places[own_index[permutation]], queries[permutation]
+            starts = torch.arange(0, len(memory), chunk)
+            first, last = memory_labels[starts], memory_labels[(starts + chunk - 1).clamp(max=len(memory) - 1)]
+            ends = torch.searchsorted(labels, last, right=True)
+            spans = zip(torch.searchsorted(labels, first).tolist(), ends.tolist())
         all_sum, same_sum = queries.new_zeros(2, len(z), 1)
         all_pull, same_pull = queries.new_zeros(2, *z.shape)
-        for start, (lo, hi) in zip(range(0, len(memory), chunk), torch.stack(ranges, 1).tolist()):
-            keys = memory[order[start : start + chunk]].to(work)  # a copy, normalized in place
-            F.normalize(keys, dim=1, out=keys)
+        for start, (lo, hi) in zip(range(0, len(memory), chunk), spans):
+            part = slice(start, start + chunk)
+            keys = memory[part if order is None else order[part]].to(work, copy=order is None)
+            F.normalize(keys, dim=1, out=keys)  # in place: it is a copy
             weights = (queries @ keys.T).sub_(1 / sigma).exp_()  # (B, chunk)
-            column = own_column - start
+            column = own_index - start
             inside = (column >= 0) & (column < len(keys))
             weights[rows, column.clamp(0, len(keys) - 1)] *= ~inside  # j != i
             all_sum += weights.sum(1, keepdim=True)
             all_pull.addmm_(weights, keys)
-            same = weights[lo:hi].mul_(labels[lo:hi, None] == memory_labels[None, start : start + chunk])
+            same = weights[lo:hi].mul_(labels[lo:hi, None] == memory_labels[None, part])
             same_sum[lo:hi] += same.sum(1, keepdim=True)
             same_pull[lo:hi].addmm_(same, keys)
         has = same_sum > 0
         all_sum, same_sum = (torch.where(has, s, 1.0) for s in (all_sum, same_sum))
         gradient = has * (all_pull / all_sum - same_pull / same_sum) / (sigma * len(z))
-        ctx.save_for_backward(torch.empty_like(z).index_copy_(0, by_label, gradient.to(z.dtype)))
+        ctx.save_for_backward(torch.empty_like(z).index_copy_(0, permutation, gradient.to(z.dtype)))
         return (all_sum.log() - same_sum.log()).mean().to(z.dtype)
 
     @staticmethod
     def backward(ctx, gradient):
-        return gradient * ctx.saved_tensors[0], None, None, None, None, None, None
+        return gradient * ctx.saved_tensors[0], *[None] * 7
 
 
 def knn_loss(
@@ -276,7 +280,7 @@ def knn_loss(
     other row has counts 0. Memory beyond the arguments: a few times B x chunk and M numbers, never B x M."""
     chunk = chunk or max(256, 2 ** (26 if z.is_cuda else 18) // len(z))
     with torch.autocast(z.device.type, enabled=False):
-        return _NeighbourLoss.apply(unit(z), labels, memory, memory_labels, own_index, sigma, chunk)
+        return _NeighbourLoss.apply(unit(z), labels, memory, memory_labels, own_index, sigma, chunk, not z.is_cuda)
 
 
 class Memory(nn.Module):

@@ -533,3 +533,16 @@ def test_on_shapes_coarse_labels_teach_grafit_more_of_the_fine_ones_than_cross_e
         assert found[method]["coarse"]["knn"] > 98
     assert found["grafit"]["fine"]["map"] > found["ce"]["fine"]["map"] + 20
     assert found["grafit"]["fine"]["knn"] > found["ce"]["fine"]["knn"] + 8
+
+
+def test_the_gpus_way_through_the_memory_waits_for_nothing_and_gives_the_same_loss():
+    """It neither sorts nor gathers the memory, and leaves it alone."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(12, 8, generator=generator).requires_grad_()
+    memory, memory_labels = torch.randn(50, 8, generator=generator), torch.randint(5, (50,), generator=generator)
+    own, kept = torch.arange(12) * 4, memory.clone()
+    found = []
+    for by_label in (True, False):
+        loss = grafit._NeighbourLoss.apply(z, memory_labels[own], memory, memory_labels, own, 0.05, 7, by_label)
+        found.append((loss, *torch.autograd.grad(loss, z)))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*found)) and torch.equal(memory, kept)
