@@ -1,7 +1,5 @@
 """Trained classifiers, whatever made them: a checkpoint of one of the scripts, or a model of torchvision's."""
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import importlib
@@ -26,12 +24,11 @@ def find_script(method: str, where: str):
     return importlib.import_module(method)
 
 
-def from_checkpoint(
-    content: dict, where: str, img_size: tuple[int, int], say: Callable, *, ema: bool = False
-) -> nn.Module:
-    """The model that a script's checkpoint holds (ema: its averaged weights), for images of `img_size`; UserError if
-    its script is not here. A script offers Recipe, make_model(args, recipe, num_classes) and, if its weights depend on
-    the resolution, fit_resolution(model, state, content, say)."""
+def from_checkpoint(content: dict, where: str, img_size: tuple[int, int], say: Callable, *,
+                    ema: bool = False) -> nn.Module:
+    """The model of a script's checkpoint (ema: with its averaged weights) for images of `img_size`. A script offers
+    Recipe, make_model(args, recipe, num_classes) and, if weights depend on the size, fit_resolution: checkpoint.fit's
+    `adapt`."""
     script = find_script(content["method"], where)
     try:
         recipe = script.Recipe(**{**checkpoint.recipe_of(content), "img_size": tuple(img_size)})
@@ -43,9 +40,8 @@ def from_checkpoint(
     return model
 
 
-def from_official(
-    method: str, name: str, content: dict, where: str, img_size: tuple[int, int], say: Callable, *, ema: bool = False
-) -> nn.Module:
+def from_official(method: str, name: str, content: dict, where: str, img_size: tuple[int, int], say: Callable, *,
+                  ema: bool = False) -> nn.Module:
     """Model `name` of a script with weights that do not name it, such as the official files."""
     script = find_script(method, f"--model {method}/{name}")
     check_choice(f"--model {method}/", name, script.MODELS)
@@ -118,12 +114,9 @@ def classifier_inputs(model: nn.Module, where: str) -> Callable[[torch.Tensor], 
 
 
 class Teacher:
-    """A trained classifier in eval mode and without gradient: images (B, 3, H, W) -> logits (B, K).
-
-    Made from --teacher-weights: a checkpoint of one of the scripts, which names its own model, or weights of
-    torchvision's classifier --teacher (or `default`); without it from torchvision's own weights. UserError if it cannot
-    be had or cannot take images of `img_size`. identity names model and weights.
-    """
+    """A trained classifier in eval mode, without gradient: images (B, 3, H, W) -> logits (B, K). It is the model that
+    the checkpoint --teacher-weights names, or torchvision's --teacher (else `default`) with that file's weights or its
+    own; UserError if it cannot be had or cannot take images of `img_size`. identity names model and weights."""
 
     def __init__(self, args, default: str, img_size: tuple[int, int], say: Callable[[str], None]):
         name, flag, self.classes = args.teacher or default, "--teacher-weights", None
