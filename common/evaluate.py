@@ -72,10 +72,9 @@ def evaluate(model: torch.nn.Module, loader, device: torch.device, autocast: Cal
     training = model.training
     model.eval()
     sums: dict[str, torch.Tensor] = {}  # name: top-1, top-5, loss, images, Real right, Real images
-    rounds = torch.tensor([len(loader)], device=device)
+    rounds, batches = torch.tensor([len(loader)], device=device), to_device(loader, device)
     if dist.is_initialized():
         dist.all_reduce(rounds, op=dist.ReduceOp.MAX)
-    batches = to_device(loader, device)
     for round_ in range(int(rounds)):
         if between is not None and round_ % 8 == 0:
             between()
@@ -157,8 +156,7 @@ def read_image(file: str, size: tuple[int, int], crop_ratio: float, flag: str) -
 
 
 def evaluate_weights(run: Run, make_model: Callable, adapt: Callable | None, predict: Predict = logits_of) -> None:
-    """--eval: accuracy of --weights (or last.pt of --out) on --data's validation images and on each of --eval-data, or
-    on these alone. make_model, adapt: see trained_model."""
+    """--eval: accuracy of --weights (or last.pt of --out) on --data's validation images, if given, and --eval-data."""
     args, content, sources = run.args, checkpoint.of_run(run), {}
     classes = checkpoint.classes_of(content) if isinstance(content.get("data"), dict) else None
     if args.data:
@@ -210,8 +208,7 @@ def extract(embed: Callable[[torch.Tensor], torch.Tensor], source: Source, size:
         raise UserError(f"{len(source)} images are too few for {run.world} ranks; start fewer")
     most, parts, autocast = -(-len(source) // run.world), [], Precision(run.amp, run.device).autocast
     batches = to_device(eval_loader(source, size, crop_ratio, batch_size, run), run.device)
-    silent = run.rank > 0 or None  # None: outside a terminal
-    with tqdm(total=len(source), desc=title, unit="img", leave=False, disable=silent) as bar:
+    with tqdm(total=len(source), desc=title, unit="img", leave=False, disable=run.rank > 0 or None) as bar:  # or no tty
         for round_ in range(-(-most // batch_size)):  # as many on every rank, though one may have a batch less
             if round_ % 8 == 0:
                 run.check_stop()
@@ -254,8 +251,7 @@ def knn_answers(cosines: torch.Tensor, labels: torch.Tensor, sigma: float, num_c
 @torch.no_grad()
 def knn_probabilities(queries: torch.Tensor, keys: torch.Tensor, labels: torch.Tensor, k: int, sigma: float,
                       num_classes: int, chunk: int | None = None) -> torch.Tensor:
-    """Class probabilities (B, C) of queries (B, D) by their k nearest of keys (M, D) with labels (M,), thesis Eq. 2.6;
-    a class without a neighbour gets exactly 0. See `nearest`."""
+    """Class probabilities (B, C) of queries (B, D) by their k nearest of keys (M, D) with labels (M,): Eq. 2.6."""
     cosines, indices = nearest(queries, keys, k, chunk)
     return vote(cosines, labels[indices], sigma, num_classes)
 
@@ -270,16 +266,14 @@ def mean_average_precision(queries: torch.Tensor, query_labels: torch.Tensor, ga
     are left out. Memory is bounded by chunk x M numbers."""
     by_label = gallery_labels.argsort(stable=True)  # one slice per class
     gallery, sorted_labels = F.normalize(gallery, dim=1), gallery_labels[by_label]
-    first = torch.searchsorted(sorted_labels, query_labels).tolist()
-    last = torch.searchsorted(sorted_labels, query_labels, right=True).tolist()
+    first, last = (torch.searchsorted(sorted_labels, query_labels, right=r).tolist() for r in (False, True))
     precisions, M, cuda, at = [], len(gallery), queries.is_cuda, 0
     rows = max(1, SCORES // max(1, 4 * M)) if cuda else min(128, max(1, SCORES // max(1, M)))
     for part in F.normalize(queries, dim=1).split(chunk or rows):
         found = part @ gallery.T
         if scores is not None:
             found = scores(found, slice(at, at + len(part)))
-        # The gallery is not put in order, only ranks of relevant items are looked up; a GPU sorts, for all queries.
-        ranked = found.sort(dim=1).values if cuda else found
+        ranked = found.sort(dim=1).values if cuda else found  # a GPU sorts for all queries, a CPU what one needs
         for row, ascending, a, b in zip(found, ranked, first[at:], last[at:]):
             if a < b:
                 relevant = row[by_label[a:b]].sort().values
@@ -295,7 +289,7 @@ def mean_average_precision(queries: torch.Tensor, query_labels: torch.Tensor, ga
 
 def _ranks(scores: np.ndarray, relevant: np.ndarray) -> np.ndarray:
     """How many of scores (M,) are at least as high as each of `relevant`, some of them in ascending order; exact."""
-    ascending = np.sort(scores[scores >= relevant[0]])
+    ascending = np.sort(scores[scores >= relevant[0]])  # by vector instructions
     return len(ascending) - np.searchsorted(ascending, relevant)
 
 

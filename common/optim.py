@@ -9,8 +9,7 @@ from torch.optim.adam import adam
 
 
 class Lamb(torch.optim.Optimizer):
-    """LAMB (You et al., arXiv:1904.00962) as Apex's FusedLAMB computes it, the optimizer of thesis Table 6.1. Step t of
-    every tensor p with gradient g:
+    """LAMB (arXiv:1904.00962) as Apex's FusedLAMB computes it (thesis Table 6.1); step t of a tensor p with gradient g:
         g <- g / max(1, ||all gradients||_2 / max_grad_norm)        (None: no clipping)
         m <- b1 m + (1 - b1) g;   v <- b2 v + (1 - b2) g^2
         u = m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay p
@@ -33,8 +32,7 @@ class Lamb(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        with torch.enable_grad():
-            loss = None if closure is None else closure()
+        loss = None if closure is None else torch.enable_grad()(closure)()
         groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
         gradients = [p.grad for _, params in groups for p in params]
         scale, max_norm = getattr(self, "grad_scale", None), self.param_groups[0]["max_grad_norm"]
