@@ -1,12 +1,9 @@
 """Evaluation: top-1, top-5 and loss, exact over any number of ranks; ImageNet-Real's labels; fixed features."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,13 +16,16 @@ from tqdm import tqdm
 
 from common import checkpoint
 from common.data import Samples, eval_batches, make_loader, to_device
-from common.errors import RunError, UserError
+from common.errors import RunError, UserError, one_line
 from common.images import decode, eval_transform
 from common.precision import Precision
 from common.run import Run
 from common.sources import Source, open_data, open_images
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in 0..1, RGB
+NEIGHBOURS = (10, 15, 20, 25, 30)  # k of the kNN classifier is chosen among these (thesis section 2.4.3)
+SCORES = 2**27  # of queries against a collection, computed at a time: half a GiB
+Predict = Callable[[torch.nn.Module, torch.Tensor], dict[str, torch.Tensor]]
 
 
 @functools.lru_cache  # kept on the device: making them anew would cost a synchronising copy per batch
@@ -58,36 +58,27 @@ def eval_loader(source: Source, size: tuple[int, int], crop_ratio: float, batch_
     return make_loader(samples, batches, run.workers, run.device, persistent=False)
 
 
-Predict = Callable[[torch.nn.Module, torch.Tensor], dict[str, torch.Tensor]]
-
-
 def logits_of(model: torch.nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"": model(images)}
 
 
 @torch.no_grad()
-def evaluate(
-    model: torch.nn.Module, loader, device: torch.device, autocast: Callable, *, predict: Predict = logits_of,
-    real: list[list[int]] | None = None, between: Callable[[], None] | None = None,
-) -> dict[str, float]:
-    """{"top1", "top5", "loss"} over all ranks' images (each rank brings its own loader), and "real" with `real` labels.
-
-    predict(model, images) -> {"": logits, ...}; entries of another name N (a second head) give "top1_N", "top5_N", ...
-    real: the labels that count as right per image index; images without any are left out of that figure.
-    between: called every 8 batches, by all ranks equally often. Accuracies in percent, loss the mean cross-entropy.
-    """
+def evaluate(model: torch.nn.Module, loader, device: torch.device, autocast: Callable, *, predict: Predict = logits_of,
+             real: list[list[int]] | None = None, between: Callable[[], None] | None = None) -> dict[str, float]:
+    """{"top1", "top5", "loss"} over all ranks' images (each rank brings its own loader), in percent and as the mean
+    cross-entropy; "real" by `real`, the labels that count as right per image index (where there are none it is left
+    out). predict(model, images) -> {"": logits, ...}; entries of another name N (a second head) give "top1_N", ... too.
+    between() is called every 8 batches, by all ranks equally often."""
     training = model.training
     model.eval()
     sums: dict[str, torch.Tensor] = {}  # name: top-1, top-5, loss, images, Real right, Real images
-    rounds = torch.tensor([len(loader)], device=device)
+    rounds, batches = torch.tensor([len(loader)], device=device), to_device(loader, device)
     if dist.is_initialized():
         dist.all_reduce(rounds, op=dist.ReduceOp.MAX)
-    batches = to_device(loader, device)
     for round_ in range(int(rounds)):
         if between is not None and round_ % 8 == 0:
             between()
-        batch = next(batches, None)
-        if batch is None:
+        if (batch := next(batches, None)) is None:
             continue
         images, _, labels, indices = batch
         with autocast():
@@ -117,9 +108,8 @@ def evaluate(
     return result
 
 
-def accuracy(
-    run: Run, model: torch.nn.Module, recipe, source: Source, predict: Predict, real: list[list[int]] | None = None
-) -> dict[str, float]:
+def accuracy(run: Run, model: torch.nn.Module, recipe, source: Source, predict: Predict,
+             real: list[list[int]] | None = None) -> dict[str, float]:
     """evaluate() on all images of a source, sized and cropped as the recipe says."""
     loader = eval_loader(source, recipe.img_size, recipe.eval_crop_ratio, run.args.micro_batch or 64, run)
     return evaluate(model, loader, run.device, Precision(run.amp, run.device).autocast, predict=predict, real=real)
@@ -127,26 +117,20 @@ def accuracy(
 
 def validate(run: Run, predict: Predict = logits_of) -> dict[str, float]:
     """The end of an epoch: val_* of evaluate() for the model, val_ema_* for its average; {} without --val-data."""
-    record: dict[str, float] = {}
-    if run.val_loader is not None:
-        for title, model in (("val", run.parts["model"]), ("val_ema", run.parts["ema"])):
-            if model is not None:
-                autocast = run.parts["scaler"].autocast
-                metrics = evaluate(model, run.val_loader, run.device, autocast, predict=predict, between=run.check_stop)
-                record |= {f"{title}_{k}": v for k, v in metrics.items()}
+    record, models = {}, {"val": run.parts["model"], "val_ema": run.parts["ema"]}
+    for title, model in models.items():
+        if run.val_loader is not None and model is not None:
+            autocast = run.parts["scaler"].autocast
+            metrics = evaluate(model, run.val_loader, run.device, autocast, predict=predict, between=run.check_stop)
+            record |= {f"{title}_{k}": v for k, v in metrics.items()}
     return record
 
 
-def trained_model(
-    run: Run, make_model: Callable, adapt: Callable | None = None, content: dict | None = None,
-    classes: list[str] | None = None,
-) -> tuple[torch.nn.Module, object, list[str]]:
+def trained_model(run: Run, make_model: Callable, adapt: Callable | None = None, content: dict | None = None,
+                  classes: list[str] | None = None) -> tuple[torch.nn.Module, object, list[str]]:
     """(model of --weights, or last.pt of --out, in eval mode on the device; recipe as it was trained; class names).
-
-    make_model(args, recipe, num_classes) builds the model by the checkpoint's recipe, less the flags that are given;
-    adapt: see checkpoint.fit; content: the file's, if it is read already; classes: what the model must have, else the
-    checkpoint's own (of an official one their numbers).
-    """
+    make_model(args, recipe, num_classes) builds it by the checkpoint's recipe, less the flags that are given; adapt:
+    see checkpoint.fit; content: the file's, if it has been read; classes: the model's, if not the checkpoint's own."""
     content, args = content or checkpoint.of_run(run), run.args
     before = {k: v for k, v in checkpoint.recipe_of(content).items() if getattr(args, k, 0) is None}
     recipe, where = dataclasses.replace(run.recipe, **before), f"--weights {args.weights}"
@@ -163,8 +147,7 @@ def read_file(file: str, flag: str) -> torch.Tensor:
     try:
         return decode(Path(file).read_bytes())
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise UserError(f"{flag} {file}: {reason}") from None
+        raise UserError(f"{flag} {file}: {getattr(error, 'strerror', None) or one_line(error)}") from None
 
 
 def read_image(file: str, size: tuple[int, int], crop_ratio: float, flag: str) -> torch.Tensor:
@@ -173,8 +156,7 @@ def read_image(file: str, size: tuple[int, int], crop_ratio: float, flag: str) -
 
 
 def evaluate_weights(run: Run, make_model: Callable, adapt: Callable | None, predict: Predict = logits_of) -> None:
-    """--eval: accuracy of --weights (or last.pt of --out) on --data's validation images and on each of --eval-data, or
-    on these alone. make_model, adapt: see trained_model."""
+    """--eval: accuracy of --weights (or last.pt of --out) on --data's validation images, if given, and --eval-data."""
     args, content, sources = run.args, checkpoint.of_run(run), {}
     classes = checkpoint.classes_of(content) if isinstance(content.get("data"), dict) else None
     if args.data:
@@ -190,20 +172,18 @@ def evaluate_weights(run: Run, make_model: Callable, adapt: Callable | None, pre
     real = real_labels(args.real_labels, first) if args.real_labels else None
     classes = classes or checkpoint.classes_of(content) or first.classes
     model, recipe, _ = trained_model(run, make_model, adapt, content, classes)
-    height, width = recipe.img_size
+    size = "{} x {}".format(*recipe.img_size)
     for name, source in sources.items():
         metrics = accuracy(run, model, recipe, source, predict, real if source is first else None)
-        run.say(f"{name}: {len(source)} images at {height} x {width}, crop ratio {recipe.eval_crop_ratio:g}")
+        run.say(f"{name}: {len(source)} images at {size}, crop ratio {recipe.eval_crop_ratio:g}")
         for head in dict.fromkeys(k.partition("_")[2] for k in metrics):
             own = [f"{k.partition('_')[0]} {v:.5g}" for k, v in metrics.items() if k.partition("_")[2] == head]
-            run.say("  ".join([*[head] * bool(head), *own]))
+            run.say("  ".join([head, *own] if head else own))
 
 
 def real_labels(file: str, source: Source) -> list[list[int]]:
-    """Per image of `source` (ImageNet's validation files), the labels of ImageNet-Real's real.json (arXiv:2006.07159).
-
-    The JSON is a list in the order of the official file numbers, ILSVRC2012_val_00000001 first.
-    """
+    """Per image of `source`, ImageNet's validation files, the labels of ImageNet-Real (arXiv:2006.07159); its real.json
+    is a list in the order of the official file numbers, ILSVRC2012_val_00000001 first."""
     try:
         labels = json.loads(Path(file).read_text())
     except (OSError, ValueError) as error:
@@ -219,27 +199,20 @@ def real_labels(file: str, source: Source) -> list[list[int]]:
     return found
 
 
-# ---- Fixed features: kNN, retrieval, linear classifier ---------------------------------------------------------------
-
-
 @torch.no_grad()
-def extract(
-    embed: Callable[[torch.Tensor], torch.Tensor], source: Source, size: tuple[int, int], crop_ratio: float, run: Run,
-    *, batch_size: int = 64, title: str = "features",
-) -> torch.Tensor:
+def extract(embed: Callable[[torch.Tensor], torch.Tensor], source: Source, size: tuple[int, int], crop_ratio: float,
+            run: Run, *, batch_size: int = 64, title: str = "features") -> torch.Tensor:
     """embed(normalised images (B, 3, *size)) -> (B, D) of every image of `source`, in order: float32 (N, D) on all
     ranks, each of which computes a share. Whoever calls puts the network into eval mode; signals are answered."""
     if len(source) < run.world:
         raise UserError(f"{len(source)} images are too few for {run.world} ranks; start fewer")
     most, parts, autocast = -(-len(source) // run.world), [], Precision(run.amp, run.device).autocast
     batches = to_device(eval_loader(source, size, crop_ratio, batch_size, run), run.device)
-    silent = run.rank > 0 or not sys.stderr.isatty()
-    with tqdm(total=len(source), desc=title, unit="img", leave=False, disable=silent) as bar:
+    with tqdm(total=len(source), desc=title, unit="img", leave=False, disable=run.rank > 0 or None) as bar:  # or no tty
         for round_ in range(-(-most // batch_size)):  # as many on every rank, though one may have a batch less
             if round_ % 8 == 0:
                 run.check_stop()
-            batch = next(batches, None)
-            if batch is not None:
+            if (batch := next(batches, None)) is not None:
                 with autocast():
                     parts.append(embed(normalize(batch[0])).float())
                 bar.update(len(batch[0]) * run.world)
@@ -248,35 +221,23 @@ def extract(
     if not torch.isfinite(shares).all():
         reason = "the network has diverged, or overflows in 16 bits (--amp fp32)"
         raise RunError(f"{title}: features are not finite; {reason}")
-    # Rank r holds every world-th image from r on.
-    return shares.transpose(0, 1).reshape(run.world * most, -1)[: len(source)]
-
-
-def _rows(collection: int) -> int:
-    """Queries that are compared with a collection at a time: 2^27 scores, half a GiB."""
-    return max(1, 2**27 // max(1, collection))
+    return shares.transpose(0, 1).reshape(run.world * most, -1)[: len(source)]  # rank r has every world-th image
 
 
 @torch.no_grad()
-def nearest(
-    queries: torch.Tensor, keys: torch.Tensor, k: int, chunk: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def nearest(queries: torch.Tensor, keys: torch.Tensor, k: int, chunk: int | None = None) -> tuple[torch.Tensor, ...]:
     """(cosines, indices), each (B, k), of the k nearest of keys (M, D) to queries (B, D), nearest first. Nothing needs
     to be normalised; memory is bounded by chunk x M numbers."""
     keys = F.normalize(keys, dim=1)
-    parts = F.normalize(queries, dim=1).split(chunk or _rows(len(keys)))
+    parts = F.normalize(queries, dim=1).split(chunk or max(1, SCORES // max(1, len(keys))))
     found = [(part @ keys.T).topk(min(k, len(keys)), dim=1) for part in parts]
     return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
 
 
 def vote(cosines: torch.Tensor, labels: torch.Tensor, sigma: float, num_classes: int) -> torch.Tensor:
-    """Class probabilities (B, C) by the neighbours' cosines and labels, both (B, k), weighted exp(cos / sigma): Eq.
-    2.6."""
+    """Class probabilities (B, C) by neighbours' cosines and labels, both (B, k), weighted exp(cos / sigma): Eq. 2.6."""
     weights = (cosines / sigma).softmax(dim=1)  # the same as exponentials over their sum, without their size
     return weights.new_zeros(len(weights), num_classes).scatter_add_(1, labels, weights)
-
-
-NEIGHBOURS = (10, 15, 20, 25, 30)  # k is chosen among these (thesis section 2.4.3)
 
 
 def knn_answers(cosines: torch.Tensor, labels: torch.Tensor, sigma: float, num_classes: int) -> dict[int, torch.Tensor]:
@@ -288,38 +249,31 @@ def knn_answers(cosines: torch.Tensor, labels: torch.Tensor, sigma: float, num_c
 
 
 @torch.no_grad()
-def knn_probabilities(
-    queries: torch.Tensor, keys: torch.Tensor, labels: torch.Tensor, k: int, sigma: float, num_classes: int,
-    chunk: int | None = None,
-) -> torch.Tensor:
-    """Class probabilities (B, C) of queries (B, D) by their k nearest of keys (M, D) with labels (M,), thesis Eq. 2.6;
-    a class without a neighbour gets exactly 0. See `nearest`."""
+def knn_probabilities(queries: torch.Tensor, keys: torch.Tensor, labels: torch.Tensor, k: int, sigma: float,
+                      num_classes: int, chunk: int | None = None) -> torch.Tensor:
+    """Class probabilities (B, C) of queries (B, D) by their k nearest of keys (M, D) with labels (M,): Eq. 2.6."""
     cosines, indices = nearest(queries, keys, k, chunk)
     return vote(cosines, labels[indices], sigma, num_classes)
 
 
 @torch.no_grad()
-def mean_average_precision(
-    queries: torch.Tensor, query_labels: torch.Tensor, gallery: torch.Tensor, gallery_labels: torch.Tensor,
-    chunk: int | None = None, *, scores: Callable[[torch.Tensor, slice], torch.Tensor] | None = None,
-) -> float:
-    """Mean over queries (B, D) of the average precision of the gallery (M, D) ranked by cosine, in 0..1; exact.
-
-    AP: mean over the relevant items (same label) of the precision at their rank; of equal scores the last rank counts,
-    as in scikit-learn; queries without a relevant item are left out. Memory is bounded by chunk x M numbers.
-    scores(cosines (b, M), slice of the queries they are of) -> what is ranked instead.
-    """
+def mean_average_precision(queries: torch.Tensor, query_labels: torch.Tensor, gallery: torch.Tensor,
+                           gallery_labels: torch.Tensor, chunk: int | None = None, *,
+                           scores: Callable[[torch.Tensor, slice], torch.Tensor] | None = None) -> float:
+    """Mean over queries (B, D) of the average precision of the gallery (M, D) ranked by cosine, or by scores(cosines
+    (b, M), slice of the queries they are of); in 0..1, exact. AP: mean over the relevant items (same label) of the
+    precision at their rank; of equal scores the last rank counts, as in scikit-learn; queries without a relevant item
+    are left out. Memory is bounded by chunk x M numbers."""
     by_label = gallery_labels.argsort(stable=True)  # one slice per class
     gallery, sorted_labels = F.normalize(gallery, dim=1), gallery_labels[by_label]
-    first = torch.searchsorted(sorted_labels, query_labels).tolist()
-    last = torch.searchsorted(sorted_labels, query_labels, right=True).tolist()
+    first, last = (torch.searchsorted(sorted_labels, query_labels, right=r).tolist() for r in (False, True))
     precisions, M, cuda, at = [], len(gallery), queries.is_cuda, 0
-    for part in F.normalize(queries, dim=1).split(chunk or (_rows(4 * M) if cuda else min(128, _rows(M)))):
+    rows = max(1, SCORES // max(1, 4 * M)) if cuda else min(128, max(1, SCORES // max(1, M)))
+    for part in F.normalize(queries, dim=1).split(chunk or rows):
         found = part @ gallery.T
         if scores is not None:
             found = scores(found, slice(at, at + len(part)))
-        # The gallery is not put in order, only ranks of relevant items are looked up; a GPU sorts, for all queries.
-        ranked = found.sort(dim=1).values if cuda else found
+        ranked = found.sort(dim=1).values if cuda else found  # a GPU sorts for all queries, a CPU what one needs
         for row, ascending, a, b in zip(found, ranked, first[at:], last[at:]):
             if a < b:
                 relevant = row[by_label[a:b]].sort().values
@@ -334,45 +288,21 @@ def mean_average_precision(
 
 
 def _ranks(scores: np.ndarray, relevant: np.ndarray) -> np.ndarray:
-    """How many of scores (M,) are at least as high as each of `relevant`, some of them in ascending order; exact.
-
-    Scores are counted in bins of equal width; only those that share a bin with a relevant one are sorted.
-    """
-    lowest = relevant[0]
-    scores = scores[scores >= lowest]
-    bins = min(2**16, max(256, len(scores) // 4))
-    scale = bins / max(scores.max() - lowest, np.float32(1e-30))
-
-    def bin_of(x: np.ndarray) -> np.ndarray:  # in 0..bins, and never lower for a higher score, whatever rounding does
-        return ((x - lowest) * scale).astype(np.int32)
-
-    of_scores, of_relevant = bin_of(scores), bin_of(relevant)
-    shared = np.zeros(bins + 2, bool)
-    shared[of_relevant] = True
-    close = np.sort(scores[shared[of_scores]])
-    counts = np.bincount(of_scores, minlength=bins + 2)
-    counts[shared] = 0
-    in_higher_bins = counts[::-1].cumsum()[::-1]
-    return len(close) - np.searchsorted(close, relevant) + in_higher_bins[of_relevant]
+    """How many of scores (M,) are at least as high as each of `relevant`, some of them in ascending order; exact."""
+    ascending = np.sort(scores[scores >= relevant[0]])  # by vector instructions
+    return len(ascending) - np.searchsorted(ascending, relevant)
 
 
-def logistic_regression(
-    features: torch.Tensor, labels: torch.Tensor, num_classes: int, C: float = 1.0, max_steps: int = 2000
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(weight (K, D), bias (K,)) at the minimum of C sum_i CE_i + ||weight||^2 / 2 for features (M, D), K =
-    num_classes.
-
+def logistic_regression(features: torch.Tensor, labels: torch.Tensor, num_classes: int, C: float = 1.0,
+                        max_steps: int = 2000) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weight (K, D), bias (K,)) for K classes at the minimum of C sum_i CE_i + ||weight||^2 / 2 for features (M, D):
     scikit-learn's objective (which for two classes fits one vector: its optimum at C is this one's at C / 2): losses
-    are summed, the bias is not penalised. By L-BFGS in float64 until no step improves; the bias, unique up to a
-    constant, has mean 0.
-    """
+    are summed, the bias is not penalised. By L-BFGS in float64 until no step improves; the bias has mean 0."""
     x, scale = features.double(), 1 / (C * len(features))  # the mean form, whose size depends on neither C nor M
     shapes = (num_classes, features.shape[1]), (num_classes,)
     weight, bias = (torch.zeros(s, dtype=torch.float64, device=x.device, requires_grad=True) for s in shapes)
-    optimizer = torch.optim.LBFGS(
-        [weight, bias], max_iter=max_steps, max_eval=2 * max_steps, history_size=20, tolerance_grad=1e-9,
-        tolerance_change=1e-14, line_search_fn="strong_wolfe",
-    )
+    limits = dict(max_iter=max_steps, max_eval=2 * max_steps, tolerance_grad=1e-9, tolerance_change=1e-14)
+    optimizer = torch.optim.LBFGS([weight, bias], **limits, history_size=20, line_search_fn="strong_wolfe")
 
     def objective() -> torch.Tensor:
         optimizer.zero_grad()

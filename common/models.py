@@ -1,7 +1,5 @@
 """Trained classifiers, whatever made them: a checkpoint of one of the scripts, or a model of torchvision's."""
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import importlib
@@ -26,12 +24,10 @@ def find_script(method: str, where: str):
     return importlib.import_module(method)
 
 
-def from_checkpoint(
-    content: dict, where: str, img_size: tuple[int, int], say: Callable, *, ema: bool = False
-) -> nn.Module:
-    """The model that a script's checkpoint holds (ema: its averaged weights), for images of `img_size`; UserError if
-    its script is not here. A script offers Recipe, make_model(args, recipe, num_classes) and, if its weights depend on
-    the resolution, fit_resolution(model, state, content, say)."""
+def from_checkpoint(content: dict, where: str, img_size: tuple[int, int], say: Callable, *,
+                    ema: bool = False) -> nn.Module:
+    """The model of a script's checkpoint (ema: its averaged weights) for images of `img_size`. A script offers Recipe,
+    make_model(args, recipe, num_classes) and, if weights depend on the size, fit_resolution (for checkpoint.fit)."""
     script = find_script(content["method"], where)
     try:
         recipe = script.Recipe(**{**checkpoint.recipe_of(content), "img_size": tuple(img_size)})
@@ -43,9 +39,8 @@ def from_checkpoint(
     return model
 
 
-def from_official(
-    method: str, name: str, content: dict, where: str, img_size: tuple[int, int], say: Callable, *, ema: bool = False
-) -> nn.Module:
+def from_official(method: str, name: str, content: dict, where: str, img_size: tuple[int, int], say: Callable, *,
+                  ema: bool = False) -> nn.Module:
     """Model `name` of a script with weights that do not name it, such as the official files."""
     script = find_script(method, f"--model {method}/{name}")
     check_choice(f"--model {method}/", name, script.MODELS)
@@ -61,8 +56,7 @@ def fingerprint(model: nn.Module) -> str:
     """Of a model's structure and values: another one computes something else."""
     sha = hashlib.sha256(repr(model).encode())
     for name, tensor in model.state_dict().items():
-        sha.update(name.encode())
-        sha.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        sha.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
 
 
@@ -118,24 +112,20 @@ def classifier_inputs(model: nn.Module, where: str) -> Callable[[torch.Tensor], 
 
 
 class Teacher:
-    """A trained classifier in eval mode and without gradient: images (B, 3, H, W) -> logits (B, K).
-
-    Made from --teacher-weights: a checkpoint of one of the scripts, which names its own model, or weights of
-    torchvision's classifier --teacher (or `default`); without it from torchvision's own weights. UserError if it cannot
-    be had or cannot take images of `img_size`. identity names model and weights.
-    """
+    """A trained classifier in eval mode, without gradient: images (B, 3, H, W) -> logits (B, K). It is the model that
+    the checkpoint --teacher-weights names, or torchvision's --teacher (else `default`) with that file's weights or its
+    own; UserError if it cannot be had or cannot take images of `img_size`. identity names model and weights."""
 
     def __init__(self, args, default: str, img_size: tuple[int, int], say: Callable[[str], None]):
-        name, flag, self.classes = args.teacher or default, "--teacher-weights", None
-        where = f"{flag} {args.teacher_weights}"
-        content = checkpoint.load(args.teacher_weights, flag) if args.teacher_weights else None
+        name, where, self.classes = args.teacher or default, f"--teacher-weights {args.teacher_weights}", None
+        content = checkpoint.load(args.teacher_weights, "--teacher-weights") if args.teacher_weights else None
         if content is not None and isinstance(content.get("method"), str):
             name, self.classes = f"{content['method']} {content['model_name']}", content["data"]["classes"]
             if args.teacher and content["model_name"] != f"torchvision/{args.teacher}":
                 raise UserError(f"{where}: holds {name}, you asked for --teacher {args.teacher}; leave it out")
             model = from_checkpoint(content, where, img_size, lambda line: say(f"teacher: {line}"))
         else:
-            model = from_torchvision(name, content, where, flag)
+            model = from_torchvision(name, content, where, "--teacher-weights")
         self.model = model.eval().requires_grad_(False)
         try:
             self.num_classes = self(torch.zeros(1, 3, *img_size)).shape[1]

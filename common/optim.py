@@ -1,7 +1,5 @@
 """LAMB, weight-decay groups, the cosine schedule and the average of weights."""
 
-from __future__ import annotations
-
 import copy
 import math
 
@@ -11,22 +9,16 @@ from torch.optim.adam import adam
 
 
 class Lamb(torch.optim.Optimizer):
-    """LAMB (You et al., arXiv:1904.00962) as Apex's FusedLAMB computes it, the optimizer of thesis Table 6.1.
-
-    For step t and every tensor p with gradient g:
+    """LAMB (arXiv:1904.00962) as Apex's FusedLAMB computes it (thesis Table 6.1); step t of a tensor p with gradient g:
         g <- g / max(1, ||all gradients||_2 / max_grad_norm)        (None: no clipping)
         m <- b1 m + (1 - b1) g;   v <- b2 v + (1 - b2) g^2
         u = m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay p
         p <- p - lr r u,   r = ||p||_2 / ||u||_2 where weight_decay != 0 and neither norm is 0, else 1 (not clamped)
-
     Like torch's fused optimizers it honours two optional attributes, tensors on the parameters' device: `grad_scale`
-    (gradients are divided by it) and `found_inf` (1: the step changes nothing). Neither makes the host wait.
-    """
+    (gradients are divided by it) and `found_inf` (1: the step changes nothing). Neither makes the host wait."""
 
-    def __init__(
-        self, params, lr: float, betas=(0.9, 0.999), eps: float = 1e-6, weight_decay: float = 0.0,
-        max_grad_norm: float | None = 1.0,
-    ):
+    def __init__(self, params, lr: float, betas=(0.9, 0.999), eps: float = 1e-6, weight_decay: float = 0.0,
+                 max_grad_norm: float | None = 1.0):
         if not lr >= 0 or not eps >= 0 or not weight_decay >= 0 or not all(0 <= b < 1 for b in betas):
             numbers = f"lr {lr}, eps {eps}, weight_decay {weight_decay} must not be negative"
             raise ValueError(f"Lamb: {numbers}, betas {betas} lie in [0, 1)")
@@ -40,11 +32,7 @@ class Lamb(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One update; returns the closure's loss, if one is given."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else torch.enable_grad()(closure)()
         groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
         gradients = [p.grad for _, params in groups for p in params]
         scale, max_norm = getattr(self, "grad_scale", None), self.param_groups[0]["max_grad_norm"]
@@ -57,21 +45,18 @@ class Lamb(torch.optim.Optimizer):
                 self._update(group, chunk, scale, getattr(self, "found_inf", None))
         return loss
 
-    def _update(self, group: dict, params: list[torch.Tensor], scale, found_inf) -> None:
+    def _update(self, group: dict, params: list[torch.Tensor], scale, skip) -> None:
         for p in params:
             if not self.state[p]:
                 step = torch.zeros((), dtype=torch.float32, device=p.device)
                 self.state[p].update(step=step, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-        states = [[self.state[p][key] for p in params] for key in ("exp_avg", "exp_avg_sq", "step")]
+        means, squares, steps = ([self.state[p][key] for p in params] for key in ("exp_avg", "exp_avg_sq", "step"))
         # Adam on a zero tensor with learning rate -1 leaves there the direction m_hat / (sqrt(v_hat) + eps): one fused
         # pass that also divides the gradients and skips the update where found_inf says so.
-        update = [torch.zeros_like(p) for p in params]
-        adam(
-            update, [p.grad for p in params], states[0], states[1], [], states[2],
-            fused=True, amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=-1.0, weight_decay=0.0,
-            eps=group["eps"], maximize=False, grad_scale=scale, found_inf=found_inf,
-        )
-        step_size = -group["lr"] if found_inf is None else -group["lr"] * (1 - found_inf)
+        update, (beta1, beta2) = [torch.zeros_like(p) for p in params], group["betas"]
+        adam(update, [p.grad for p in params], means, squares, [], steps, fused=True, amsgrad=False, maximize=False,
+             beta1=beta1, beta2=beta2, lr=-1.0, weight_decay=0.0, eps=group["eps"], grad_scale=scale, found_inf=skip)
+        step_size = -group["lr"] if skip is None else -group["lr"] * (1 - skip)
         if group["weight_decay"] == 0:
             torch._foreach_mul_(update, step_size)
         else:
@@ -97,59 +82,48 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": plain, "weight_decay": 0.0}, {"params": decayed, "weight_decay": weight_decay}]
 
 
-def cosine_lr(
-    step: float, total: float, warmup: float, base_lr: float, min_lr: float = 0.0, warmup_lr: float = 0.0
-) -> float:
-    """Learning rate at time `step` of `total`, all three times in one unit (the scripts': epochs, as a real number).
-
-    Linear from warmup_lr to base_lr while step < warmup, then min_lr + (base_lr - min_lr) / 2 (1 + cos(pi step /
-    total)): the warm-up replaces the cosine's start. The official code evaluates this once per epoch, one epoch late.
-    """
+def cosine_lr(step: float, total: float, warmup: float, base_lr: float, min_lr: float = 0.0,
+              warmup_lr: float = 0.0) -> float:
+    """Learning rate at time `step` of `total`, all three times in one unit (the scripts': epochs, as a real number):
+    linear from warmup_lr to base_lr while step < warmup, then min_lr + (base_lr - min_lr) / 2 (1 + cos(pi step /
+    total)), whose start the warm-up replaces. The official code evaluates this once per epoch, one epoch late."""
     if step < warmup:
         return warmup_lr + step * (base_lr - warmup_lr) / warmup
-    if step >= total:
-        return min_lr
-    return min_lr + 0.5 * (base_lr - min_lr) * (1 + math.cos(math.pi * step / total))
+    return min_lr + 0.5 * (base_lr - min_lr) * (1 + math.cos(math.pi * min(step, total) / total))
 
 
 def make_optimizer(name: str, model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """ "lamb", "adamw", "sgd" (momentum 0.9) or "nesterov" (the same, Nesterov's) on the two groups of param_groups,
-    with eps 1e-8 as in the official commands. All honour `grad_scale` and `found_inf`; common.precision clips for all
-    alike."""
+    """ "lamb", "adamw", "sgd" (momentum 0.9) or "nesterov" on the groups of param_groups, eps 1e-8 as in the official
+    commands. All honour `grad_scale` and `found_inf`; common.precision clips for all alike."""
     groups = [group for group in param_groups(model, weight_decay) if group["params"]]
     if name == "lamb":
         return Lamb(groups, lr=lr, eps=1e-8, max_grad_norm=None)
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, eps=1e-8, fused=True)
     optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=name == "nesterov", fused=True)
-    for group in groups:  # torch leaves the buffer uninitialised if found_inf skips the very first step
-        for p in group["params"]:
-            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    for p in (p for group in groups for p in group["params"]):  # else not set if found_inf skips the very first step
+        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return optimizer
 
 
 class EMA:
-    """Exponential moving average of a model: average <- decay average + (1 - decay) value, once per optimizer step.
-
-    Every floating tensor of the state dict is averaged, buffers included; integer buffers follow the official formula
-    (averaged in floating point, truncated), which leaves a batch counter practically unused.
-    """
+    """Exponential moving average of a model's state, buffers included: average <- decay average + (1 - decay) value,
+    once a step. Integers are averaged as officially, in floating point and truncated: a batch counter hardly moves."""
 
     def __init__(self, model: nn.Module, decay: float):
-        self.decay, self.pairs = decay, []
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.model, self.decay, self.pairs = copy.deepcopy(model).eval().requires_grad_(False), decay, []
 
     @torch.no_grad()
     def update(self, model: nn.Module, skip: torch.Tensor | None = None) -> None:
         """Average in the model's current state; where `skip` (0-dim, on the device) is 1 nothing changes."""
         if not self.pairs:  # state dicts hold the tensors themselves
             self.pairs = list(zip(self.model.state_dict().values(), model.state_dict().values()))
-        weight = 1 - self.decay
-        if skip is not None and not skip.is_cuda and skip.item():  # the CPU knows at once
-            return
         averages, values = map(list, zip(*[pair for pair in self.pairs if pair[0].is_floating_point()]))
+        weight = 1 - self.decay
         if skip is not None and skip.is_cuda:
             weight = [(1 - skip).to(averages[0].dtype) * weight] * len(averages)
+        elif skip is not None and skip.item():  # the CPU knows at once
+            return
         torch._foreach_lerp_(averages, values, weight)
         for average, value in self.pairs:
             if not average.is_floating_point():
