@@ -151,7 +151,7 @@ def load_weights(model: torch.nn.Module, state: dict[str, torch.Tensor], where: 
 def fit(model: torch.nn.Module, content: dict, where: str, say: Callable, *, ema: bool = False,
         adapt: Callable | None = None, new_head: bool = False) -> None:
     """A checkpoint's weights (ema: its averaged ones) into the model; UserError, naming `where`, if they do not fit.
-    adapt(model, state, content, say) first fits the state dict, in place; new_head: other classes' head is left
+    adapt(model, state, content, say) first fits the state dict, in place; new_head: a head of other classes stays
     fresh."""
     state = weights(content, ema=ema)
     narrow = {v.dtype for v in state.values()} & {torch.float16, torch.bfloat16}

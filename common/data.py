@@ -128,8 +128,8 @@ def split_batch(batch_size: int, world: int, micro_batch: int | None, group: int
     if batch_size % unit:
         near = " and ".join(map(str, sorted({max(1, batch_size // unit) * unit, (batch_size // unit + 1) * unit})))
         least = "" if micro_batch else " (--mix-group, the least a rank can take)"
-        raise UserError(f"--batch-size {batch_size}: not a multiple of {world} ranks x {micro_batch or group} images{least};"
-                        f" the nearest that are: {near}")
+        raise UserError(f"--batch-size {batch_size}: not a multiple of {world} ranks x {micro_batch or group} images"
+                        f"{least}; the nearest that are: {near}")
     micro = micro_batch or max(m for m in range(group, local + 1, group) if local % m == 0 and (m <= 256 or m == group))
     return micro, local // micro
 
@@ -145,7 +145,7 @@ class TrainingData:
 
     def __init__(self, run: Run, recipe, transform: Callable):
         args, self.run = run.args, run
-        self.group = min(recipe.mix_group if hasattr(recipe, "mix_group") else 1, recipe.batch_size)  # 1: nothing is mixed
+        self.group = min(getattr(recipe, "mix_group", 1), recipe.batch_size)  # 1: nothing is mixed
         self.micro_batch, self.accumulation = split_batch(recipe.batch_size, run.world, args.micro_batch, self.group)
         splits = ("train",) if args.val_data == "none" else ("train", "val")
         options = dict(val_data=args.val_data, coarse_labels=args.coarse_labels, splits=splits, say=run.say)
@@ -158,8 +158,7 @@ class TrainingData:
         if self.steps == 0:
             size = f"larger than the training set of {len(self.source)} images"
             raise UserError(f"--batch-size {recipe.batch_size}: {size}; lower it")
-        self.samples = Samples(self.source, transform, args.seed)
-        self.loader = make_loader(self.samples, self.batches, run.workers, run.device)
+        self.loader = make_loader(Samples(self.source, transform, args.seed), self.batches, run.workers, run.device)
 
     def begin(self, epoch: int, first_step: int) -> None:
         """An epoch, from optimizer step `first_step` on."""
@@ -184,7 +183,7 @@ class TrainingData:
     def first_images(self, count: int) -> Batch:
         """The run's first `count` images, or the few more that make whole groups."""
         keys = next(iter(self.batches))[: -(-count // self.group) * self.group]
-        return Batch(*moved(self.samples.__getitems__(keys), self.run.device), range(len(keys) // self.group))
+        return Batch(*moved(self.loader.dataset.__getitems__(keys), self.run.device), range(len(keys) // self.group))
 
 
 def eval_batches(length: int, batch_size: int, world_size: int, rank: int) -> list[list]:

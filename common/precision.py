@@ -39,8 +39,8 @@ class Precision:
 
     @contextlib.contextmanager
     def forward(self, model: nn.Module):
-        """Around a micro-batch's forward and loss, backward() after it: only the step's last one exchanges
-        gradients."""
+        """Around a micro-batch's forward and loss, before backward(): ranks exchange gradients after a step's last
+        one."""
         self.micro_batch += 1
         alone = isinstance(model, DistributedDataParallel) and self.micro_batch < self.accumulation
         with self.autocast(), model.no_sync() if alone else contextlib.nullcontext():
@@ -64,8 +64,7 @@ class Precision:
         skipped = (stats[1] > 0).float()
         if self.amp != "fp16":
             skipped = self.broken = torch.maximum(self.broken, skipped)
-        # The fused kernel divides by this one number: unscaling, and clipping as LAMB (Apex) defines it, with no
-        # epsilon.
+        # The fused kernel divides by one number: unscaling, and clipping as LAMB (Apex) defines it, without epsilon.
         clip = 1.0 if self.clip_grad is None else (norm / self.clip_grad).clamp(min=1.0)
         optimizer.grad_scale, optimizer.found_inf = self.scale * clip, skipped
         for group in optimizer.param_groups:

@@ -208,8 +208,8 @@ class Run:
         """RunError if ranks hold different weights: they would diverge without a word."""
         sums = torch.stack([p.detach().double().sum() for p in self.parts["model"].parameters()]).sum()[None]
         if self.world > 1 and (self.gather(sums) != sums).any():
-            where = f"at epoch {self.epoch}, step {self.step}"
-            raise RunError(f"the ranks hold different weights {where}; resume from the last checkpoint")
+            raise RunError(f"the ranks hold different weights at epoch {self.epoch}, step {self.step}; "
+                           "resume from the last checkpoint")
 
     def open_folder(self) -> None:
         """Takes the output folder; UserError if it cannot be written or holds another run."""
@@ -260,19 +260,17 @@ class Run:
             model.compile()
         if self.world > 1:
             # Buffers are equal on all ranks by themselves: BatchNorm's statistics are synchronised, memories gathered.
-            model = DistributedDataParallel(model, [self.device.index] if cuda else None,
-                                            gradient_as_bucket_view=True, broadcast_buffers=False)
+            model = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
         return model
 
     def start(self, data: dict, **parts) -> None:
         """Registers what a checkpoint holds, resumes if asked to, and checks that all ranks hold the same weights.
-        data: TrainingData.identity() and what else must stay the same when the run goes on (a teacher); parts: "model",
-        "optimizer" and whatever else has state_dict() and load_state_dict(), or None."""
-        self.parts, self.data_info = parts, data
-        if self.args.resume:
+        data: what may not change when the run goes on; parts: model, optimizer and what else has a state (or None)."""
+        self.parts, self.data_info, args = parts, data, self.args
+        if args.resume:
             self._resume()
         self._check_same_weights()
-        if self.args.tensorboard and self.rank == 0:
+        if args.tensorboard and self.rank == 0:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
@@ -282,22 +280,20 @@ class Run:
             with contextlib.suppress(OSError), open(self.out / "log.jsonl", "ab") as f:  # log() says so, once
                 f.truncate(min(self.log_bytes, f.tell()))
         self.started = True
-        self.log({"status": "started", "epoch": self.epoch, "step": self.step, "seed": self.args.seed,
+        self.log({"status": "started", "epoch": self.epoch, "step": self.step, "seed": args.seed,
                   "world_size": self.world, "recipe": dataclasses.asdict(self.recipe),
-                  "differs_from_paper": differences(self.recipe, self.paper),
-                  "allowed_changes": self.args.allow_changes,
+                  "differs_from_paper": differences(self.recipe, self.paper), "allowed_changes": args.allow_changes,
                   **{k: v for k, v in data.items() if k not in ("classes", "digest")}})
 
     def _newest_checkpoint(self) -> tuple[str, dict | None]:
         """(name, content) of what --resume asks for; no content if there is nothing."""
         if self.args.resume != "auto":
             return self.args.resume, checkpoint.load(self.args.resume, "--resume")
-        for name in ("last.pt", "previous.pt"):
-            if (self.out / name).exists():
-                try:
-                    return name, checkpoint.load(self.out / name, "--resume")
-                except UserError as error:
-                    self.say(f"warning: {error}")
+        for path in filter(Path.exists, (self.out / "last.pt", self.out / "previous.pt")):
+            try:
+                return path.name, checkpoint.load(path, "--resume")
+            except UserError as error:
+                self.say(f"warning: {error}")
         if (self.out / "last.pt").exists():
             raise UserError(f"--resume auto: no good checkpoint in {self.out}; start anew with another --out")
         return "", None
@@ -315,8 +311,9 @@ class Run:
         held, asked = (f"{state['method']} {state['model_name']}" for state in (saved, own))
         if held != asked:
             raise UserError(f"{flag}: holds {held}, you asked for {asked}")
-        then, now = _compared(saved), _compared(own)
-        differ = [k for k in {**then, **now} if then.get(k) != now.get(k)]
+        then, now = ({**s["recipe"], "seed": s["seed"], **s["data"], "data": s["data"]["digest"],
+                      "classes": len(s["data"]["classes"])} for s in (saved, own))
+        differ = [k for k in {**then, **now} if then.get(k) != now.get(k) and k not in ("digest", "val_images")]
         changes = "; ".join(f"{k} was {then.get(k)}, now {now.get(k)}" for k in differ)
         if changes and not self.args.allow_changes:
             raise UserError(f"{flag}: the run was started differently: {changes}; "
@@ -336,8 +333,8 @@ class Run:
             setattr(self, counter, saved[counter])
         torch.set_rng_state(saved["rng"]["torch"])
         random.setstate(saved["rng"]["python"])
-        changes = changes and f" with changes: {changes}"
-        self.say(f"resumed from {name} at epoch {self.epoch}, step {self.step}{changes}")
+        told = f" with changes: {changes}" if changes else ""
+        self.say(f"resumed from {name} at epoch {self.epoch}, step {self.step}{told}")
 
     def rng(self, purpose: str, number: int) -> random.Random:
         """A generator of this step, the same on all ranks."""
@@ -440,7 +437,6 @@ class Run:
         self.epoch, self.step, self.loss_sum, self.loss_count = self.epoch + 1, 0, 0.0, 0
 
     def _state(self) -> dict:
-        """What a checkpoint holds: the parts' states, where the run is and what it is."""
         parts = {key: part if part is None else part.state_dict() for key, part in self.parts.items()}
         versions = {m.__name__: str(m.__version__) for m in (torch, torchvision)} | {"python": sys.version.split()[0]}
         return {**parts, **{name: getattr(self, name) for name in COUNTERS}, "versions": versions,
@@ -485,10 +481,3 @@ class Run:
         self._unlock()
         if status == 0 and dist.is_initialized() and dist.get_backend() == "nccl":
             dist.destroy_process_group()
-
-
-def _compared(state: dict) -> dict:
-    """What of a checkpoint must be the same when a run goes on."""
-    data = state["data"]
-    others = {k: v for k, v in data.items() if k not in ("classes", "digest", "val_images")}
-    return {**state["recipe"], "seed": state["seed"], "data": data["digest"], "classes": len(data["classes"]), **others}
