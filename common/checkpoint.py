@@ -83,9 +83,9 @@ def load(path: str | Path, flag: str) -> dict:
         raise UserError(f"{where}: " + ("is a folder; name the checkpoint file" if path.is_dir() else "no such file"))
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+            import safetensors.torch
 
-            return load_file(path)
+            return safetensors.torch.load_file(path)
         if zipfile.is_zipfile(path):  # torch.load itself does not notice a flipped byte
             with zipfile.ZipFile(path) as z:
                 if z.testzip() is not None:
@@ -151,8 +151,8 @@ def load_weights(model: torch.nn.Module, state: dict[str, torch.Tensor], where: 
 def fit(model: torch.nn.Module, content: dict, where: str, say: Callable, *, ema: bool = False,
         adapt: Callable | None = None, new_head: bool = False) -> None:
     """A checkpoint's weights (ema: its averaged ones) into the model; UserError, naming `where`, if they do not fit.
-    adapt(model, state, content, say) first fits the state dict, in place; new_head: a head of other classes stays
-    fresh."""
+    adapt(model, state, content, say) fits the state dict first, in place; new_head: a head of other classes starts
+    anew."""
     state = weights(content, ema=ema)
     narrow = {v.dtype for v in state.values()} & {torch.float16, torch.bfloat16}
     if narrow:

@@ -39,8 +39,7 @@ class Precision:
 
     @contextlib.contextmanager
     def forward(self, model: nn.Module):
-        """Around a micro-batch's forward and loss, before backward(): ranks exchange gradients after a step's last
-        one."""
+        """Around a micro-batch's forward and loss, before its backward(); ranks exchange gradients once per step."""
         self.micro_batch += 1
         alone = isinstance(model, DistributedDataParallel) and self.micro_batch < self.accumulation
         with self.autocast(), model.no_sync() if alone else contextlib.nullcontext():
