@@ -25,8 +25,8 @@ def save(checkpoint: dict, path: Path, *, keep: Path | None = None) -> None:
     checkpoint = plain({**checkpoint, "format": FORMAT})
     broken = [k for k, v in checkpoint["model"].items() if not torch.isfinite(v).all()]
     if broken:
-        problem = f"{len(broken)} tensors are not finite, e.g. {broken[0]}"
-        raise RunError(f"{path} not written: {problem}; the previous checkpoint is intact")
+        raise RunError(f"{path} not written: {len(broken)} tensors are not finite, e.g. {broken[0]}; "
+                       "the previous checkpoint is intact")
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,8 +46,8 @@ def save(checkpoint: dict, path: Path, *, keep: Path | None = None) -> None:
             temporary.unlink()
         need = sum(t.nbytes for t in tree_leaves(checkpoint) if isinstance(t, torch.Tensor))
         free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
-        space = f"needs about {need} bytes, {free} are free"
-        raise RunError(f"cannot write {path}: {one_line(error)} ({space}); the previous checkpoint is intact") from None
+        raise RunError(f"cannot write {path}: {one_line(error)} (needs about {need} bytes, {free} are free); "
+                       "the previous checkpoint is intact") from None
 
 
 def save_copy(path: Path, copy: Path) -> None:
@@ -71,10 +71,8 @@ def _link(path: Path, target: Path) -> None:
 
 def _sync_folder(folder: Path) -> None:
     fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    os.fsync(fd)
+    os.close(fd)
 
 
 def load(path: str | Path, flag: str) -> dict:
@@ -83,37 +81,31 @@ def load(path: str | Path, flag: str) -> dict:
     path, where = Path(path), f"{flag} {path}"
     if not path.is_file():
         raise UserError(f"{where}: " + ("is a folder; name the checkpoint file" if path.is_dir() else "no such file"))
-    if path.suffix == ".safetensors":
-        try:
-            from safetensors import SafetensorError
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        except ImportError:
-            raise UserError(f"{where}: reading this kind of file needs a package: pip install safetensors") from None
-        except (SafetensorError, OSError, ValueError, KeyError) as error:
-            raise UserError(f"{flag}: damaged checkpoint {path} ({one_line(error)})") from None
-    bad = UserError(f"{flag}: damaged checkpoint {path}; use another one (previous.pt and best.pt lie beside last.pt)")
     try:
+        if path.suffix == ".safetensors":
+            import safetensors.torch
+
+            return safetensors.torch.load_file(path)
         if zipfile.is_zipfile(path):  # torch.load itself does not notice a flipped byte
             with zipfile.ZipFile(path) as z:
                 if z.testzip() is not None:
-                    raise bad
+                    raise zipfile.BadZipFile
         # The official DeiT and t-ReX files carry their command line; nothing else beyond plain types is let in.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "global" not in str(error).lower():
-            raise bad from None
-        held = "the file holds more than tensors and plain types and could run code"
-        raise UserError(f"{where}: refused, {held}") from None
-    except (EOFError, RuntimeError, OSError, ValueError, LookupError, AttributeError, TypeError, zipfile.BadZipFile):
-        raise bad from None
+    except ImportError:
+        raise UserError(f"{where}: reading this kind of file needs a package: pip install safetensors") from None
+    except Exception as error:  # which one depends on where the damage is
+        if isinstance(error, pickle.UnpicklingError) and "global" in str(error).lower():
+            held = "the file holds more than tensors and plain types and could run code"
+            raise UserError(f"{where}: refused, {held}") from None
+        hint = "use another one (previous.pt and best.pt lie beside last.pt)"
+        raise UserError(f"{flag}: damaged checkpoint {path}; {hint}") from None
     if not isinstance(content, dict):
         raise UserError(f"{where}: holds a {type(content).__name__}, not a checkpoint")
     if content.get("format", FORMAT) != FORMAT:
-        formats = f"checkpoint format {content['format']}, this version reads {FORMAT}"
-        raise UserError(f"{where}: {formats}; use the version that wrote it")
+        raise UserError(f"{where}: checkpoint format {content['format']}, this version reads {FORMAT}; "
+                        "use the version that wrote it")
     return content
 
 
@@ -132,8 +124,7 @@ def weights(checkpoint: dict, *, ema: bool = False) -> dict[str, torch.Tensor]:
 
 def recipe_of(content: dict) -> dict:
     """The fields of the recipe that a checkpoint of ours was trained by; {} of an official or bare one."""
-    recipe = content.get("recipe")
-    return recipe if isinstance(recipe, dict) else {}
+    return content["recipe"] if isinstance(content.get("recipe"), dict) else {}
 
 
 def classes_of(content: dict) -> list[str]:
@@ -148,10 +139,9 @@ def classes_of(content: dict) -> list[str]:
 def load_weights(model: torch.nn.Module, state: dict[str, torch.Tensor], where: str) -> None:
     """Strict load into a model of any precision; UserError with counts and examples if keys or shapes do not fit."""
     own = model.state_dict()
-    differ = [f"{k} {tuple(state[k].shape)} for {tuple(v.shape)}" for k, v in own.items()
-              if k in state and state[k].shape != v.shape]
+    differ = [k for k in own if k in state and state[k].shape != own[k].shape]
     kinds = {"keys missing": sorted(own.keys() - state.keys()), "keys not known": sorted(state.keys() - own.keys()),
-             "shapes differ": differ}
+             "shapes differ": [f"{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}" for k in differ]}
     problems = [f"{len(found)} {kind}, e.g. {', '.join(found[:5])}" for kind, found in kinds.items() if found]
     if problems:
         raise UserError(f"{where}: does not fit the model: {'; '.join(problems)}")
@@ -161,8 +151,8 @@ def load_weights(model: torch.nn.Module, state: dict[str, torch.Tensor], where: 
 def fit(model: torch.nn.Module, content: dict, where: str, say: Callable, *, ema: bool = False,
         adapt: Callable | None = None, new_head: bool = False) -> None:
     """A checkpoint's weights (ema: its averaged ones) into the model; UserError, naming `where`, if they do not fit.
-    adapt(model, state, content, say) changes the state dict in place first, to the model's resolution; new_head: a
-    classifier for other classes is left fresh."""
+    adapt(model, state, content, say) fits the state dict first, in place; new_head: a head of other classes starts
+    anew."""
     state = weights(content, ema=ema)
     narrow = {v.dtype for v in state.values()} & {torch.float16, torch.bfloat16}
     if narrow:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_convert
 
 from common.errors import RunError, UserError, one_line
 from common.run import Run
@@ -25,8 +25,7 @@ def epoch_length(length: int, repeats: int) -> int:
 
 def epoch_order(length: int, epoch: int, seed: int, repeats: int) -> np.ndarray:
     """Sample indices of one epoch for all ranks together: a permutation, each index `repeats` times in a row."""
-    generator = torch.Generator().manual_seed(epoch + (seed << 20))
-    order = torch.randperm(length, generator=generator).numpy()
+    order = torch.randperm(length, generator=torch.Generator().manual_seed(epoch + (seed << 20))).numpy()
     return np.repeat(order[: -(-length // repeats)], repeats)[: epoch_length(length, repeats)]
 
 
@@ -106,10 +105,6 @@ class Samples(Dataset):
         return images, torch.tensor(parameters, dtype=torch.float32), labels, indices
 
 
-def _identity(batch):
-    return batch
-
-
 def _worker_init(_: int) -> None:
     # A signal sent to the whole process group is the main process's to answer: it still needs its workers to finish.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -118,10 +113,9 @@ def _worker_init(_: int) -> None:
 
 def make_loader(samples: Samples, batches, workers: int, device: torch.device, persistent: bool = True) -> DataLoader:
     """DataLoader over whole micro-batches, ready ahead of need; persistent workers live through all epochs."""
-    return DataLoader(
-        samples, batch_sampler=batches, num_workers=workers, collate_fn=_identity, pin_memory=device.type == "cuda",
-        worker_init_fn=_worker_init, persistent_workers=workers > 0 and persistent, timeout=300 if workers else 0,
-    )
+    return DataLoader(samples, batch_sampler=batches, num_workers=workers, worker_init_fn=_worker_init,
+                      persistent_workers=workers > 0 and persistent, timeout=300 if workers else 0,
+                      collate_fn=default_convert, pin_memory=device.type == "cuda")
 
 
 def split_batch(batch_size: int, world: int, micro_batch: int | None, group: int) -> tuple[int, int]:
@@ -134,8 +128,8 @@ def split_batch(batch_size: int, world: int, micro_batch: int | None, group: int
     if batch_size % unit:
         near = " and ".join(map(str, sorted({max(1, batch_size // unit) * unit, (batch_size // unit + 1) * unit})))
         least = "" if micro_batch else " (--mix-group, the least a rank can take)"
-        parts = f"{world} ranks x {micro_batch or group} images{least}"
-        raise UserError(f"--batch-size {batch_size}: not a multiple of {parts}; the nearest that are: {near}")
+        raise UserError(f"--batch-size {batch_size}: not a multiple of {world} ranks x {micro_batch or group} images"
+                        f"{least}; the nearest that are: {near}")
     micro = micro_batch or max(m for m in range(group, local + 1, group) if local % m == 0 and (m <= 256 or m == group))
     return micro, local // micro
 
@@ -146,9 +140,8 @@ Batch = namedtuple("Batch", "images parameters labels indices groups")
 
 
 class TrainingData:
-    """Training images in the recipe's order and batches, and validation images; source, val: their Sources (val None
-    with --val-data none); classes; micro_batch (images per rank and forward pass), accumulation (micro-batches per step
-    and rank), steps (per epoch); seen: indices of the step's images."""
+    """The training images (a Source) in the recipe's order and batches; val: the validation images (Source or None);
+    micro_batch: images per rank and forward pass, accumulation: micro-batches per step and rank, steps: per epoch."""
 
     def __init__(self, run: Run, recipe, transform: Callable):
         args, self.run = run.args, run
@@ -166,8 +159,7 @@ class TrainingData:
         if self.steps == 0:
             size = f"larger than the training set of {len(self.source)} images"
             raise UserError(f"--batch-size {recipe.batch_size}: {size}; lower it")
-        self.samples = Samples(self.source, transform, args.seed)
-        self.loader = make_loader(self.samples, self.batches, run.workers, run.device)
+        self.loader = make_loader(Samples(self.source, transform, args.seed), self.batches, run.workers, run.device)
 
     def begin(self, epoch: int, first_step: int) -> None:
         """An epoch, from optimizer step `first_step` on."""
@@ -192,7 +184,7 @@ class TrainingData:
     def first_images(self, count: int) -> Batch:
         """The run's first `count` images, or the few more that make whole groups."""
         keys = next(iter(self.batches))[: -(-count // self.group) * self.group]
-        return Batch(*moved(self.samples.__getitems__(keys), self.run.device), range(len(keys) // self.group))
+        return Batch(*moved(self.loader.dataset.__getitems__(keys), self.run.device), range(len(keys) // self.group))
 
 
 def eval_batches(length: int, batch_size: int, world_size: int, rank: int) -> list[list]:

@@ -39,8 +39,7 @@ class Precision:
 
     @contextlib.contextmanager
     def forward(self, model: nn.Module):
-        """For forward and loss of one micro-batch, to be followed by backward(): autocast, and gradients exchanged
-        between ranks only with the step's last micro-batch."""
+        """Around a micro-batch's forward and loss, before its backward(); ranks exchange gradients once per step."""
         self.micro_batch += 1
         alone = isinstance(model, DistributedDataParallel) and self.micro_batch < self.accumulation
         with self.autocast(), model.no_sync() if alone else contextlib.nullcontext():
@@ -54,8 +53,8 @@ class Precision:
     def step(self, optimizer: optim.Optimizer, lr: float, asked: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
         """Clip, apply, clear: (stats, skipped) on the device. stats (3,): mean loss over all ranks, how many ranks have
         a loss or gradient that is not finite, sum of their `asked`; skipped: 1.0 if nothing was changed, else 0.0."""
-        norm = global_norm([p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None])
-        norm /= self.scale
+        gradients = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+        norm = global_norm(gradients) / self.scale
         bad = ~(torch.isfinite(norm) & torch.isfinite(self.loss))
         stats = torch.stack([self.loss, bad.float(), torch.full((), asked, device=self.device)])
         if dist.is_initialized():
@@ -64,8 +63,7 @@ class Precision:
         skipped = (stats[1] > 0).float()
         if self.amp != "fp16":
             skipped = self.broken = torch.maximum(self.broken, skipped)
-        # Division by this one number inside the fused kernel is both the unscaling and the clipping. LAMB's definition
-        # of the latter (Apex): divide by max(1, norm / clip), with no epsilon.
+        # The fused kernel divides by one number: unscaling, and clipping as LAMB (Apex) defines it, without epsilon.
         clip = 1.0 if self.clip_grad is None else (norm / self.clip_grad).clamp(min=1.0)
         optimizer.grad_scale, optimizer.found_inf = self.scale * clip, skipped
         for group in optimizer.param_groups:
@@ -73,10 +71,9 @@ class Precision:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if self.amp == "fp16":
-            self.good_steps = (self.good_steps + 1) * (1 - skipped)
-            grown = self.good_steps == SCALE_GROWTH_STEPS
-            self.scale = torch.where(skipped > 0, self.scale / 2, torch.where(grown, self.scale * 2, self.scale))
-            self.good_steps = torch.where(grown, 0.0, self.good_steps)
+            self.good_steps = (self.good_steps + 1) * (1 - skipped) % SCALE_GROWTH_STEPS
+            grown = torch.where(self.good_steps == 0, 2.0, 1.0)
+            self.scale = self.scale * torch.where(skipped > 0, 0.5, grown)
         self.loss, self.micro_batch = torch.zeros_like(self.loss), 0
         return stats, skipped
 

@@ -47,6 +47,7 @@ class Stopped(SystemExit):
 
 def launch(main: Callable[[], None]) -> None:
     """Runs a script's main and ends the process, whatever main ended by and whatever still runs beside it."""
+    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # it may know ASCII only
     status = 1
     try:
         status = outcome(main)
@@ -60,20 +61,16 @@ def outcome(main: Callable[[], None]) -> int:
     try:
         main()
         status = 0
-    except SystemExit as end:
-        status = end.code or 0
-    except KeyboardInterrupt:
-        status = 130
+    except (SystemExit, KeyboardInterrupt) as end:
+        status = getattr(end, "code", 130) or 0
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")
     except (UserError, RunError) as error:
-        status = 2 if isinstance(error, UserError) else 1
+        status, line = 2 if isinstance(error, UserError) else 1, str(error)
         if "--debug" in sys.argv:
             traceback.print_exc()
-        first = True  # one rank tells it, where ranks can be asked; before they are connected, rank 0
-        with contextlib.suppress(RuntimeError):
-            first = _STORE[-1].add("reported_error", 1) == 1 if _STORE else rank == 0
-        line = str(error) if first else None
+        with contextlib.suppress(RuntimeError):  # one rank tells it; before they are connected, rank 0
+            line = line if (_STORE[-1].add("reported_error", 1) == 1 if _STORE else rank == 0) else None
     except torch.cuda.OutOfMemoryError:
         line = "the GPU's memory is full; lower --micro-batch (the result stays the same) or use --grad-checkpoint"
     except BaseException as error:
@@ -81,14 +78,13 @@ def outcome(main: Callable[[], None]) -> int:
         if isinstance(error, RuntimeError) and dist.is_initialized() and any(sign in said for sign in LOST):
             time.sleep(3)  # the rank that failed speaks first
             where = "".join(f" at epoch {run.epoch}, step {run.step}" for run in _CURRENT if run.started)
-            hint = "it died or hangs (see its own message); --resume auto goes on from the last checkpoint"
-            line = f"lost contact with another rank{where}: {hint}"
+            line = (f"lost contact with another rank{where}: it died or hangs (see its own message); "
+                    "--resume auto goes on from the last checkpoint")
         else:
             traceback.print_exc()
-    with contextlib.suppress(OSError):
-        if line:
-            text = " ".join(line.splitlines())
-            print(f"error (rank {rank}): {text}" if rank else f"error: {text}", file=sys.stderr, flush=True)
+    if line:
+        with contextlib.suppress(OSError):
+            print(f"error (rank {rank}):" if rank else "error:", *line.splitlines(), file=sys.stderr, flush=True)
     while _CURRENT:
         _CURRENT.pop().close(status)
     return status
@@ -132,9 +128,8 @@ def connect(device: str | None, timeout: int) -> tuple[torch.device, int, int]:
             dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
             _STORE.append(store)
         except (RuntimeError, ValueError) as error:
-            problem = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: {one_line(error, 200)}"
-            hint = "use torchrun --standalone or another --master-port"
-            raise UserError(f"ranks cannot meet at {problem}; {hint}") from None
+            raise UserError(f"ranks cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: "
+                            f"{one_line(error, 200)}; use torchrun --standalone or another --master-port") from None
     return torch.device(device), rank, world
 
 
@@ -148,17 +143,16 @@ class Run:
         check_amp(self.amp, self.device)
         self.out = Path(args.out or f"runs/{method}_{args.model.replace('/', '_')}")
         self.epoch = self.step = 0  # what comes next
-        self.best, self.loss_sum, self.loss_count, self.last_loss = -math.inf, 0.0, 0, math.nan
-        self.skipped_in_a_row = self.skipped_steps = self.log_bytes = 0
-        self.stop_signal, self.save_asked = 0, False  # asked of this rank
-        self.stop_agreed = self.save_agreed = False  # known to all ranks
+        self.best, self.loss_sum, self.last_loss = -math.inf, 0.0, math.nan
+        self.loss_count = self.skipped_in_a_row = self.skipped_steps = self.log_bytes = 0
+        self.stop_signal, self.save_asked = 0, False  # asked of this rank; when all ranks know, it is agreed
+        self.stop_agreed = self.save_agreed = self.started = self.log_failed = False
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         share = max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
         self.workers = share if args.workers is None else args.workers  # loader processes of this rank
         self.lag = FLAG_LAG if self.device.type == "cuda" else 0
         self.pending: list[tuple] = []  # steps whose flags the host has not read
         self.bar, self.writer, self.lock = tqdm(disable=True), None, None
-        self.started = self.log_failed = False
         _CURRENT.append(self)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
@@ -166,12 +160,10 @@ class Run:
             self.say("no GPU found: running on the CPU")
 
     def say(self, text: str) -> None:
-        """One line on rank 0's standard output; a closed one, or one that knows ASCII only, does not end the run."""
+        """One line on rank 0's standard output; a closed one does not end the run."""
         if self.rank == 0:
-            encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
             try:
-                tqdm.write(text.encode(encoding, "backslashreplace").decode(encoding), file=sys.stdout)
-                sys.stdout.flush()
+                tqdm.write(text)
             except BrokenPipeError:
                 sys.stdout = open(os.devnull, "w")
 
@@ -216,8 +208,8 @@ class Run:
         """RunError if ranks hold different weights: they would diverge without a word."""
         sums = torch.stack([p.detach().double().sum() for p in self.parts["model"].parameters()]).sum()[None]
         if self.world > 1 and (self.gather(sums) != sums).any():
-            where = f"at epoch {self.epoch}, step {self.step}"
-            raise RunError(f"the ranks hold different weights {where}; resume from the last checkpoint")
+            raise RunError(f"the ranks hold different weights at epoch {self.epoch}, step {self.step}; "
+                           "resume from the last checkpoint")
 
     def open_folder(self) -> None:
         """Takes the output folder; UserError if it cannot be written or holds another run."""
@@ -246,16 +238,14 @@ class Run:
         if (self.out / "last.pt").exists() and self.args.resume is None:
             raise UserError(f"{where}: holds a run already; --resume auto goes on with it, another --out starts anew")
         lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {here}\n")
-        lock.flush()
+        print(f"process {os.getpid()} on {here}", file=lock, flush=True)
         for leftover in self.out.glob("*.tmp"):  # of a write that was killed
             leftover.unlink(missing_ok=True)
 
     def _unlock(self) -> None:
         if self.lock is not None:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError), self.lock:
                 (self.out / "lock").unlink()
-            self.lock.close()
             self.lock = None
 
     def prepare(self, model: torch.nn.Module, micro_batch: int) -> torch.nn.Module:
@@ -270,19 +260,17 @@ class Run:
             model.compile()
         if self.world > 1:
             # Buffers are equal on all ranks by themselves: BatchNorm's statistics are synchronised, memories gathered.
-            model = DistributedDataParallel(model, [self.device.index] if cuda else None,
-                                            gradient_as_bucket_view=True, broadcast_buffers=False)
+            model = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
         return model
 
     def start(self, data: dict, **parts) -> None:
         """Registers what a checkpoint holds, resumes if asked to, and checks that all ranks hold the same weights.
-        data: TrainingData.identity() and what else must stay the same when the run goes on (a teacher); parts: "model",
-        "optimizer" and whatever else has state_dict() and load_state_dict(), or None."""
-        self.parts, self.data_info = parts, data
-        if self.args.resume:
+        data: what may not change when the run goes on; parts: model, optimizer and what else has a state (or None)."""
+        self.parts, self.data_info, args = parts, data, self.args
+        if args.resume:
             self._resume()
         self._check_same_weights()
-        if self.args.tensorboard and self.rank == 0:
+        if args.tensorboard and self.rank == 0:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
@@ -292,22 +280,20 @@ class Run:
             with contextlib.suppress(OSError), open(self.out / "log.jsonl", "ab") as f:  # log() says so, once
                 f.truncate(min(self.log_bytes, f.tell()))
         self.started = True
-        self.log({"status": "started", "epoch": self.epoch, "step": self.step, "seed": self.args.seed,
+        self.log({"status": "started", "epoch": self.epoch, "step": self.step, "seed": args.seed,
                   "world_size": self.world, "recipe": dataclasses.asdict(self.recipe),
-                  "differs_from_paper": differences(self.recipe, self.paper),
-                  "allowed_changes": self.args.allow_changes,
+                  "differs_from_paper": differences(self.recipe, self.paper), "allowed_changes": args.allow_changes,
                   **{k: v for k, v in data.items() if k not in ("classes", "digest")}})
 
     def _newest_checkpoint(self) -> tuple[str, dict | None]:
         """(name, content) of what --resume asks for; no content if there is nothing."""
         if self.args.resume != "auto":
             return self.args.resume, checkpoint.load(self.args.resume, "--resume")
-        for name in ("last.pt", "previous.pt"):
-            if (self.out / name).exists():
-                try:
-                    return name, checkpoint.load(self.out / name, "--resume")
-                except UserError as error:
-                    self.say(f"warning: {error}")
+        for path in filter(Path.exists, (self.out / "last.pt", self.out / "previous.pt")):
+            try:
+                return path.name, checkpoint.load(path, "--resume")
+            except UserError as error:
+                self.say(f"warning: {error}")
         if (self.out / "last.pt").exists():
             raise UserError(f"--resume auto: no good checkpoint in {self.out}; start anew with another --out")
         return "", None
@@ -325,11 +311,13 @@ class Run:
         held, asked = (f"{state['method']} {state['model_name']}" for state in (saved, own))
         if held != asked:
             raise UserError(f"{flag}: holds {held}, you asked for {asked}")
-        then, now = _compared(saved), _compared(own)
-        changes = [f"{k} was {then.get(k)}, now {now.get(k)}" for k in {**then, **now} if then.get(k) != now.get(k)]
+        then, now = ({**s["recipe"], "seed": s["seed"], **s["data"], "data": s["data"]["digest"],
+                      "classes": len(s["data"]["classes"])} for s in (saved, own))
+        differ = [k for k in {**then, **now} if then.get(k) != now.get(k) and k not in ("digest", "val_images")]
+        changes = "; ".join(f"{k} was {then.get(k)}, now {now.get(k)}" for k in differ)
         if changes and not self.args.allow_changes:
-            told = f"the run was started differently: {'; '.join(changes)}"
-            raise UserError(f"{flag}: {told}; repeat its flags, or add --allow-changes")
+            raise UserError(f"{flag}: the run was started differently: {changes}; "
+                            "repeat its flags, or add --allow-changes")
         checkpoint.load_weights(self.parts["model"], saved["model"], flag)
         for key, part in self.parts.items():
             if (part is None) != (saved[key] is None):
@@ -345,8 +333,8 @@ class Run:
             setattr(self, counter, saved[counter])
         torch.set_rng_state(saved["rng"]["torch"])
         random.setstate(saved["rng"]["python"])
-        changed = f" with changes: {'; '.join(changes)}" if changes else ""
-        self.say(f"resumed from {name} at epoch {self.epoch}, step {self.step}{changed}")
+        told = f" with changes: {changes}" if changes else ""
+        self.say(f"resumed from {name} at epoch {self.epoch}, step {self.step}{told}")
 
     def rng(self, purpose: str, number: int) -> random.Random:
         """A generator of this step, the same on all ranks."""
@@ -412,9 +400,8 @@ class Run:
                 names = [self.data.source.name(i) for i in self.gather(torch.cat(seen).to(self.device)).tolist()]
                 reason = "loss or gradient not finite"
                 self.log({"status": "failed", "reason": reason, "epoch": epoch, "step": step, "lr": lr, "files": names})
-                images = f"Its images: {', '.join(names[:4])}, ... (all {len(names)} in {self.out / 'log.jsonl'})"
-                where = f"at epoch {epoch}, step {step}, lr {lr:g}"
-                raise RunError(f"{reason} {where}; nothing of that step was applied. {images}")
+                raise RunError(f"{reason} at epoch {epoch}, step {step}, lr {lr:g}; nothing of that step was applied. "
+                               f"Its images: {', '.join(names[:4])}, ... (all {len(names)} in {self.out}/log.jsonl)")
 
     def end_of_training_epoch(self, lr: float) -> dict:
         """Figures of the training epoch, with the next learning rate; a run that resumes from its last.pt evaluates."""
@@ -450,7 +437,6 @@ class Run:
         self.epoch, self.step, self.loss_sum, self.loss_count = self.epoch + 1, 0, 0.0, 0
 
     def _state(self) -> dict:
-        """What a checkpoint holds: the parts' states, where the run is and what it is."""
         parts = {key: part if part is None else part.state_dict() for key, part in self.parts.items()}
         versions = {m.__name__: str(m.__version__) for m in (torch, torchvision)} | {"python": sys.version.split()[0]}
         return {**parts, **{name: getattr(self, name) for name in COUNTERS}, "versions": versions,
@@ -495,10 +481,3 @@ class Run:
         self._unlock()
         if status == 0 and dist.is_initialized() and dist.get_backend() == "nccl":
             dist.destroy_process_group()
-
-
-def _compared(state: dict) -> dict:
-    """What of a checkpoint must be the same when a run goes on."""
-    data = state["data"]
-    others = {k: v for k, v in data.items() if k not in ("classes", "digest", "val_images")}
-    return {**state["recipe"], "seed": state["seed"], "data": data["digest"], "classes": len(data["classes"]), **others}
