@@ -16,8 +16,9 @@ class SyncedBatchNorm(_BatchNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:
             return super().forward(x)
+        first = dist.get_rank() * len(x)
         everything = torch.cat(all_gather(x.contiguous()))
-        return super().forward(everything).chunk(dist.get_world_size())[dist.get_rank()]
+        return super().forward(everything)[first : first + len(x)]
 
 
 def synchronise(model: nn.Module, device: torch.device) -> nn.Module:
