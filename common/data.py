@@ -31,7 +31,6 @@ def epoch_order(length: int, epoch: int, seed: int, repeats: int) -> np.ndarray:
 
 class GlobalBatches(Sampler[list]):
     """This rank's micro-batches of every global batch, as lists of keys (epoch, index, repeat).
-
     The global batch of step s is samples [s B, (s + 1) B) of epoch_order, dealt out like cards to B / group groups.
     A group is what a GPU was in the papers: images that share one mixup or cutmix draw and are mixed with each other
     only. Ranks and micro-batches are made of whole groups: who is mixed with whom depends on neither. Neighbouring

@@ -70,7 +70,8 @@ def outcome(main: Callable[[], None]) -> int:
         if "--debug" in sys.argv:
             traceback.print_exc()
         with contextlib.suppress(RuntimeError):  # one rank tells it; before they are connected, rank 0
-            line = line if (_STORE[-1].add("reported_error", 1) == 1 if _STORE else rank == 0) else None
+            if _STORE[-1].add("reported_error", 1) > 1 if _STORE else rank > 0:
+                line = None
     except torch.cuda.OutOfMemoryError:
         line = "the GPU's memory is full; lower --micro-batch (the result stays the same) or use --grad-checkpoint"
     except BaseException as error:
