@@ -3,9 +3,8 @@
     shapes          the built-in data set
     FOLDER          with train/CLASS/... and val/CLASS/...
     FILE.tar        the same, or a tar of class tars (ImageNet's train archive, with --val-data); read in place
-    NAME:FOLDER     cifar10, cifar100, flowers102, cars, food101, aircraft, dtd, pets, eurosat, sun397: the files as
-                    torchvision lays them out; inat2018, inat2019: the competition's files; cog1 to cog5: ImageNet-CoG's
-                    levels, ImageNet-21k's folders and the two split files
+    NAME:FOLDER     a set of NAMED below, in torchvision's layout; inat2018 and inat2019 in the competition's; cog1 to
+                    cog5, ImageNet-CoG's levels: ImageNet-21k's folders and the two split files
     ...@LEVEL       other labels: cifar100@coarse:FOLDER, inat2018@genus:FOLDER, shapes@coarse, or FOLDER@coarse with
                     --coarse-labels
 """
@@ -137,10 +136,7 @@ class TarMembers(Source):
     def stored(self, index: int) -> bytes:
         if self.pid != os.getpid():  # each worker opens its own
             self.fd, self.pid = os.open(self.path, os.O_RDONLY), os.getpid()
-        data = os.pread(self.fd, int(self.sizes[index]), int(self.offsets[index]))
-        if len(data) != self.sizes[index]:
-            raise OSError(f"file ends after {len(data)} of {self.sizes[index]} bytes")
-        return data
+        return os.pread(self.fd, int(self.sizes[index]), int(self.offsets[index]))
 
 
 def open_data(spec: str, *, val_data: str | None = None, coarse_labels: str | None = None, say: Callable = print,
