@@ -1,7 +1,7 @@
-"""Bytes to pixels: decoding, resizing and cropping on uint8 tensors (3, H, W), RGB, whose memory is channels-last as the
-JPEG decoder leaves it: torch's antialiased resize is several times faster on that layout than on planes, and agrees
-with PIL's to about 50 dB or better. EXIF orientation is not applied (the papers' numbers were measured without it) and
-of animations the first frame counts."""
+"""Bytes to pixels: decoding, resizing and cropping on uint8 tensors (3, H, W), RGB, in channels-last memory as the JPEG
+decoder leaves it: torch's antialiased resize is several times faster on that layout than on planes, and agrees with
+PIL's to about 50 dB or better. EXIF orientation is not applied (the papers' numbers were measured without it) and of
+animations the first frame counts."""
 
 import contextlib
 import io
@@ -18,10 +18,8 @@ MAX_PIXELS = 178_956_970  # Pillow's limit for a decompression bomb; JPEGs decod
 
 
 def decode(data: bytes) -> torch.Tensor:
-    """Encoded image (any format Pillow reads) -> uint8 (3, H, W), RGB.
-
-    Raises OSError or ValueError, with a reason, for what is not a whole image of 8 bits per channel or 16-bit grey.
-    """
+    """Encoded image (any format Pillow reads) -> uint8 (3, H, W), RGB. OSError or ValueError, with a reason, for what
+    is not a whole image of 8 bits per channel or 16-bit grey."""
     bits, height, width, channels = _jpeg_header(data)
     if height * width > MAX_PIXELS:
         raise ValueError(f"image of {width} x {height} pixels is larger than the limit of {MAX_PIXELS}")
@@ -33,12 +31,12 @@ def decode(data: bytes) -> torch.Tensor:
         warnings.simplefilter("ignore")  # corrupt EXIF, unusual palettes: the pixels are what counts
         try:
             image = Image.open(io.BytesIO(data))
-            if image.mode.startswith("I;16"):  # convert("RGB") would clip 16-bit values to white instead of scaling them
+            if image.mode.startswith("I;16"):  # convert("RGB") would clip 16-bit values to white, not scale them
                 grey = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
                 return from_numpy(np.repeat(grey[:, :, None], 3, axis=2))
             if image.mode in ("I", "F"):
-                what = f"image of mode {image.mode} (32 bits per channel)"
-                raise ValueError(f"{what} has no defined conversion to 8 bits")
+                mode = f"mode {image.mode} (32 bits per channel)"
+                raise ValueError(f"image of {mode} has no defined conversion to 8 bits")
             return from_pil(image)
         except Image.DecompressionBombError as error:
             raise ValueError(str(error)) from None

@@ -40,12 +40,9 @@ def draw(split: str, index: int) -> tuple[np.ndarray, np.ndarray, int]:
     cy, cx, turn = rng.uniform(29, SIZE - 29), rng.uniform(29, SIZE - 29), rng.uniform(-0.25, 0.25)
     u = (math.cos(turn) * (x - cx) + math.sin(turn) * (y - cy)) / radius
     v = (-math.sin(turn) * (x - cx) + math.cos(turn) * (y - cy)) / radius
-    if shape == "disc":
-        mask = u * u + v * v < 0.9
-    elif shape == "ring":
-        mask = (u * u + v * v < 1.0) & (u * u + v * v > 0.3)
-    else:
-        mask = (np.minimum(np.abs(u), np.abs(v)) < 0.36) & (np.maximum(np.abs(u), np.abs(v)) < 1.0)
+    square, near, far = u * u + v * v, np.minimum(np.abs(u), np.abs(v)), np.maximum(np.abs(u), np.abs(v))
+    masks = {"disc": square < 0.9, "ring": (square < 1.0) & (square > 0.3), "cross": (near < 0.36) & (far < 1.0)}
+    mask = masks[shape]
 
     # Two object colours far enough apart in brightness that the texture can be seen.
     light, dark = 180 + colours[2] * 0.3, colours[3] * 0.3

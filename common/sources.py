@@ -1,15 +1,12 @@
-"""Data sets: what `--data` takes, found, indexed and read.
+"""Data sets: what `--data` takes, found, indexed and read. A `Source` knows classes, labels and how to read image i.
 
-A `Source` knows its classes, labels and how to read image i. `--data` takes:
     shapes          the built-in data set
     FOLDER          with train/CLASS/... and val/CLASS/...
-    FILE.tar        one archive holding train/CLASS/... and val/CLASS/..., or a tar of class tars (ImageNet's train
-                    archive; give the validation set with --val-data); read in place
-    NAME:FOLDER     cifar10, cifar100, flowers102, cars, food101, aircraft, dtd, pets, eurosat, sun397: the files as
-                    torchvision lays them out; inat2018, inat2019: the competition's files; cog1 to cog5: ImageNet-CoG's
-                    levels, ImageNet-21k's folders and the two split files
-    ...@LEVEL       labels of another level: cifar100@coarse:FOLDER, inat2018@genus:FOLDER, shapes@coarse, or
-                    FOLDER@coarse with --coarse-labels
+    FILE.tar        the same, or a tar of class tars (ImageNet's train archive, with --val-data); read in place
+    NAME:FOLDER     a set of NAMED below, in torchvision's layout; inat2018 and inat2019 in the competition's; cog1 to
+                    cog5, ImageNet-CoG's levels: ImageNet-21k's folders and the two split files
+    ...@LEVEL       other labels: cifar100@coarse:FOLDER, inat2018@genus:FOLDER, shapes@coarse, or FOLDER@coarse with
+                    --coarse-labels
 """
 
 from __future__ import annotations
@@ -19,14 +16,12 @@ import json
 import os
 import pickle
 import re
-import stat
 import sys
 import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from pickle import PickleError
 
 import numpy as np
 import torch
@@ -40,15 +35,13 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", 
 JUNK = re.compile(r"(^|/)(\.|(__MACOSX|@eaDir|lost\+found|Thumbs\.db|desktop\.ini)(/|\Z))")  # as a part of a path
 MAX_FILE_BYTES = 1 << 30
 TREE = "expected FOLDER/train/CLASS/IMAGE and FOLDER/val/CLASS/IMAGE, or a .tar holding the same"
+COG_LEVELS, COG_SPLITS = "cog_levels_mapping_file.pkl", "cog_concepts_split_file.pkl"
 Labels = tuple[list[str], np.ndarray]  # class names in label order, labels int64 (N,)
-Say = Callable[[str], None]
 
 
 class Source:
-    """A labelled set of images: `classes` and `labels`, and in `levels` those of every label level by its name.
-
-    For messages images have `names`, bytes (N,), behind the `title`, or None and only their number.
-    """
+    """Labelled images: `classes`, `labels`, and both by name of label level in `levels`; for messages a `title` and
+    `names`, bytes (N,), or None. A subclass has `stored(index)`: an image file's bytes, or pixels, uint8 (H, W, 3)."""
 
     title, names, sizes = "data", None, None
 
@@ -64,27 +57,20 @@ class Source:
 
     def at_level(self, level: str | None) -> Source:
         """The same images with the labels of `level` (None: as they are)."""
-        if level is not None:
-            if level not in self.levels:
-                hint = "; give --coarse-labels FILE" if level == "coarse" else ""
-                raise UserError(f"--data: no label level {level!r} here, there is: {', '.join(self.levels)}{hint}")
-            self.classes, self.labels = self.levels[level]
+        if level not in (None, *self.levels):
+            hint = "; give --coarse-labels FILE" if level == "coarse" else ""
+            raise UserError(f"--data: no label level {level!r} here, there is: {', '.join(self.levels)}{hint}")
+        self.classes, self.labels = self.levels.get(level, (self.classes, self.labels))
         return self
 
     def name(self, index: int) -> str:
         """What a message calls image `index`."""
-        if self.names is None:
-            return f"{self.title} image {index}"
-        return self.title + os.fsdecode(bytes(self.names[index]))
+        return self.title + (f" image {index}" if self.names is None else os.fsdecode(bytes(self.names[index])))
 
     def read(self, index: int) -> torch.Tensor:
         """Image `index` as uint8 (3, H, W)."""
         stored = self.stored(index)
         return images.decode(stored) if isinstance(stored, bytes) else images.from_numpy(stored)
-
-    def stored(self, index: int) -> bytes | np.ndarray:
-        """Image `index` as it is stored: a file's bytes, or pixels, uint8 (H, W, 3)."""
-        raise NotImplementedError
 
     def content(self) -> str:
         """Changes when a pixel of any image changes, or their order; reads them all, without decoding."""
@@ -130,12 +116,13 @@ class Files(Source):
         super().__init__(classes, labels, levels)
 
     def stored(self, index: int) -> bytes:
-        flags = os.O_RDONLY | os.O_NONBLOCK  # without O_NONBLOCK opening a pipe would wait for ever for a writer
-        with open(os.open(self.name(index), flags), "rb", buffering=0) as file:
-            state = os.fstat(file.fileno())
-            if not stat.S_ISREG(state.st_mode):
+        fd = os.open(self.name(index), os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait for ever for a writer
+        with open(fd, "rb", buffering=0) as file:
+            if not os.path.isfile(fd):
                 raise OSError("not a regular file")
-            return _pread(file.fileno(), state.st_size, 0)
+            if (size := os.path.getsize(fd)) > MAX_FILE_BYTES:
+                raise OSError(f"{size} bytes is more than the {MAX_FILE_BYTES} that one image may have")
+            return file.read()
 
 
 class TarMembers(Source):
@@ -149,27 +136,13 @@ class TarMembers(Source):
     def stored(self, index: int) -> bytes:
         if self.pid != os.getpid():  # each worker opens its own
             self.fd, self.pid = os.open(self.path, os.O_RDONLY), os.getpid()
-        return _pread(self.fd, int(self.sizes[index]), int(self.offsets[index]))
+        return os.pread(self.fd, int(self.sizes[index]), int(self.offsets[index]))
 
 
-def _pread(fd: int, size: int, offset: int) -> bytes:
-    if size > MAX_FILE_BYTES:
-        raise OSError(f"{size} bytes is more than the {MAX_FILE_BYTES} that one image may have")
-    data = os.pread(fd, size, offset)
-    if len(data) != size:
-        raise OSError(f"file ends after {len(data)} of {size} bytes")
-    return data
-
-
-def open_data(
-    spec: str, *, val_data: str | None = None, coarse_labels: str | None = None, classes: list[str] | None = None,
-    splits: tuple[str, ...] = ("train", "val"), say: Say = print,
-) -> dict[str, Source]:
-    """The splits of a `--data` value (see the module docstring), labels of every split in the order of train's classes.
-
-    classes: class names that fix the label order where train is not opened (a checkpoint's).
-    Raises UserError, before anything is read, for whatever is missing or does not fit.
-    """
+def open_data(spec: str, *, val_data: str | None = None, coarse_labels: str | None = None, say: Callable = print,
+              classes: list[str] | None = None, splits: tuple[str, ...] = ("train", "val")) -> dict[str, Source]:
+    """The splits of a `--data` value (see the module docstring), labels of every split in the order of train's classes,
+    or of `classes` where train is not opened. Raises UserError for whatever is missing or does not fit."""
     level, match = None, re.fullmatch(r"(.+?)@([a-z]+)(:.+)?", spec)  # NAME@LEVEL:FOLDER, shapes@LEVEL or FOLDER@LEVEL
     if match and (match[1] in NAMED or not match[3]) and not Path(spec).exists():
         spec, level = match[1] + (match[3] or ""), match[2]
@@ -195,9 +168,8 @@ def open_data(
         else:
             hint = " (or give --val-data PATH, or train without validation by --val-data none)"
             raise UserError(f"--data {spec}: no folder {split}/ in it; {TREE}{hint if split == 'val' else ''}")
-    if coarse_labels:
-        for source in found.values():
-            source.levels["coarse"] = _coarse_level(coarse_labels, source)
+        if coarse_labels:
+            found[split].levels["coarse"] = _coarse_level(coarse_labels, found[split])
     return {split: source.at_level(level) for split, source in found.items()}
 
 
@@ -214,14 +186,9 @@ def _coarse_level(file: str, source: Source) -> Labels:
     return coarse.tolist(), to_coarse[source.labels]
 
 
-# ---- Folders and tar archives; the cache of what they hold -----------------------------------------------------------
-
-
-def open_images(path: str, flag: str, classes: list[str] | None = None, say: Say = print) -> Source:
-    """One folder of class folders, or one tar of class folders or class tars, as a Source.
-
-    classes fixes the labels. Folders named 0, 1, 2, ... that are not among them are label numbers (ImageNet-V2's).
-    """
+def open_images(path: str, flag: str, classes: list[str] | None = None, say: Callable = print) -> Source:
+    """One folder of class folders, or one tar of class folders or class tars. `classes` fixes the labels; folders named
+    0, 1, 2, ... that are not among them are label numbers (ImageNet-V2's)."""
     if not Path(path).exists():
         raise UserError(f"{flag}: {path} does not exist")
     if not Path(path).is_dir():
@@ -232,11 +199,9 @@ def open_images(path: str, flag: str, classes: list[str] | None = None, say: Say
         hint = "move each image into a folder of its class (ImageNet's validation set comes unsorted)"
         why = f"{flat} images but no class folders; {hint}" if flat else f"no class folders; {TREE}"
         raise UserError(f"{flag}: {path} holds {why}")
-    # What changes when a file is added to or removed from the two top levels.
-    times = [(folder, os.stat(os.path.join(path, folder)).st_mtime_ns) for folder in ["", *folders]]
-    index = cached_index([os.path.realpath(path), times], path, lambda: _scan_folder(path), say)
-    labels, names = index or (np.zeros(0, dtype=np.int64), np.zeros(0, dtype="S"))
-    ignored = int(np.count_nonzero(labels < 0))
+    times = [(folder, os.stat(os.path.join(path, folder)).st_mtime_ns) for folder in ["", *folders]]  # of two levels
+    labels, names = cached_index([os.path.realpath(path), times], path, _scan_folder, say) or np.zeros((2, 0), int)
+    ignored = int(np.count_nonzero(labels < 0))  # these come first
     labels, names = labels[ignored:], names[ignored:]
     counts = np.bincount(labels, minlength=len(folders))
     if not counts.all():
@@ -246,7 +211,7 @@ def open_images(path: str, flag: str, classes: list[str] | None = None, say: Say
     return Files(path, names, *_fit_classes(folders, labels, classes, path, say))
 
 
-def _fit_classes(folders: list[str], labels: np.ndarray, classes: list[str] | None, where: str, say: Say) -> Labels:
+def _fit_classes(folders: list[str], labels, classes: list[str] | None, where: str, say: Callable) -> Labels:
     """Classes and labels in the order of `classes` (None: the folder names' own order)."""
     numbers = bool(folders) and all(f.isdigit() for f in folders)
     if classes is None:
@@ -255,14 +220,14 @@ def _fit_classes(folders: list[str], labels: np.ndarray, classes: list[str] | No
             say(f"{where}: class folders are numbers; labels follow the order of their names: {some}, ...")
         return folders, labels
     extra, missing = sorted(set(folders) - set(classes)), sorted(set(classes) - set(folders))
-    if numbers and extra == sorted(folders) and max(map(int, folders)) < len(classes):
+    place = {c: i for i, c in enumerate(classes)}
+    if numbers and len(extra) == len(folders) and max(map(int, folders)) < len(classes):
         say(f"{where}: class folders are numbers and taken as labels 0..{len(classes) - 1}")
-        return classes, np.array([int(f) for f in folders])[labels]
-    if extra or missing:
+        place = {f: int(f) for f in folders}
+    elif extra or missing:
         lists = (("only in train", missing), ("only here", extra))
         parts = [f"{title}: {', '.join(names[:5])} ({len(names)})" for title, names in lists if names]
         raise UserError(f"{where}: its classes are not those of the training set; {'; '.join(parts)}")
-    place = {c: i for i, c in enumerate(classes)}
     return classes, np.array([place[f] for f in folders])[labels]
 
 
@@ -272,104 +237,98 @@ def _class_folders(path: str | Path) -> list[str]:
 
 def _scan_folder(path: str) -> Iterator[tuple[int, bytes]]:
     """(label, name below `path`) of every image in a class folder, (-1, b"") for every other file there."""
-    root = os.path.join(path, "")
-    for label, folder in enumerate(_class_folders(path)):
-        pending, seen = [root + folder], set()
-        while pending:
-            here = pending.pop()
-            if (real := os.path.realpath(here)) in seen:  # a loop of links
+    root, seen = os.path.join(path, ""), set()
+    pending = [(label, root + folder) for label, folder in enumerate(_class_folders(path))]
+    while pending:
+        label, here = pending.pop()
+        if (label, os.path.realpath(here)) in seen:  # a loop of links
+            continue
+        seen.add((label, os.path.realpath(here)))
+        for entry in os.scandir(here):
+            if JUNK.search(entry.name):
                 continue
-            seen.add(real)
-            for entry in os.scandir(here):
-                if JUNK.search(entry.name):
-                    continue
-                if entry.is_dir():
-                    pending.append(entry.path)
-                elif entry.is_symlink() and not os.path.exists(entry.path):
-                    raise UserError(f"{entry.path} is a link to nothing; repair or remove it")
-                elif entry.name.lower().endswith(EXTENSIONS):
-                    yield label, os.fsencode(entry.path[len(root) :])
-                else:
-                    yield -1, b""
+            if entry.is_dir():
+                pending.append((label, entry.path))
+            elif entry.is_symlink() and not os.path.exists(entry.path):
+                raise UserError(f"{entry.path} is a link to nothing; repair or remove it")
+            else:
+                image = entry.name.lower().endswith(EXTENSIONS)
+                yield (label, os.fsencode(entry.path[len(root) :])) if image else (-1, b"")
 
 
-def _open_tar(path: str, split: str | None, classes: list[str] | None, say: Say) -> Source:
+def _open_tar(path: str, split: str | None, classes: list[str] | None, say: Callable) -> Source:
     """`split`/CLASS/IMAGE of a tar (split None: CLASS/IMAGE, or CLASS.tar holding IMAGE)."""
     key = [os.path.realpath(path), os.stat(path).st_size, os.stat(path).st_mtime_ns]
-    index = cached_index(key, path, lambda: _scan_tar(path), say)
+    index = cached_index(key, path, _scan_tar, say)
     if not index:
         raise UserError(f"{path} holds no files")
-    stored, offsets, sizes = index
-    names = [os.fsdecode(name) for name in stored.tolist()]
+    names = [os.fsdecode(name) for name in index[0].tolist()]
     both = split is not None and any(name.startswith(("train/", "val/")) for name in names)
     if split == "val" and not both:
         hint = "give the validation set by --val-data PATH (none: train without)"
         raise UserError(f"--data {path}: the archive has no val/; {hint}")
     above = f"{split}/" if both else ""  # the class folder
-    inside = [i for i, name in enumerate(names) if name.startswith(above) and "/" in name[len(above) :]]
+    inside = [i for i, n in enumerate(names) if n.startswith(above) and "/" in n[len(above) :] and not JUNK.search(n)]
     if both and not inside:
         raise UserError(f"--data {path}: no {split}/CLASS/IMAGE in this archive")
     if not inside:
         flat = sum(name.lower().endswith(EXTENSIONS) for name in names)
         raise UserError(f"{path}: {flat} images without a class folder; repack the archive as CLASS/IMAGE")
-    inside = [i for i in inside if not JUNK.search(names[i])]
     chosen = np.array([i for i in inside if names[i].lower().endswith(EXTENSIONS)], dtype=np.int64)
-    if len(chosen) < len(inside):
-        ignored = len(inside) - len(chosen)
+    if ignored := len(inside) - len(chosen):
         say(f"{path}: {ignored} members ignored, their extension is not one of {' '.join(EXTENSIONS)}")
     folders, labels = np.unique([names[i][len(above) :].partition("/")[0] for i in chosen], return_inverse=True)
     order = np.argsort(labels, kind="stable")
-    chosen, (classes, labels) = chosen[order], _fit_classes(folders.tolist(), labels[order], classes, path, say)
-    return TarMembers(path, stored[chosen], offsets[chosen], sizes[chosen], classes, labels)
+    members = [column[chosen[order]] for column in index]
+    return TarMembers(path, *members, *_fit_classes(folders.tolist(), labels[order], classes, path, say))
 
 
 def _scan_tar(path: str) -> Iterator[tuple[bytes, int, int]]:
-    """(name, offset, size) of every member, those of inner .tar files as INNER/NAME; nothing is unpacked. Raises
-    UserError for what is not a plain archive of regular files."""
+    """(name, offset, size) of every member, those of inner .tar files as INNER/NAME; nothing is unpacked."""
     with open(path, "rb", buffering=512) as file:
         try:
             tar = tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape")
         except tarfile.ReadError:
             hint = "compressed ones are not read: unpack it to a plain .tar"
             raise UserError(f"{path} is not a tar archive ({hint})") from None
-        pending = [(0, os.fstat(file.fileno()).st_size, "")]
+        pending = [(0, os.fstat(file.fileno()).st_size, "")]  # what is left of each archive: from, to, its folder
         while pending:
             at, stop, folder = pending.pop()
-            while at + 512 <= stop:
-                file.seek(at)
-                try:
-                    member = tarfile.TarInfo.fromtarfile(tar)
-                except tarfile.EOFHeaderError:  # a block of zeros
-                    break
-                except (tarfile.HeaderError, ValueError):
-                    raise UserError(f"{path} is damaged at byte {file.tell() - 512}") from None
-                name = folder + re.sub(r"^(\./)+", "", member.name)
-                at, end = member.offset_data, member.offset_data + member.size
-                if name[len(folder) :].startswith("/") or ".." in name.split("/"):
-                    raise UserError(f"{path}: member {name} points outside the archive; repack it with relative names")
-                if member.isdir():
-                    continue
-                if not member.isreg() or member.issparse():
-                    hint = "repack it with regular files only (tar --hard-dereference -h)"
-                    raise UserError(f"{path}: member {name} is a link or device; {hint}")
-                if not at <= end <= stop:
-                    raise UserError(f"{path} is truncated: member {name} ends at byte {end}, the archive at {stop}")
-                if name.endswith(".tar"):
-                    pending.append((at, end, f"{name[:-4]}/"))
-                elif member.size > MAX_FILE_BYTES:
-                    limit = f"more than the {MAX_FILE_BYTES} that one image may have"
-                    raise UserError(f"{path}: member {name} has {member.size} bytes, {limit}")
-                else:
-                    yield name.encode(errors="surrogateescape"), at, member.size
-                at = -(-end // 512) * 512
+            if at + 512 > stop:
+                continue
+            file.seek(at)
+            try:
+                member = tarfile.TarInfo.fromtarfile(tar)
+            except tarfile.EOFHeaderError:  # a block of zeros
+                continue
+            except (tarfile.HeaderError, ValueError):
+                raise UserError(f"{path} is damaged at byte {file.tell() - 512}") from None
+            inner = re.sub(r"^(\./)+", "", member.name)
+            name, at, size = folder + inner, member.offset_data, 0 if member.isdir() else member.size
+            pending.append((at + -(-size // 512) * 512, stop, folder))
+            if inner.startswith("/") or ".." in name.split("/"):
+                raise UserError(f"{path}: member {name} points outside the archive; repack it with relative names")
+            if member.isdir():
+                continue
+            if not member.isreg() or member.issparse():
+                hint = "repack it with regular files only (tar --hard-dereference -h)"
+                raise UserError(f"{path}: member {name} is a link or device; {hint}")
+            if not 0 <= size <= stop - at:
+                raise UserError(f"{path} is truncated: member {name} ends at byte {at + size}, the archive at {stop}")
+            if name.endswith(".tar"):
+                pending.append((at, at + size, f"{name[:-4]}/"))
+            elif size > MAX_FILE_BYTES:
+                limit = f"more than the {MAX_FILE_BYTES} that one image may have"
+                raise UserError(f"{path}: member {name} has {size} bytes, {limit}")
+            else:
+                yield name.encode(errors="surrogateescape"), at, size
 
 
 def cache_folder() -> Path:
     """Where what can be computed again is kept: touvron-methods in $XDG_CACHE_HOME (~/.cache)."""
     folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if folder == "~/.cache":  # a user without a home
-        hint = "set HOME or XDG_CACHE_HOME to a writable folder"
-        raise UserError(f"there is no home folder to keep a cache in; {hint}")
+        raise UserError("there is no home folder to keep a cache in; set HOME or XDG_CACHE_HOME to a writable folder")
     return Path(folder) / "touvron-methods"
 
 
@@ -378,20 +337,19 @@ def cache_file(key: list, suffix: str, folder: str = "") -> Path:
     return cache_folder() / folder / (hashlib.sha256(repr(key).encode()).hexdigest()[:32] + suffix)
 
 
-def keep(file: Path, write: Callable) -> str:
-    """Has `write(open file)` fill a file of the cache, all of it or none; returns "", or why it cannot be kept."""
+def keep(file: Path, write: Callable) -> str | None:
+    """Has `write(open file)` fill a file of the cache, all of it or none; returns why it cannot be kept, if so."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".tmp", delete=False) as out:
             write(out)
         os.replace(out.name, file)
-        return ""
     except OSError as error:  # costs time only
         return f"nothing can be kept in {file.parent} ({error.strerror}): set XDG_CACHE_HOME to a writable folder"
 
 
-def cached_index(key: list, path: str, scan: Callable[[], Iterator[tuple]], say: Say) -> list[np.ndarray]:
-    """Columns of the sorted rows that a scan of `path` yields; from the cache where it holds them under `key`."""
+def cached_index(key: list, path: str, scan: Callable[[str], Iterator], say: Callable) -> list[np.ndarray]:
+    """Columns of the sorted rows that scan(path) yields; from the cache where it holds them under `key`."""
     file = cache_file(key, ".npz")
     try:
         with np.load(file, allow_pickle=False) as stored:
@@ -399,31 +357,29 @@ def cached_index(key: list, path: str, scan: Callable[[], Iterator[tuple]], say:
     except Exception:  # absent, or cut short by a crash: either way it is built
         rows, said, terminal = [], time.monotonic(), sys.stderr.isatty()
     hidden = not terminal or os.environ.get("RANK", "0") != "0"
-    for row in tqdm(scan(), f"listing {path}", unit=" files", leave=False, disable=hidden):
+    for row in tqdm(scan(path), f"listing {path}", unit=" files", leave=False, disable=hidden):
         rows.append(row)
         if not terminal and time.monotonic() > said + 10:
             say(f"listing {path}: {len(rows)} files so far")
             said = time.monotonic()
     columns = [np.array(column) for column in zip(*sorted(rows))]
-    problem = keep(file, lambda out: np.savez(out, *columns))
-    if problem:
+    if problem := keep(file, lambda out: np.savez(out, *columns)):
         say(f"warning: {problem}; the images will be listed again at the next start")
     return columns
 
 
-# ---- Data sets with a layout of their own ----------------------------------------------------------------------------
-
-
 def _open_named(name: str, folder: str, split: str) -> Source:
-    """A data set of NAMED; UserError saying what is expected where a file is missing or of another form."""
+    """A data set of NAMED; the reader's docstring becomes the message where a file is missing or of another form."""
     where, (read, *options) = f"--data {name}:{folder}", NAMED[name]
     if not Path(folder).is_dir():
         raise UserError(f"{where}: there is no folder {folder}")
     try:
         return read(name, Path(folder), split, *options)
+    except UserError:
+        raise
     except ImportError as e:
         raise UserError(f"{where}: torchvision needs {e.name} to read its labels; pip install {e.name}") from None
-    except (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, PickleError) as error:
+    except Exception as error:
         said, expected = f"{type(error).__name__}: {error}".splitlines()[0], " ".join(read.__doc__.split())
         raise UserError(f"{where} has not the expected form ({said}); expected: {expected}") from None
 
@@ -438,15 +394,14 @@ def _cifar(name: str, folder: Path, split: str, make: type) -> Source:
     return Arrays(f"{name} {split}", data.data, data.classes, data.targets, levels)
 
 
-def _torchvision(name: str, folder: Path, split: str, make: type, train: list[str], test: list[str]) -> Source:
+def _torchvision(name: str, folder: Path, split: str, make: type, *train: str) -> Source:
     """torchvision's flowers-102/, stanford_cars/, food-101/, fgvc-aircraft-2013b/, dtd/ or oxford-iiit-pet/."""
-    files, labels = [], []
-    for part in train if split == "train" else test:
+    samples = []
+    for part in train if split == "train" else ["test"]:
         data = make(folder, split=part)
-        if hasattr(data, "_samples"):  # StanfordCars keeps pairs, the others two lists
-            data._images, data._labels = zip(*data._samples)
-        files += getattr(data, "_image_files", None) or data._images
-        labels += data._labels
+        pairs = getattr(data, "_samples", None)  # StanfordCars; the others keep two lists
+        samples += pairs or zip(getattr(data, "_image_files", None) or data._images, data._labels)
+    files, labels = zip(*samples)
     classes = [str(c) for c in getattr(data, "classes", None) or range(max(labels) + 1)]
     return Files(folder, [os.path.relpath(f, folder) for f in files], classes, labels)
 
@@ -469,15 +424,13 @@ def _inaturalist(name: str, folder: Path, split: str, year: int) -> Source:
 
 def _eurosat(name: str, folder: Path, split: str) -> Source:
     """EuroSAT (arXiv:1709.00029) as torchvision lays it out: eurosat/2750/CLASS/*.jpg."""
-    # There is no official split. 30% of each class, drawn once and for all, are the test images: of the 27,000 images
-    # 8,100, as many as in the transfer benchmarks.
-    root, chosen = folder / "eurosat" / "2750", []
-    whole = open_images(str(root), f"--data {name}:{folder}")
+    # There is no official split: 30% of each class, drawn once and for all, are the benchmarks' 8,100 test images.
+    whole, chosen = open_images(str(folder / "eurosat" / "2750"), f"--data {name}:{folder}"), []
     for label in range(len(whole.classes)):
         mine = np.random.RandomState(label).permutation(np.flatnonzero(whole.labels == label))  # the same for ever
         test = int(round(0.3 * len(mine)))
         chosen += sorted(mine[test:] if split == "train" else mine[:test])
-    return Files(root, whole.names[chosen], whole.classes, whole.labels[chosen])
+    return Files(whole.title, whole.names[chosen], whole.classes, whole.labels[chosen])
 
 
 def _sun397(name: str, folder: Path, split: str) -> Source:
@@ -487,40 +440,32 @@ def _sun397(name: str, folder: Path, split: str) -> Source:
     classes = (root / "ClassName.txt").read_text().split()
     places = [place / part for place in (folder / "Partitions", root, folder)]
     names = next((place for place in places if place.is_file()), places[0]).read_text().split()
-    label_of = {c: i for i, c in enumerate(classes)}
-    labels = [label_of[n.rpartition("/")[0]] for n in names]
+    labels = [classes.index(n.rpartition("/")[0]) for n in names]
     return Files(root, [n.lstrip("/") for n in names], [c[1:] for c in classes], labels)
-
-
-COG_LEVELS, COG_SPLITS = "cog_levels_mapping_file.pkl", "cog_concepts_split_file.pkl"
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads containers, strings and numbers; anything that would run code is refused."""
-
-    def find_class(self, module, name):
-        raise PickleError(f"it asks for {module}.{name}")
 
 
 def _cog(name: str, folder: Path, split: str, level: int) -> Source:
     """One level of ImageNet-CoG (arXiv:2012.05649): ImageNet-21k's folders nXXXXXXXX/*.JPEG and the two split files,
     the levels' concepts (five lists) and {concept: {"train": [file names], "test" or "val": [...]}}."""
-    levels, splits = (_PlainUnpickler((folder / file).open("rb")).load() for file in (COG_LEVELS, COG_SPLITS))
+
+    class Plain(pickle.Unpickler):  # containers, strings and numbers; what would run code is refused
+        def find_class(self, module, name):
+            raise pickle.PickleError(f"it asks for {module}.{name}")
+
+    levels, splits = (Plain((folder / file).open("rb")).load() for file in (COG_LEVELS, COG_SPLITS))
     concepts = sorted((list(levels.values()) if isinstance(levels, dict) else levels)[level - 1])
-    parts = [splits[concept] for concept in concepts]
-    files = [part["train"] if split == "train" else part.get("test", part.get("val")) for part in parts]
+    test = split != "train"
+    files = [splits[c].get("test", splits[c].get("val")) if test else splits[c]["train"] for c in concepts]
     names = [f"{c}/{str(name).rpartition('/')[2]}" for c, inside in zip(concepts, files) for name in inside]
     return Files(folder, names, concepts, np.repeat(np.arange(len(concepts)), [len(inside) for inside in files]))
 
 
-NAMED: dict[str, tuple] = {  # reader and its options; torchvision's splits that the papers train on and test on
+NAMED: dict[str, tuple] = {  # reader and its options, of torchvision's sets the splits that the papers train on
     "cifar10": (_cifar, datasets.CIFAR10), "cifar100": (_cifar, datasets.CIFAR100),
-    "flowers102": (_torchvision, datasets.Flowers102, ["train", "val"], ["test"]),
-    "cars": (_torchvision, datasets.StanfordCars, ["train"], ["test"]),
-    "food101": (_torchvision, datasets.Food101, ["train"], ["test"]),
-    "aircraft": (_torchvision, datasets.FGVCAircraft, ["trainval"], ["test"]),
-    "dtd": (_torchvision, datasets.DTD, ["train", "val"], ["test"]),
-    "pets": (_torchvision, datasets.OxfordIIITPet, ["trainval"], ["test"]),
+    "flowers102": (_torchvision, datasets.Flowers102, "train", "val"),
+    "cars": (_torchvision, datasets.StanfordCars, "train"), "food101": (_torchvision, datasets.Food101, "train"),
+    "aircraft": (_torchvision, datasets.FGVCAircraft, "trainval"),
+    "dtd": (_torchvision, datasets.DTD, "train", "val"), "pets": (_torchvision, datasets.OxfordIIITPet, "trainval"),
     "inat2018": (_inaturalist, 2018), "inat2019": (_inaturalist, 2019), "eurosat": (_eurosat,), "sun397": (_sun397,),
     **{f"cog{level}": (_cog, level) for level in range(1, 6)},
 }
