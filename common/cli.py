@@ -1,7 +1,5 @@
 """The command line every script shares: run flags by hand, one flag per Recipe field, errors in one line."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import difflib

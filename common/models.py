@@ -24,30 +24,25 @@ def find_script(method: str, where: str):
     return importlib.import_module(method)
 
 
-def from_checkpoint(content: dict, where: str, img_size: tuple[int, int], say: Callable, *,
-                    ema: bool = False) -> nn.Module:
-    """The model of a script's checkpoint (ema: its averaged weights) for images of `img_size`. A script offers Recipe,
-    make_model(args, recipe, num_classes) and, if weights depend on the size, fit_resolution (for checkpoint.fit)."""
-    script = find_script(content["method"], where)
+def from_checkpoint(content: dict, where: str, img_size: tuple[int, int], say: Callable, *, name: str | None = None,
+                ema: bool = False) -> nn.Module:
+    """The model of a script's checkpoint (ema: its averaged weights), or SCRIPT/MODEL `name` with weights that do not
+    name it (official ones), for images of `img_size`. A script offers MODELS, build_model, Recipe, make_model(args,
+    recipe, num_classes) and, if weights depend on the size, fit_resolution (for checkpoint.fit)."""
+    method, _, model_name = (name or f"{content['method']}/{content['model_name']}").partition("/")
+    script, classes = find_script(method, f"--model {name}" if name else where), len(checkpoint.classes_of(content))
     try:
-        recipe = script.Recipe(**{**checkpoint.recipe_of(content), "img_size": tuple(img_size)})
-    except TypeError as error:
-        raise UserError(f"{where}: was written by another version of {content['method']}.py ({error})") from None
-    args = argparse.Namespace(model=content["model_name"], grad_checkpoint=False)
-    model = script.make_model(args, recipe, len(content["data"]["classes"]))
-    checkpoint.fit(model, content, where, say, ema=ema, adapt=getattr(script, "fit_resolution", None))
-    return model
-
-
-def from_official(method: str, name: str, content: dict, where: str, img_size: tuple[int, int], say: Callable, *,
-                  ema: bool = False) -> nn.Module:
-    """Model `name` of a script with weights that do not name it, such as the official files."""
-    script = find_script(method, f"--model {method}/{name}")
-    check_choice(f"--model {method}/", name, script.MODELS)
-    try:
-        model = script.build_model(name, len(checkpoint.classes_of(content)) or 1000, img_size)
+        if name:
+            check_choice(f"--model {method}/", model_name, script.MODELS)
+            model = script.build_model(model_name, classes or 1000, img_size)
+        else:
+            recipe = script.Recipe(**{**checkpoint.recipe_of(content), "img_size": tuple(img_size)})
+            args = argparse.Namespace(model=model_name, grad_checkpoint=False)
+            model = script.make_model(args, recipe, classes)
     except ValueError as error:
         raise UserError(f"--img-size: {error}") from None
+    except TypeError as error:
+        raise UserError(f"{where}: was written by another version of {method}.py ({error})") from None
     checkpoint.fit(model, content, where, say, ema=ema, adapt=getattr(script, "fit_resolution", None))
     return model
 

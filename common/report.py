@@ -1,7 +1,6 @@
 """What a run shows about itself: size, cost, speed, pictures."""
 
-from __future__ import annotations
-
+import contextlib
 import dataclasses
 import json
 import math
@@ -45,10 +44,8 @@ def speed(step: Callable[[], None], images: int, device: torch.device, *, second
 
 
 def benchmark(run: Run, build: Callable[[], torch.nn.Module], loss: Callable[..., torch.Tensor]) -> None:
-    """--benchmark: images/s and peak memory of training steps and of inference, on random images that are in memory.
-
-    build() makes the model for 1000 classes; loss(model, images, labels) is the method's.
-    """
+    """--benchmark: images/s and peak memory of inference and of training steps, on random images that are in memory, of
+    build()'s model for 1000 classes with the method's loss(model, images, labels)."""
     args, recipe = run.args, run.recipe
     batch = args.micro_batch or (64 if run.device.type == "cuda" else 8)
     parameters, gmacs = count(build, recipe.img_size)
@@ -70,8 +67,8 @@ def benchmark(run: Run, build: Callable[[], torch.nn.Module], loss: Callable[...
             model(images)
 
     machine = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "CPU"
-    cost = f"{parameters / 1e6:.2f} M parameters, {gmacs:.3f} GMACs"
-    run.say(f"{args.model}, {cost}, batch {batch} per rank, {run.amp}, {machine}")
+    run.say(f"{args.model}, {parameters / 1e6:.2f} M parameters, {gmacs:.3f} GMACs, batch {batch} per rank, {run.amp},"
+            f" {machine}")
     for name, step, products in (("inference", inference, 1), ("training", train_step, 3)):  # memory of inference alone
         wrapped.train(name == "training")
         rate, memory = speed(step, batch * run.world, run.device)
@@ -147,18 +144,15 @@ def read_log(path: str | Path) -> list[dict]:
     """Records of a log.jsonl; a last line cut short by a crash is left out."""
     records = []
     for line in Path(path).read_text(encoding="utf-8").splitlines():
-        try:
+        with contextlib.suppress(ValueError):
             records.append(json.loads(line))
-        except ValueError:
-            continue
     return records
 
 
-Say = Callable[[str], None]
 not_drawn: list[str | Path] = []  # for want of matplotlib; said of the first
 
 
-def new_figure(path: str | Path, width: float, height: float, say: Say):
+def new_figure(path: str | Path, width: float, height: float, say: Callable[[str], None]):
     """A matplotlib figure of so many times 100 pixels, in time the picture `path`; None where that is not installed."""
     try:
         import matplotlib.figure
@@ -171,7 +165,7 @@ def new_figure(path: str | Path, width: float, height: float, say: Say):
     return matplotlib.figure.Figure((width, height), dpi=100, layout="constrained")
 
 
-def save_curves(path: str | Path, log: str | Path, panels: list[list[str]], say: Say = print) -> None:
+def save_curves(path: str | Path, log: str | Path, panels: list[list[str]], say=print) -> None:
     """PNG with one panel per list of keys, losses or accuracies in percent, over the epochs of a log.jsonl."""
     records, curves = [r for r in read_log(log) if "epoch" in r and "status" not in r], []
     for keys in panels:
@@ -179,7 +173,7 @@ def save_curves(path: str | Path, log: str | Path, panels: list[list[str]], say:
     save_plot(path, curves, "epoch", ["loss" if "loss" in keys[0] else "accuracy, %" for keys in panels], say)
 
 
-def save_plot(path: str | Path, panels: list[dict[str, list]], x_label: str, y_labels=None, say: Say = print) -> None:
+def save_plot(path: str | Path, panels: list[dict[str, list]], x_label: str, y_labels=None, say=print) -> None:
     """PNG with one panel per dictionary, the name of a curve to its points (x, y), x whole numbers."""
     if figure := new_figure(path, 4.2 * len(panels), 2.6, say):
         row = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -194,7 +188,7 @@ def save_plot(path: str | Path, panels: list[dict[str, list]], x_label: str, y_l
         figure.savefig(path)
 
 
-def save_scatter(path: str | Path, points: dict[str, tuple], x_label: str, y_label: str, say: Say = print) -> None:
+def save_scatter(path: str | Path, points: dict[str, tuple], x_label: str, y_label: str, say=print) -> None:
     """PNG of named points (x, y); stars: the upper right of the convex hull, which no mixture of others beats."""
     if figure := new_figure(path, 6.4, 4.8, say):
         axes, best = figure.subplots(), upper_right_hull(list(points.values()))

@@ -1,7 +1,5 @@
 """What every script does around its loop: what it is asked to do, and all that comes before the first step."""
 
-from __future__ import annotations
-
 import functools
 import sys
 from collections.abc import Callable

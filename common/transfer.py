@@ -15,8 +15,6 @@ averaged over the data sets. The test set decides nothing. Where it differs: t-R
 grid is searched; its logistic regressions stop at scikit-learn's default tolerance, here at the optimum.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import functools
@@ -38,7 +36,7 @@ from common import checkpoint, evaluate
 from common.cli import Parser, check_choice, converter
 from common.errors import UserError
 from common.evaluate import extract, log_odds, logistic_regression, mean_average_precision
-from common.models import classifier_inputs, fingerprint, from_checkpoint, from_official, from_torchvision
+from common.models import classifier_inputs, fingerprint, from_checkpoint, from_torchvision
 from common.report import read_log, save_json, save_scatter
 from common.run import Run, launch
 from common.sources import Source, cache_file, keep, open_data
@@ -249,7 +247,7 @@ def load_network(args, say) -> tuple[torch.nn.Module, str, tuple[int, int], floa
         elif content is None:
             raise UserError(f"--model {name}: needs --weights")
         else:
-            model = from_official(kind, model_name, content, where, size, say, ema=args.use_ema)
+            model = from_checkpoint(content, where, size, say, name=name, ema=args.use_ema)
     top1 = top1 if args.top1 is None else args.top1
     return model.eval().requires_grad_(False), name, size, args.eval_crop_ratio or ratio, top1
 
