@@ -488,7 +488,7 @@ def write_figures(run) -> None:
         report.save_plot(run.out / "branch_norms.png", panels, "block")
         run.say(f"wrote {run.out / 'branch_norms.json'} and .png, over {len(chosen)} images")
     for file in args.attention_maps or []:
-        image = evaluate.read_image(file, size, crop_ratio, "--attention-maps")
+        image = images.eval_transform(evaluate.read_file(file, "--attention-maps"), size, crop_ratio)
         batch, picture, rows = evaluate.normalize(image[None].to(run.device)), images.to_pil(image), []
         maps = attention_maps(model, batch)
         for i, of_heads in enumerate(maps):

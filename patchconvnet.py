@@ -501,7 +501,7 @@ def write_maps(run) -> None:
             raise UserError(f"--vit {args.vit}: is no checkpoint of deit.py or deit3.py")
         vit = models.from_checkpoint(content, f"--vit {args.vit}", size, run.say).to(run.device).eval()
     for file in args.attention_maps:
-        image = evaluate.read_image(file, size, recipe.eval_crop_ratio, "--attention-maps")
+        image = images.eval_transform(evaluate.read_file(file, "--attention-maps"), size, recipe.eval_crop_ratio)
         x = evaluate.normalize(image[None].to(run.device))
         with torch.no_grad():
             shares = model(x)[0].float().softmax(dim=0)

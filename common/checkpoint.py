@@ -151,8 +151,7 @@ def load_weights(model: torch.nn.Module, state: dict[str, torch.Tensor], where: 
 def fit(model: torch.nn.Module, content: dict, where: str, say: Callable, *, ema: bool = False,
         adapt: Callable | None = None, new_head: bool = False) -> None:
     """A checkpoint's weights (ema: its averaged ones) into the model; UserError, naming `where`, if they do not fit.
-    adapt(model, state, content, say) fits the state dict first, in place; new_head: a head of other classes starts
-    anew."""
+    adapt(model, state, content, say) fits the state dict first, in place; new_head: another one starts anew."""
     state = weights(content, ema=ema)
     narrow = {v.dtype for v in state.values()} & {torch.float16, torch.bfloat16}
     if narrow:
@@ -182,9 +181,8 @@ def of_run(run) -> dict:
 
 
 def take_part(model: torch.nn.Module, state: dict[str, torch.Tensor], prefix: str) -> list[str]:
-    """Fits a state dict, in place, to a model that takes its part `prefix` (a trunk), which load_weights checks; of all
-    else it takes what has the same name and shape and returns the keys that start afresh. A state dict without that
-    prefix is taken for the part alone, in torchvision's form."""
+    """Fits a state dict (one without `prefix`: the part alone, in torchvision's form) in place to a model that takes
+    the part `prefix`, and of all else what has the same name and shape; returns the keys that start afresh."""
     if not any(k.startswith(prefix) for k in state):
         for key in list(state):
             state[prefix + key] = state.pop(key)

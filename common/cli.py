@@ -31,10 +31,8 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def make_parser(
-    method: str, doc: str, recipe_class: type, recipes, *, model: str, recipe: str, teacher: str | None = None,
-    grad_checkpoint: bool = False,
-) -> Parser:
+def make_parser(method: str, doc: str, recipe_class: type, recipes, *, model: str, recipe: str,
+                teacher: str | None = None, grad_checkpoint: bool = False) -> Parser:
     """The flags of every script: model and recipe (with these defaults), what a run needs, one flag per recipe field.
     teacher: the default one (None: the method does not distill); grad_checkpoint: models can recompute activations."""
     parser = Parser(prog=f"{method}.py", description=doc.split("\n\nChecked")[0])
@@ -126,10 +124,8 @@ def parse(parser: Parser, argv: list[str] | None, models, recipes) -> argparse.N
 
 
 def override(paper, args: argparse.Namespace, *, lr_follows_batch: bool = False):
-    """The paper's recipe with the flags that were given; UserError for values that cannot be.
-
-    lr_follows_batch: without --lr the learning rate changes in proportion to the batch size.
-    """
+    """The paper's recipe with the flags that were given; UserError for values that cannot be. lr_follows_batch: without
+    --lr the learning rate changes in proportion to the batch size."""
     names = [f.name for f in dataclasses.fields(paper)]
     recipe = dataclasses.replace(paper, **{n: getattr(args, n) for n in names if getattr(args, n) is not None})
     if lr_follows_batch and args.lr is None:
@@ -161,10 +157,8 @@ RULES = {  # in a Recipe field's annotation: which numbers it may have
 
 
 def check_recipe(recipe) -> None:
-    """UserError naming the first flag whose value breaks its field's rule or does not go with another one.
-
-    A rule is a tuple of choices or a key of RULES; of a size it holds for both sides, None is always allowed.
-    """
+    """UserError naming the first flag whose value breaks its field's rule or does not go with another one. A rule is a
+    tuple of choices or a key of RULES; of a size it holds for both sides, None is always allowed."""
     for name, hint in typing.get_type_hints(type(recipe), include_extras=True).items():
         value, flag = getattr(recipe, name), f"--{name.replace('_', '-')}"
         for rule in typing.get_args(hint)[2:]:

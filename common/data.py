@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, Sampler, default_convert
 
 from common.errors import RunError, UserError, one_line
@@ -202,22 +202,9 @@ def moved(batch: tuple | str, device: torch.device) -> tuple:
 
 
 def to_device(loader: DataLoader, device: torch.device) -> Iterator[tuple]:
-    """The loader's batches, images and labels on `device`: the next is copied there, on a stream of its own, while this
-    one is in use. RunError naming the image that cannot be read, or the likely reason if a worker process died."""
+    """The loader's batches, on `device` as `moved` says. RunError with the likely reason if a worker process died."""
     try:
-        if device.type != "cuda":
-            yield from (moved(batch, device) for batch in loader)
-            return
-        stream, ahead = torch.cuda.Stream(device), []
-        for batch in loader:
-            with torch.cuda.stream(stream):
-                batch = moved(batch, device)
-            yield from ahead
-            torch.cuda.current_stream(device).wait_stream(stream)
-            for tensor in tree_leaves((batch[0], batch[2])):
-                tensor.record_stream(torch.cuda.current_stream(device))
-            ahead = [batch]
-        yield from ahead
+        yield from (moved(batch, device) for batch in loader)
     except RuntimeError as error:
         if "DataLoader" not in str(error):
             raise

@@ -65,10 +65,10 @@ def logits_of(model: torch.nn.Module, images: torch.Tensor) -> dict[str, torch.T
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, loader, device: torch.device, autocast: Callable, *, predict: Predict = logits_of,
              real: list[list[int]] | None = None, between: Callable[[], None] | None = None) -> dict[str, float]:
-    """{"top1", "top5", "loss"} over all ranks' images (each rank brings its own loader), in percent and as the mean
-    cross-entropy; "real" by `real`, the labels that count as right per image index (where there are none it is left
-    out). predict(model, images) -> {"": logits, ...}; entries of another name N (a second head) give "top1_N", ... too.
-    between() is called every 8 batches, by all ranks equally often."""
+    """{"top1", "top5" (percent), "loss" (mean cross-entropy)} over all ranks' loaders; "real" by `real`, the labels
+    that count as right per image index (an image without any is left out). predict(model, images) -> {"": logits, ...};
+    another name N (a second head) gives "top1_N", ...; between() is called every 8 batches, by all ranks equally
+    often."""
     training = model.training
     model.eval()
     sums: dict[str, torch.Tensor] = {}  # name: top-1, top-5, loss, images, Real right, Real images
@@ -148,11 +148,6 @@ def read_file(file: str, flag: str) -> torch.Tensor:
         return decode(Path(file).read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(f"{flag} {file}: {getattr(error, 'strerror', None) or one_line(error)}") from None
-
-
-def read_image(file: str, size: tuple[int, int], crop_ratio: float, flag: str) -> torch.Tensor:
-    """An image file as the network is tested on it: uint8 (3, *size). UserError names `flag` if it cannot be."""
-    return eval_transform(read_file(file, flag), size, crop_ratio)
 
 
 def evaluate_weights(run: Run, make_model: Callable, adapt: Callable | None, predict: Predict = logits_of) -> None:

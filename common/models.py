@@ -14,23 +14,16 @@ from common import checkpoint
 from common.cli import check_choice
 from common.errors import UserError, one_line
 
-METHODS = Path(__file__).resolve().parent.parent  # the scripts lie beside common/
-
-
-def find_script(method: str, where: str):
-    """The module of a method's script; UserError if it is not here."""
-    if not method.isidentifier() or not (METHODS / f"{method}.py").is_file():
-        raise UserError(f"{where}: needs {method}.py, which does not lie beside common/")
-    return importlib.import_module(method)
-
 
 def from_checkpoint(content: dict, where: str, img_size: tuple[int, int], say: Callable, *, name: str | None = None,
                 ema: bool = False) -> nn.Module:
     """The model of a script's checkpoint (ema: its averaged weights), or SCRIPT/MODEL `name` with weights that do not
-    name it (official ones), for images of `img_size`. A script offers MODELS, build_model, Recipe, make_model(args,
-    recipe, num_classes) and, if weights depend on the size, fit_resolution (for checkpoint.fit)."""
+    name it (official ones), for images of `img_size`. Some scripts have fit_resolution, for checkpoint.fit."""
     method, _, model_name = (name or f"{content['method']}/{content['model_name']}").partition("/")
-    script, classes = find_script(method, f"--model {name}" if name else where), len(checkpoint.classes_of(content))
+    if not method.isidentifier() or not Path(__file__).parents[1].joinpath(f"{method}.py").is_file():
+        asked = f"--model {name}" if name else where
+        raise UserError(f"{asked}: needs {method}.py, which does not lie beside common/")
+    script, classes = importlib.import_module(method), len(checkpoint.classes_of(content))
     try:
         if name:
             check_choice(f"--model {method}/", model_name, script.MODELS)
@@ -82,28 +75,6 @@ def from_torchvision(name: str, content: dict | None, where: str, flag: str, *, 
         state |= {k: v for k, v in model.state_dict().items() if k.startswith(checkpoint.HEADS)}
     checkpoint.load_weights(model, state, f"{where}, as {name}")
     return model
-
-
-def classifier_inputs(model: nn.Module, where: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """images (B, 3, H, W) -> features (B, D) for other tasks: model.transfer_features(images) if it has that, else what
-    its classifiers are given, side by side. UserError if there is none of the usual kind."""
-    if hasattr(type(model), "transfer_features"):
-        return model.transfer_features
-    inputs, found = [], []
-    for name, head in model.named_children():
-        if f"{name}." in checkpoint.HEADS:
-            found += [module for module in head.modules() if isinstance(module, nn.Linear)][-1:]
-    if not found or any(linear.out_features == 1 for linear in found):
-        raise UserError(f"{where}: has no linear classifier over one feature vector per image; choose another model")
-    for linear in found:
-        linear.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
-
-    def embed(images: torch.Tensor) -> torch.Tensor:
-        inputs.clear()
-        model(images)
-        return torch.cat(inputs, dim=1)
-
-    return embed
 
 
 class Teacher:

@@ -8,19 +8,10 @@ import torch.distributed as dist
 from torch import nn, optim
 from torch.nn.parallel import DistributedDataParallel
 
-from common.errors import UserError
 from common.optim import global_norm
 
 AMP = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCALE_GROWTH_STEPS = 2000  # steps without overflow after which fp16's loss scale doubles, as torch's GradScaler does
-
-
-def check_amp(amp: str, device: torch.device) -> None:
-    """UserError if `device` cannot compute in `amp`."""
-    if device.type == "cuda" and amp == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise UserError(f"--amp bf16: {torch.cuda.get_device_name(device)} has no bf16 units; use --amp fp16 or fp32")
-    if device.type == "cpu" and amp == "fp16":
-        raise UserError("--amp fp16: not for the CPU; use --amp fp32")
 
 
 class Precision:

@@ -149,17 +149,12 @@ def read_log(path: str | Path) -> list[dict]:
     return records
 
 
-not_drawn: list[str | Path] = []  # for want of matplotlib; said of the first
-
-
 def new_figure(path: str | Path, width: float, height: float, say: Callable[[str], None]):
     """A matplotlib figure of so many times 100 pixels, in time the picture `path`; None where that is not installed."""
     try:
         import matplotlib.figure
     except ImportError:
-        if not not_drawn:
-            say(f'{path}: not drawn, that needs matplotlib: pip install -e ".[plots]"')
-        not_drawn.append(path)
+        say(f'{path}: not drawn, that needs matplotlib: pip install -e ".[plots]"')
         return None
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     return matplotlib.figure.Figure((width, height), dpi=100, layout="constrained")

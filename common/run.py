@@ -22,15 +22,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torchvision
+from torch.distributed.nn.functional import all_gather  # unlike dist.all_gather it has a gradient
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from common import checkpoint
-from common.batchnorm import synchronise
 from common.cli import differences
 from common.errors import RunError, UserError, one_line
-from common.precision import check_amp
 
 FLAG_LAG = 3  # steps after which the host reads a step's flags from a GPU: long done by then, so nothing waits
 SAVE, STOP = 1.0, 2.0**16  # what a signal asks of a rank; a sum over ranks tells both
@@ -134,6 +133,32 @@ def connect(device: str | None, timeout: int) -> tuple[torch.device, int, int]:
     return torch.device(device), rank, world
 
 
+class SyncedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
+    """BatchNorm of the batches (B, C, ...) of all ranks together, as torch has it for GPUs only; same state dict."""
+
+    def _check_input_dim(self, x: torch.Tensor) -> None:
+        pass
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return super().forward(x)
+        first = dist.get_rank() * len(x)
+        everything = torch.cat(all_gather(x.contiguous()))
+        return super().forward(everything)[first : first + len(x)]
+
+
+def synchronise(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """`model` with every BatchNorm synchronised; its parameters and buffers stay what they are."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return model
+    if device.type == "cuda":
+        return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in model.modules():
+        if type(module) in (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d):
+            module.__class__ = SyncedBatchNorm
+    return model
+
+
 class Run:
     """State and bookkeeping of one training run. All its methods are called by all ranks alike."""
 
@@ -141,7 +166,10 @@ class Run:
         self.method, self.args, self.recipe, self.paper = method, args, recipe, paper
         self.device, self.rank, self.world = connect(args.device, args.timeout)
         self.amp = args.amp or ("bf16" if self.device.type == "cuda" else "fp32")
-        check_amp(self.amp, self.device)
+        if "cuda" in str(self.device) and self.amp == "bf16" and not torch.cuda.is_bf16_supported(False):
+            raise UserError(f"--amp bf16: {torch.cuda.get_device_name()} has no bf16 units; use --amp fp16 or fp32")
+        if self.device.type == "cpu" and self.amp == "fp16":
+            raise UserError("--amp fp16: not for the CPU; use --amp fp32")
         self.out = Path(args.out or f"runs/{method}_{args.model.replace('/', '_')}")
         self.epoch = self.step = 0  # what comes next
         self.best, self.loss_sum, self.last_loss = -math.inf, 0.0, math.nan

@@ -19,9 +19,8 @@ def run_script(
     method: str, args, recipe, paper, models: dict, *, train: Callable[[Run], None], make_model: Callable,
     loss: Callable, adapt: Callable | None = None, predict: Predict = logits_of,
 ) -> None:
-    """What the command line asks for: --list-models, --eval, --benchmark (by loss(model, images, labels)) or
-    train(run). make_model(args, recipe, num_classes) builds a model; adapt: see checkpoint.fit, predict: see
-    evaluate."""
+    """What the command line asks for: --list-models, --eval, --benchmark (of loss(model, images, labels)) or
+    train(run). make_model(args, recipe, num_classes) builds a model; adapt, predict: see fit, evaluate."""
     if args.list_models:
         width = max(map(len, models)) + 1
         for name, config in models.items():
@@ -42,12 +41,9 @@ def set_up(
     adapt: Callable | None = None, teacher: str | None = None, extra: Callable[[TrainingData], dict] | None = None,
 ) -> tuple:
     """(data, model, the model as it is trained, optimizer, precision, average of the weights or None, teacher or None),
-    checked, loaded, resumed and said; --show-batch ends here.
-
-    transform: see data.Samples; prepare(batch) -> (images before mixing, as the network sees them, ...) for pictures
-    (None: several crops of an image, shown as they are); teacher: the default of a method that can distill;
-    extra(data): further state of the method, by its name in checkpoints.
-    """
+    checked, loaded, resumed and said; --show-batch ends here. transform: for data.Samples; prepare(batch) -> (images
+    before mixing, as the network sees them, ...) for pictures (None: several crops of an image, shown as they are);
+    teacher: the default of a method that can distill; extra(data): further state, by its name in checkpoints."""
     args, recipe = run.args, run.recipe
     on_meta(lambda: make_model(args, recipe, 2))  # a size that does not fit is told before the data is scanned
     taught = None

@@ -1,15 +1,11 @@
-"""The built-in data set: drawn shapes with textures, made from their index alone. No download, no files.
-
-12 fine classes = 3 shapes x 4 textures; the coarse class is the shape. Colours, place, size, rotation, background and
-clutter are drawn at random, hence a linear classifier on pixels fails, while labels survive greyscale, solarisation,
-colour jitter, flips and mild blur. Every image has a known object mask, for attention maps.
-"""
+"""The built-in data set, drawn from an index alone: 12 fine classes = 3 shapes x 4 textures, the coarse one is the
+shape. Colours, place, size, rotation, background and clutter are random, hence a linear classifier on pixels fails,
+while labels survive greyscale, solarisation, jitter, flips and mild blur. The object's mask is known."""
 
 import math
 import random
 
 import numpy as np
-import torch
 
 SHAPES = ("disc", "ring", "cross")
 TEXTURES = ("plain", "horizontal", "vertical", "dotted")
@@ -57,8 +53,3 @@ def draw(split: str, index: int) -> tuple[np.ndarray, np.ndarray, int]:
     noise = np.frombuffer(rng.randbytes(image.size), dtype=np.uint8).reshape(image.shape)
     image = image + (noise * np.float32(0.1) - np.float32(12.8))
     return np.clip(image, 0, 255).astype(np.uint8), mask, label
-
-
-def object_mask(split: str, index: int) -> torch.Tensor:
-    """Which pixels belong to the object: bool (64, 64)."""
-    return torch.from_numpy(draw(split, index)[1])

@@ -5,15 +5,14 @@
     python -m common.transfer finetuned flowers102=runs/a cars=runs/b --top1 83.1 --out results/vit_b_finetuned.json
     python -m common.transfer compare results/*.json --out results/compare
 
-features: on frozen features of each data set a linear classifier, a kNN classifier and retrieval. finetuned: the same
-table of runs that were fine-tuned by `--recipe transfer` of a script. compare: do networks that are better where they
-were trained transfer better (Kornblith et al., arXiv:1805.08974)?
+features: on frozen features of each data set a linear and a kNN classifier and retrieval. finetuned: the same table of
+runs by `--recipe transfer`. compare: do networks that are better where they were trained transfer better (Kornblith et
+al., arXiv:1805.08974)?
 
 The protocol is t-ReX's (arXiv:2206.15369): features of the training set, cost chosen on a fifth of it that is held out
-class by class, then a fit to all of it, accuracy on the test set, mean over seeds; the log odds of these accuracies are
-averaged over the data sets. The test set decides nothing. Where it differs: t-ReX draws 30 costs with Optuna, here a
-grid is searched; its logistic regressions stop at scikit-learn's default tolerance, here at the optimum.
-"""
+class by class, then a fit to all of it, accuracy on the test set, which decides nothing, mean over seeds; log odds of
+these accuracies, averaged over the data sets. Where it differs: t-ReX draws 30 costs with Optuna, here a grid is
+searched; its logistic regressions stop at scikit-learn's default tolerance, here at the optimum."""
 
 import argparse
 import contextlib
@@ -24,6 +23,7 @@ import os
 import random
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +36,7 @@ from common import checkpoint, evaluate
 from common.cli import Parser, check_choice, converter
 from common.errors import UserError
 from common.evaluate import extract, log_odds, logistic_regression, mean_average_precision
-from common.models import classifier_inputs, fingerprint, from_checkpoint, from_torchvision
+from common.models import fingerprint, from_checkpoint, from_torchvision
 from common.report import read_log, save_json, save_scatter
 from common.run import Run, launch
 from common.sources import Source, cache_file, keep, open_data
@@ -64,6 +64,28 @@ def chosen_sets(names: list[str], root: str | None) -> dict[str, str]:
     return found
 
 
+def classifier_inputs(model: torch.nn.Module, where: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """images (B, 3, H, W) -> features (B, D) for other tasks: model.transfer_features(images) if it has that, else what
+    its classifiers are given, side by side. UserError if there is none of the usual kind."""
+    if hasattr(type(model), "transfer_features"):
+        return model.transfer_features
+    inputs, found = [], []
+    for name, head in model.named_children():
+        if f"{name}." in checkpoint.HEADS:
+            found += [module for module in head.modules() if isinstance(module, torch.nn.Linear)][-1:]
+    if not found or any(linear.out_features == 1 for linear in found):
+        raise UserError(f"{where}: has no linear classifier over one feature vector per image; choose another model")
+    for linear in found:
+        linear.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
+
+    def embed(images: torch.Tensor) -> torch.Tensor:
+        inputs.clear()
+        model(images)
+        return torch.cat(inputs, dim=1)
+
+    return embed
+
+
 def cached_features(embed, identity: str, source: Source, size, ratio: float, run: Run, title: str) -> torch.Tensor:
     """extract(), kept under a hash of the network, of the images' bytes and of how they are prepared."""
     key = [identity, source.content(), tuple(size), ratio, run.amp, run.device.type, str(torchvision.__version__)]
@@ -74,8 +96,7 @@ def cached_features(embed, identity: str, source: Source, size, ratio: float, ru
             run.say(f"{title}: {len(source)} images, features from the cache")
             return found.to(run.device)
     found = extract(embed, source, size, ratio, run, batch_size=run.args.micro_batch or 64, title=title)
-    problem = keep(file, lambda out: np.save(out, found.cpu().numpy()))
-    if problem:
+    if problem := keep(file, lambda out: np.save(out, found.cpu().numpy())):
         run.say(f"warning: features of {title}: {problem}")
     return found
 
@@ -205,24 +226,20 @@ def table(result: dict) -> str:
     def cell(value, digits: int = 2) -> str:
         return "-" if value is None else f"{value:.{digits}f}"
 
-    lines = [f"{result['model']}  (top-1 where it was trained: {cell(result['pretraining_top1'])})"]
-    lines += [row("data set", "metric", "accuracy", "+-", "top-1", "log odds", "kNN", "mAP", "classifier")]
+    lines = [f"{result['model']}  (top-1 where it was trained: {cell(result['pretraining_top1'])})",
+             row("data set", "metric", "accuracy", "+-", "top-1", "log odds", "kNN", "mAP", "classifier")]
     for name, r in result["sets"].items():
         figures = [cell(r["accuracy"]), cell(r.get("deviation")), cell(r["top1"]), cell(r["log_odds"], 3)]
         lines += [row(name, r["metric"], *figures, cell(r.get("knn")), cell(r.get("map")), r["classifier"])]
     lines += [f"{name:14s} missing: {reason}" for name, reason in result["missing"].items()]
-    top1 = f"(of top-1 everywhere, as t-ReX reports: {result['mean_log_odds_top1']:.3f})"
-    sets = f"{result['measured']} of {result['asked']} data sets"
-    return "\n".join([*lines, f"mean of {sets}: log odds {result['mean_log_odds']:.3f} {top1}"])
+    means = f"{result['mean_log_odds']:.3f} (of top-1 everywhere, as t-ReX reports: {result['mean_log_odds_top1']:.3f})"
+    return "\n".join([*lines, f"mean of {result['measured']} of {result['asked']} data sets: log odds {means}"])
 
 
 def write(out: Path, content: dict, text: str) -> None:
     """Numbers as JSON, and as text beside it."""
     save_json(out, content)
     out.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
-
-
-# ---- Commands --------------------------------------------------------------------------------------------------------
 
 
 def load_network(args, say) -> tuple[torch.nn.Module, str, tuple[int, int], float, float | None]:
@@ -237,8 +254,8 @@ def load_network(args, say) -> tuple[torch.nn.Module, str, tuple[int, int], floa
         model = from_checkpoint(content, where, size, say, ema=args.use_ema)
         top1 = content["best"] if math.isfinite(content.get("best", math.nan)) else None
     elif name is None:
-        needed = "(torchvision/NAME or SCRIPT/NAME)"
-        raise UserError(f"--model: needed with weights that are no checkpoint of a script here {needed}")
+        raise UserError("--model: needed with weights that are no checkpoint of a script here (torchvision/NAME or "
+                        "SCRIPT/NAME)")
     else:
         kind, _, model_name = name.partition("/")
         if kind == "torchvision":
@@ -359,11 +376,8 @@ def bootstrap(statistic, x: np.ndarray, y: np.ndarray, draws: int = 10_000) -> t
 
 
 def compare(args) -> None:
-    """Several results: adjusted log odds, their mean's correlation with the accuracy in training, scatter plot.
-
-    Adjusted (Kornblith et al., section 3): a set's log odds less the mean of all networks on it. Compared are the sets
-    that all results have. Correlations are with the log odds of the top-1 accuracy (Spearman's is the same without).
-    """
+    """Several results: adjusted log odds (Kornblith et al., section 3: a set's less the mean of all networks on it) on
+    the sets that all have, correlation of their mean with the log odds of the accuracy in training, scatter plot."""
     results = read_results(args.files)
     everywhere = [s for s in next(iter(results.values()))["sets"] if all(s in r["sets"] for r in results.values())]
     left_out = sorted({s for r in results.values() for s in [*r["sets"], *r["missing"]]} - set(everywhere))
@@ -401,8 +415,7 @@ def comparison_table(summary: dict) -> str:
         interval = "   95% interval [{:.3f}, {:.3f}]".format(*found["interval"]) if found["interval"] else ""
         lines.append(f"  {kind:{width - 2}s}{found['value']:8.3f}{interval}")
     left_out = f"; not in all results, left out: {', '.join(summary['left_out'])}" if summary["left_out"] else ""
-    lines.append(f"{len(networks)} networks, {len(sets)} data sets{left_out}")
-    return "\n".join(lines)
+    return "\n".join([*lines, f"{len(networks)} networks, {len(sets)} data sets{left_out}"])
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -353,7 +353,7 @@ def test_class_attention_falls_on_the_object(trained):
     area."""
     model = from_checkpoint(load(trained / "run/last.pt"), "last.pt", (32, 32), print).eval()
     images, _ = shapes_batch("val", 240, 32)
-    masks = torch.stack([common.shapes.object_mask("val", i) for i in range(240)]).float()[:, None]
+    masks = torch.stack([torch.from_numpy(common.shapes.draw("val", i)[1]) for i in range(240)]).float()[:, None]
     masks = F.adaptive_avg_pool2d(masks, model.grid)[:, 0]
     first = cait.attention_maps(model, images)[0].mean(1)
     inside = ((first * masks).sum((1, 2)) / first.sum((1, 2))).mean().item()

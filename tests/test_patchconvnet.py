@@ -322,7 +322,7 @@ def test_the_pooling_attends_to_the_object(trained):
     model = from_checkpoint(load(trained / "run/last.pt"), "last.pt", (48, 48), print).eval()
     source = Shapes("val")
     images = normalize(torch.stack([eval_transform(source.read(i), (48, 48), 1.0) for i in range(240)]))
-    masks = torch.stack([common.shapes.object_mask("val", i) for i in range(240)]).float()[:, None]
+    masks = torch.stack([torch.from_numpy(common.shapes.draw("val", i)[1]) for i in range(240)]).float()[:, None]
     maps = patchconvnet.attention_maps(model, images)[:, 0]
     masks = F.adaptive_avg_pool2d(masks, maps.shape[1:])[:, 0]
     inside = ((maps * masks).sum((1, 2)) / maps.sum((1, 2))).mean().item()

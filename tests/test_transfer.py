@@ -23,7 +23,7 @@ from test_run import child, status_of
 from common import sources, transfer
 from common.errors import UserError
 from common.evaluate import log_odds
-from common.models import classifier_inputs, fingerprint
+from common.models import fingerprint
 from common.report import upper_right_hull
 
 # ---- Features --------------------------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ def test_features_of_every_scripts_checkpoint_are_what_its_classifier_is_given(h
     model = from_checkpoint(content, "", (32, 32), print).eval()
     images = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
-        features = classifier_inputs(model, "")(images)
+        features = transfer.classifier_inputs(model, "")(images)
         if script == "trex":
             again = F.normalize(model.model.head(features), dim=1) @ model.memory.prototypes().T / 0.1
         elif script == "grafit":
@@ -131,14 +131,14 @@ def test_features_of_torchvisions_classifiers_and_of_official_weights(suite, fol
             model = torchvision.models.get_model(name).eval()
         device = next(model.parameters()).device
         with torch.no_grad():
-            assert classifier_inputs(model, name)(torch.zeros(2, 3, 224, 224, device=device)).shape == (2, width), name
+            assert transfer.classifier_inputs(model, name)(torch.zeros(2, 3, 224, 224, device=device)).shape == (2, width), name
     with pytest.raises(UserError, match="no linear classifier"):
-        classifier_inputs(torchvision.models.squeezenet1_0(), "squeezenet")
+        transfer.classifier_inputs(torchvision.models.squeezenet1_0(), "squeezenet")
     import deit3
     import patchconvnet
 
     with pytest.raises(UserError, match="no linear classifier over one feature"):
-        classifier_inputs(patchconvnet.build_model("patchconvnet_nano", 5, 32, class_tokens="per_class"), "per class")
+        transfer.classifier_inputs(patchconvnet.build_model("patchconvnet_nano", 5, 32, class_tokens="per_class"), "per class")
     model = deit3.build_model("vit_nano", 9, 32)
     torch.save({"model": model.state_dict()}, tmp_path / "official.pth")
     base = ["--sets", folder, "--seeds", 1, "--workers", 0, "--device", "cpu", "--img-size", 32]
