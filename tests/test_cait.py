@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import NANO, SMALL, check_architecture, check_distribution, check_logits, fill, filled_images, load, log_of, python, reference
+from conftest import NANO, SMALL, check_architecture, check_distribution, check_logits, fewer_shapes, fill, filled_images, load, log_of, reference
 from PIL import Image
 from test_cli import refused
+from test_run import child, status_of
 
 import cait
 import common.shapes
@@ -300,9 +301,9 @@ def test_layerscale_trains_24_blocks_that_do_not_train_without_it():
 def trained(tmp_path_factory):
     """A small CaiT trained on `shapes`, and pictures of that data set."""
     out = tmp_path_factory.mktemp("cait")
-    flags = ["--model", "cait_nano", "--recipe", "shapes", "--img-size", 32, "--epochs", 2, "--workers", 1, "--device", "cpu"]
-    result = python("cait.py", *flags, "--out", out / "run", timeout=300)
-    assert result.status == 0, result
+    flags = ["--model", "cait_nano", "--recipe", "shapes", "--img-size", 32, "--batch-size", 32, "--epochs", 3]
+    with fewer_shapes(1800, 240):
+        assert status_of(child([*flags, "--workers", 0, "--device", "cpu", "--out", out / "run"], script="cait"), 300) == 0
     for i in (0, 5):
         Image.fromarray(common.shapes.draw("val", i)[0]).save(out / f"picture{i}.png")
     return out
