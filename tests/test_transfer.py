@@ -125,7 +125,7 @@ def test_features_of_every_scripts_checkpoint_are_what_its_classifier_is_given(h
 
 def test_features_of_torchvisions_classifiers_and_of_official_weights(suite, folder, tmp_path):
     for name, width in (("resnet18", 512), ("vgg11", 4096), ("vit_b_16", 768), ("swin_t", 768), ("regnet_y_400mf", 440)):
-        with torch.device("meta") if name == "vgg11" else torch.device("cpu"):
+        with torch.device("cpu" if name.startswith("regnet") else "meta"):  # RegNet's constructor computes with tensors
             model = torchvision.models.get_model(name).eval()
         device = next(model.parameters()).device
         with torch.no_grad():
@@ -179,8 +179,8 @@ def test_the_cost_is_the_best_on_the_held_out_fifth_and_the_classifier_the_optim
 
 def blobs() -> tuple:
     """As digits(), but ten overlapping classes in 8 dimensions: L-BFGS reaches their optimum in few steps at any cost."""
-    draws, y = torch.Generator().manual_seed(0), torch.arange(900) % 10
-    x = (2 * torch.randn(10, 8, generator=draws))[y] + torch.randn(900, 8, generator=draws)
+    draws, y = torch.Generator().manual_seed(2), torch.arange(900) % 10
+    x = (1.7 * torch.randn(10, 8, generator=draws))[y] + torch.randn(900, 8, generator=draws)
     return x[:300], y[:300], x[300:], y[300:]
 
 
