@@ -157,6 +157,13 @@ def digits() -> tuple:
     return x[:900], y[:900], x[900:], y[900:]
 
 
+def blobs() -> tuple:
+    """As digits(), but ten overlapping classes in 8 dimensions: L-BFGS reaches their optimum in few steps at any cost."""
+    draws, y = torch.Generator().manual_seed(2), torch.arange(900) % 10
+    x = (1.7 * torch.randn(10, 8, generator=draws))[y] + torch.randn(900, 8, generator=draws)
+    return x[:300], y[:300], x[300:], y[300:]
+
+
 def test_the_held_out_fifth_is_of_every_class_and_depends_on_the_seed_only():
     labels = torch.tensor([0] * 50 + [1] * 5 + [2])
     rest, held = transfer.held_out(labels, 0)
@@ -166,7 +173,7 @@ def test_the_held_out_fifth_is_of_every_class_and_depends_on_the_seed_only():
 
 
 def test_the_cost_is_the_best_on_the_held_out_fifth_and_the_classifier_the_optimum_on_all():
-    x, y, _, _ = digits()
+    x, y, _, _ = blobs()
     rest, held = transfer.held_out(y, 0)
     (weight, bias), chosen = transfer.fit_logistic(x, y, rest, held, 10, "top-1")
     theirs = LogisticRegression(C=chosen["C"], tol=1e-10, max_iter=20000).fit(x.double().numpy(), y.numpy())
@@ -175,13 +182,6 @@ def test_the_cost_is_the_best_on_the_held_out_fifth_and_the_classifier_the_optim
     by_hand = {c: LogisticRegression(C=c, tol=1e-8, max_iter=5000).fit(x[rest].numpy(), y[rest].numpy()).score(x[held].numpy(), y[held].numpy()) for c in grid[1:7]}  # fmt: skip
     mine = LogisticRegression(C=chosen["C"], tol=1e-8, max_iter=5000).fit(x[rest].numpy(), y[rest].numpy())
     assert mine.score(x[held].numpy(), y[held].numpy()) >= max(by_hand.values()) - 1.5 / len(held)
-
-
-def blobs() -> tuple:
-    """As digits(), but ten overlapping classes in 8 dimensions: L-BFGS reaches their optimum in few steps at any cost."""
-    draws, y = torch.Generator().manual_seed(2), torch.arange(900) % 10
-    x = (1.7 * torch.randn(10, 8, generator=draws))[y] + torch.randn(900, 8, generator=draws)
-    return x[:300], y[:300], x[300:], y[300:]
 
 
 def test_no_figure_is_chosen_on_the_test_set():
