@@ -10,6 +10,7 @@ import io
 import json
 import math
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -30,6 +31,8 @@ from PIL import Image  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+
+from common import shapes  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -59,12 +62,15 @@ def reference(name: str):
 
 def noise(name: str, count: int) -> np.ndarray:
     """The reference data's hash noise in [-1, 1): a splitmix64 of (crc32(name), index)."""
-    x = (np.uint64(zlib.crc32(name.encode())) << np.uint64(32)) + np.arange(count, dtype=np.uint64)
-    x = x * np.uint64(0x9E3779B97F4A7C15)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
-    x = x ^ (x >> np.uint64(31))
-    return (x >> np.uint64(11)).astype(np.float64) * 2.0**-52 - 1
+    found = np.empty(count)
+    for start in range(0, count, 1 << 15):  # pieces that stay in the cache
+        index = np.arange(start, min(start + (1 << 15), count), dtype=np.uint64)
+        x = ((np.uint64(zlib.crc32(name.encode())) << np.uint64(32)) + index) * np.uint64(0x9E3779B97F4A7C15)
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+        x = x ^ (x >> np.uint64(31))
+        found[start : start + len(x)] = (x >> np.uint64(11)).astype(np.float64) * 2.0**-52 - 1
+    return found
 
 
 @torch.no_grad()
@@ -215,6 +221,36 @@ def folder(tmp_path_factory) -> Path:
     return write_folder(tmp_path_factory.mktemp("images"))
 
 
+@contextlib.contextmanager
+def fewer_shapes(train: int, val: int):
+    """The built-in data set with so many images, each of which is drawn once: in this process, before it forks others."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shapes, "TRAIN_IMAGES", train)
+        patch.setattr(shapes, "VAL_IMAGES", val)
+        patch.setattr(shapes, "draw", drawn)
+        for split, count in (("train", train), ("val", val)):
+            for index in range(count):
+                drawn(split, index)
+        yield
+
+
+@functools.lru_cache(None)
+def drawn(split: str, index: int, draw=shapes.draw) -> tuple:
+    return draw(split, index)
+
+
+@pytest.fixture(scope="session")
+def shapes_convnet(tmp_path_factory) -> Path:
+    """The folder of a PatchConvNet that has learned from a fifth of `shapes` to be right in almost half of the cases."""
+    from test_run import child, status_of
+
+    out = tmp_path_factory.mktemp("convnet") / "run"
+    flags = ["--model", NANO["patchconvnet"], "--recipe", "shapes", "--img-size", 48, "--batch-size", 32, "--epochs", 3]
+    with fewer_shapes(2400, 240):
+        assert status_of(child([*flags, "--workers", 0, "--device", "cpu", "--out", out], script="patchconvnet"), 300) == 0
+    return out
+
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
@@ -316,6 +352,59 @@ def finish(process: subprocess.Popen, timeout: float = 120) -> Result:
 
 def python(*arguments, timeout: float = 120, cwd: Path = ROOT, **env) -> Result:
     return finish(start(sys.executable, *arguments, cwd=cwd, **env), timeout)
+
+
+# Reads commands, one JSON object a line, and answers with their exit statuses. The child that runs a command leaves the loop and
+# ends as any interpreter does.
+FORKING = """
+import gc, json, os, runpy, sys
+import torch, torchvision
+gc.freeze()  # or each child would walk through all of torch when it ends
+for line in sys.stdin:
+    job = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        break
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+else:
+    sys.exit()
+for stream, file in ((1, job["out"]), (2, job["err"])):
+    os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+os.chdir(job["cwd"])
+os.environ.update(job["env"])
+sys.dont_write_bytecode = "PYTHONDONTWRITEBYTECODE" in job["env"]
+sys.argv = job["argv"]
+sys.path[0] = job["cwd"] if sys.argv[0] != "-c" else ""
+if sys.argv[0] == "-c":
+    exec(sys.argv.pop(1))
+else:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="session")
+def fresh(tmp_path_factory):
+    """fresh(ARGUMENTS, cwd=FOLDER): `python ARGUMENTS` there, in a process that has imported torch and torchvision but nothing
+    of ours and knows no path to it. All are forked from one interpreter, hence need no seconds to import torch."""
+    folder = tmp_path_factory.mktemp("fresh")
+    server = subprocess.Popen(
+        [sys.executable, "-c", FORKING], cwd=folder, env=environment(PYTHONPATH=""), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )  # fmt: skip
+
+    def run(*arguments, cwd: Path, timeout: float = 120, **env) -> Result:
+        out, err = folder / "out", folder / "err"
+        env = {k: str(v) for k, v in env.items()}
+        job = {"argv": list(map(str, arguments)), "cwd": str(cwd), "env": env, "out": str(out), "err": str(err)}
+        server.stdin.write(json.dumps(job) + "\n")
+        server.stdin.flush()
+        if not select.select([server.stdout], [], [], timeout)[0]:
+            kill_tree(server.pid)
+            pytest.fail(f"still running after {timeout} s\n{out.read_text()}\n{err.read_text()}")
+        return Result(int(server.stdout.readline()), out.read_text(), err.read_text())
+
+    yield run
+    kill_tree(server.pid)
+    server.wait()
 
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")

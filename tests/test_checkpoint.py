@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, load, python, same_training, start, wait_until
+from conftest import ROOT, TINY, load, same_training, start, wait_until
 from safetensors.torch import save_file
 from test_cli import refused
 
@@ -82,10 +82,10 @@ def test_C3_an_output_folder_that_cannot_be_written(deit3_here, tmp_path, folder
 ENTRIES = "model ema optimizer scaler epoch step best rng recipe data versions seed method model_name world_size loss_sum loss_count skipped_steps log_bytes".split()  # fmt: skip
 
 
-def test_C7_the_file_loads_without_our_code(deit3_here, tmp_path, folder):
+def test_C7_the_file_loads_without_our_code(deit3_here, fresh, tmp_path, folder):
     assert deit3_here(*TINY, "--data", folder, "--ema", 0.9, "--out", tmp_path / "o").status == 0
     code = f"import torch, sys; c = torch.load({str(tmp_path / 'o/last.pt')!r}, weights_only=True); print(sorted(c)); print('common' in sys.modules)"
-    result = python("-c", code, cwd=tmp_path, PYTHONPATH="")
+    result = fresh("-c", code, cwd=tmp_path)
     assert result.status == 0 and result.out.strip().endswith("False"), result
     for key in (*ENTRIES, "format"):
         assert f"'{key}'" in result.out, key

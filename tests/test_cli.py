@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY, encoded, load, log_of, picture, python, start, torchrun, write_folder
+from conftest import ROOT, TINY, Result, encoded, load, log_of, picture, start, write_folder
 from PIL import Image
 
 import deit3
@@ -132,12 +132,12 @@ def test_A11_no_gpu(deit3_here, tmp_path, folder):
     assert "running on the CPU" in deit3_here(*arguments, "--data", folder, "--out", tmp_path).out
 
 
-def test_A12_help_and_list_need_nothing(tmp_path):
+def test_A12_help_and_list_need_nothing(fresh, tmp_path):
     shutil.copy(ROOT / "deit3.py", tmp_path)
     shutil.copytree(ROOT / "common", tmp_path / "common", ignore=shutil.ignore_patterns("__pycache__"))
     before = sorted(tmp_path.rglob("*"))
     for flag, part in (("--help", "--batch-size"), ("--list-models", "vit_h26x2")):
-        result = python("deit3.py", flag, cwd=tmp_path, HOME="/proc/nothing", PYTHONPATH="", PYTHONDONTWRITEBYTECODE=1)
+        result = fresh("deit3.py", flag, cwd=tmp_path, HOME="/proc/nothing", PYTHONDONTWRITEBYTECODE=1)
         assert result.status == 0 and part in result.out, result
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -218,8 +218,11 @@ def test_D9_B10_evaluation_repeats_the_logged_numbers_for_any_batch_and_ranks(de
     assert averaged["loss"] == pytest.approx(logged["val_ema_loss"], abs=1e-4) and averaged["loss"] != pytest.approx(
         logged["val_loss"], abs=1e-4
     )
-    two = torchrun(2, "deit3.py", *command)
-    assert two.status == 0 and accuracy(two)["top1"] == pytest.approx(logged["val_top1"], abs=1e-3), two
+    from test_run import ranks
+
+    assert ranks(2, command, tmp_path) == [0, 0]
+    two = Result(0, (tmp_path / "rank0.log").read_text(), "")
+    assert accuracy(two)["top1"] == pytest.approx(logged["val_top1"], abs=1e-3), two
 
 
 def test_evaluation_takes_size_and_crop_from_the_checkpoint(deit3_here, tmp_path, folder):

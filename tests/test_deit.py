@@ -3,7 +3,6 @@
 import hashlib
 import math
 import random
-import sys
 from urllib.error import URLError
 
 import numpy as np
@@ -18,22 +17,20 @@ from conftest import (
     check_architecture,
     check_distribution,
     check_logits,
+    fewer_shapes,
     fill,
     filled_images,
-    finish,
     load,
     log_of,
-    python,
     reference,
     sine,
-    start,
     triangle_image,
     write_folder,
 )  # fmt: skip
 from PIL import Image
 from test_cli import refused
+from test_run import child, status_of
 
-import common.shapes
 import deit
 from common.evaluate import normalize
 from common.images import eval_transform, from_numpy, from_pil, to_pil
@@ -515,38 +512,34 @@ def test_eval_prints_every_head_on_every_set(here, folder, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def distilled(tmp_path_factory):
-    """(folder of a teacher, of a student distilled from it, of a student trained on the labels alone), all on `shapes`."""
+def distilled(tmp_path_factory, shapes_convnet):
+    """The folder of a student distilled from a convnet (section 3.3's teachers), and of one that learns from the labels alone."""
     out = tmp_path_factory.mktemp("distilled")
-    flags = ["--recipe", "shapes", "--img-size", 32, "--device", "cpu", "--workers", 1, "--epochs", 2]
-    result = python("deit3.py", "--model", "vit_nano", *flags, "--out", out / "teacher", timeout=300)
-    assert result.status == 0, result
-    student = ["--model", "deit_nano_distilled", *flags]
-    teacher = ["--distillation", "hard", "--teacher-weights", out / "teacher/last.pt"]
-    running = [
-        start(sys.executable, "deit.py", *student, *teacher, "--out", out / "student"),
-        start(sys.executable, "deit.py", *student, "--out", out / "alone"),
-    ]
-    for process in running:
-        result = finish(process, timeout=300)
-        assert result.status == 0, result
+    student = ["--model", "deit_nano_distilled", "--recipe", "shapes", "--img-size", 32, "--batch-size", 32, "--epochs", 4]
+    teacher = ["--distillation", "hard", "--teacher-weights", shapes_convnet / "last.pt"]
+    with fewer_shapes(1200, 240):
+        running = [
+            child([*student, *flags, "--workers", 0, "--device", "cpu", "--out", out / name], script="deit")
+            for name, flags in (("student", teacher), ("alone", []))
+        ]
+        for pid in running:
+            assert status_of(pid, 300) == 0
     return out
 
 
 @torch.no_grad()
-def decisions(checkpoint, count: int = 600) -> dict[str, torch.Tensor]:
+def decisions(checkpoint, count: int = 600, size: tuple = (32, 32)) -> dict[str, torch.Tensor]:
     """What a trained model says of validation images of `shapes`, per head."""
     content = load(checkpoint)
-    size = content["recipe"]["img_size"]
     model = from_checkpoint(content, str(checkpoint), size, print).eval()
     source = Shapes("val")
     images = normalize(torch.stack([eval_transform(source.read(i), size, 0.875) for i in range(count)]))
     return {name: logits.argmax(1) for name, logits in deit.predict(model, images).items()}
 
 
-def test_a_distilled_student_decides_like_its_teacher(distilled):
+def test_a_distilled_student_decides_like_its_teacher(distilled, shapes_convnet):
     """Table 3.4: the distillation head agrees most with the teacher, a student that never saw it least."""
-    teacher = decisions(distilled / "teacher/last.pt")[""]
+    teacher = decisions(shapes_convnet / "last.pt")[""]
     agreement = {
         run: {head: (made == teacher).float().mean().item() for head, made in decisions(distilled / run / "last.pt").items()}
         for run in ("student", "alone")
@@ -557,16 +550,14 @@ def test_a_distilled_student_decides_like_its_teacher(distilled):
     assert student["distillation"] > student["class"] + 0.05, agreement
 
 
-def test_fine_tuning_from_64_to_96_pixels_with_distillation_improves(here, tmp_path, monkeypatch):
-    monkeypatch.setattr(common.shapes, "TRAIN_IMAGES", 1200)
-    monkeypatch.setattr(common.shapes, "VAL_IMAGES", 240)
-    flags = ["--recipe", "shapes", "--device", "cpu", "--workers", 0, "--epochs", 2]
-    assert here("deit3", "--model", "vit_nano", *flags, "--img-size", 64, "--epochs", 3, "--out", tmp_path / "teacher").status == 0
-    student = ["--model", "deit_nano_distilled", *flags, "--distillation", "hard", "--teacher-weights", tmp_path / "teacher/last.pt"]
-    assert here("deit", *student, "--img-size", 64, "--out", tmp_path / "64").status == 0
+def test_fine_tuning_from_64_to_96_pixels_with_distillation_improves(here, tmp_path, shapes_convnet):
+    flags = ["--recipe", "shapes", "--device", "cpu", "--workers", 0, "--epochs", 3, "--batch-size", 32]
+    student = ["--model", "deit_nano_distilled", *flags, "--distillation", "hard", "--teacher-weights", shapes_convnet / "last.pt"]
     at_96 = ["--model", "deit_nano_distilled", "--img-size", 96, "--device", "cpu", "--workers", 0, "--weights", tmp_path / "64/last.pt"]
-    before = here("deit", *at_96, "--eval")
-    tuned = here("deit", *student, *at_96, "--epochs", 5, "--out", tmp_path / "96")
+    with fewer_shapes(600, 120):
+        assert here("deit", *student, "--img-size", 64, "--out", tmp_path / "64").status == 0
+        before = here("deit", *at_96, "--eval")
+        tuned = here("deit", *student, *at_96, "--out", tmp_path / "96")
     assert tuned.status == 0 and "position embedding resized to 12 x 12 patches" in tuned.out, tuned
     after = log_of(tmp_path / "96")[-2]
     losses = [float(line.split("loss ")[1].split()[0]) for line in before.out.splitlines() if "loss" in line]

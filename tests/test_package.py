@@ -10,7 +10,7 @@ import sys
 import zipfile
 
 import pytest
-from conftest import NANO, ROOT, SCRIPTS, SMALL, WITHOUT_MIXING, python, write_folder
+from conftest import NANO, ROOT, SCRIPTS, SMALL, WITHOUT_MIXING, write_folder
 
 README = (ROOT / "README.md").read_text()
 
@@ -27,27 +27,27 @@ def test_I1_the_wheel_holds_every_script_and_common_and_no_tests(tmp_path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_I2_a_script_and_common_copied_out_train(tmp_path, script):
+def test_I2_a_script_and_common_copied_out_train(fresh, tmp_path, script):
     shutil.copy(ROOT / f"{script}.py", tmp_path)
     shutil.copytree(ROOT / "common", tmp_path / "common", ignore=shutil.ignore_patterns("__pycache__"))
     data = write_folder(tmp_path / "d", train=8, val=1)
     small = WITHOUT_MIXING if script in ("trex", "grafit") else SMALL
     flags = ["--model", NANO[script], *small, "--data", data, "--epochs", 1, "--warmup-epochs", 0, "--out", "o"]
-    result = python(f"{script}.py", *flags, cwd=tmp_path, PYTHONPATH="")
+    result = fresh(f"{script}.py", *flags, cwd=tmp_path)
     assert result.status == 0 and (tmp_path / "o/last.pt").exists(), result
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_importing_a_script_runs_nothing_and_needs_only_torch_and_torchvision(tmp_path, script):
+def test_importing_a_script_runs_nothing_and_needs_only_torch_and_torchvision(fresh, tmp_path, script):
     """Models, augmentation and losses of a script work where common does not exist."""
     shutil.copy(ROOT / f"{script}.py", tmp_path)
     code = f"import {script}, torch; print({script}.build_model('{NANO[script]}', 3, 32).eval()(torch.zeros(1, 3, 32, 32)).shape)"
-    result = python("-c", code, cwd=tmp_path, PYTHONPATH="")
+    result = fresh("-c", code, cwd=tmp_path)
     width = 256 if script == "grafit" else 3  # Grafit's network embeds
     assert result.status == 0 and result.out.strip() == f"torch.Size([1, {width}])" and not result.err, result
 
 
-def test_I3_a_foreign_common_package_fails_with_a_clear_line(tmp_path):
+def test_I3_a_foreign_common_package_fails_with_a_clear_line(fresh, tmp_path):
     (tmp_path / "common").mkdir()
     (tmp_path / "common" / "__init__.py").write_text("")
     shutil.copy(ROOT / "deit3.py", tmp_path)
@@ -56,9 +56,9 @@ def test_I3_a_foreign_common_package_fails_with_a_clear_line(tmp_path):
         "import sys, runpy; sys.meta_path = [f for f in sys.meta_path if 'editable' not in str(f).lower()];"
         "sys.argv = ['deit3.py', '--help']; runpy.run_path('deit3.py', run_name='__main__')"
     )
-    result = python("-c", code, cwd=tmp_path, PYTHONPATH="")
+    result = fresh("-c", code, cwd=tmp_path)
     assert result.status == 2 and len(result.err.strip().splitlines()) == 1 and "another package named common" in result.err, result
-    result = python("deit3.py", "--help", cwd=tmp_path, PYTHONPATH="")
+    result = fresh("deit3.py", "--help", cwd=tmp_path)
     assert result.status == 0 or "another package named common" in result.err, result
 
 

@@ -271,7 +271,7 @@ TREX = [*NANO_HERE, *"--recipe shapes --img-size 32 --local-size 32 --batch-size
 
 @pytest.mark.parametrize("memory_size", [32, 0])
 def test_a_run_learns_is_evaluated_and_exports_the_encoder(here, folder, tmp_path, memory_size):
-    flags = [*TREX, "--data", folder, "--memory-size", memory_size, "--epochs", 8, "--warmup-epochs", 1]
+    flags = [*TREX, "--data", folder, "--memory-size", memory_size, "--epochs", 3, "--warmup-epochs", 1, "--lr", 0.005]
     result = here("trex", *flags, "--out", tmp_path / "o")
     assert result.status == 0, result
     log = log_of(tmp_path / "o")
