@@ -307,8 +307,9 @@ def execute(folder: Path, argv: list[str]) -> str:
     KeyboardInterrupt: it was asked to stop, and has saved. SystemExit: the folder holds a run of another command."""
     folder.mkdir(parents=True, exist_ok=True)
     before, start, stopped = noted(folder), time.time(), []
-    if before["command"] not in (None, argv):
-        raise SystemExit(f"{folder}: holds a run of another command, {shlex.join(before['command'])}; delete it")
+    lines = [re.sub(r" --workers \d+", "", shlex.join(command)) for command in (before["command"] or argv, argv)]
+    if lines[0] != lines[1]:
+        raise SystemExit(f"{folder}: holds a run of another command, {lines[0]}; delete it")
 
     def note(state: str) -> str:
         content = {"command": argv, "state": state, "seconds": before["seconds"] + time.time() - start}
