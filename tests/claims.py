@@ -20,7 +20,6 @@ import math
 import os
 import re
 import shlex
-import shutil
 import signal
 import statistics
 import subprocess
@@ -122,15 +121,12 @@ results = " ".join(f"{{runs}}/{name}_features/{{seed}}/features.json" for name i
 COMMANDS["correlation"] = f"-m common.transfer compare {results}"
 
 ROWS = {
-    "patchconvnet": Row(
-        "PatchConvNet, top-1", "top1",
+    "patchconvnet": Row("PatchConvNet, top-1", "top1",
         "CIFAR-10 (20,000 training, 2,000 test images, 32 pixels); 4 blocks of width 64 (0.18 M parameters), "
         "patches of 8 pixels; 15 epochs for 400, batch 64 for 2048, LAMB at 2e-2; crop and flip alone", """
         attention > average pooling | Table 5.7: 82.1, 81.9 | patchconvnet | convnet
-        convolutional > linear stem | 82.1, 80.0 | patchconvnet | patchconvnet_linear
-        """),
-    "distillation": Row(
-        "DeiT, top-1", "top1",
+        convolutional > linear stem | 82.1, 80.0 | patchconvnet | patchconvnet_linear"""),
+    "distillation": Row("DeiT, top-1", "top1",
         "data and epochs as above; 3 blocks of width 96 (0.45 M parameters), AdamW at 1e-3, no stochastic depth; "
         "teachers trained here: the PatchConvNet with average pooling, a DeiT", """
         token, hard > labels alone | Table 3.3, Ti: 74.5, 72.2 | deit_token | deit
@@ -138,17 +134,13 @@ ROWS = {
         token > no token, hard | 74.5, 74.3 | deit_token | deit_hard
         distillation > class head | 74.6, 73.9 | deit_token:distillation | deit_token:class
         convnet > DeiT as teacher | Table 3.2, B: 82.7, 81.9 | deit_token | deit_of_deit
-        (the teachers: convnet > DeiT) | 81.7, 81.8 | convnet | deit
-        """),
-    "resmlp": Row(
-        "ResMLP, top-1", "top1",
+        (the teachers: convnet > DeiT) | 81.7, 81.8 | convnet | deit"""),
+    "resmlp": Row("ResMLP, top-1", "top1",
         "data and epochs as above; 4 layers of width 96 (0.42 M parameters), LAMB at 1e-2", """
         distilled > labels alone | Table 4.3, S12: 77.8, 76.6 | resmlp_hard | resmlp
         gain > DeiT's (no token) | S12: 1.2; Ti: 2.1 | resmlp_hard - resmlp | deit_hard - deit
-        linear across patches > none | 76.6, 56.5 | resmlp | resmlp_none
-        """),
-    "grafit": Row(
-        "Grafit: fine classes from coarse labels", "knn",
+        linear across patches > none | 76.6, 56.5 | resmlp | resmlp_none"""),
+    "grafit": Row("Grafit: fine classes from coarse labels", "knn",
         "CIFAR-10 (500 training and 200 test images of each class; trained on animal and vehicle) for CIFAR-100; "
         "RegNet of 0.24 M parameters for a ResNet-50; 40 epochs for 600, batch 128 for 1024; 4 views for 8; "
         "projection to 128 for 256", """
@@ -161,83 +153,58 @@ ROWS = {
         CE + instance > CE, fine kNN | 76.9, 71.8 | ce_instance | ce
         CE + instance > CE, fine mAP | 51.0, 42.5 | ce_instance:map | ce:map
         instance > untrained network, fine kNN | 54.3, ? | instance | random
-        instance: this > crop and flip, 2 views |  | instance | instance_weak
-        """),
-    "conditional": Row(
-        "Grafit: ranking conditioned on the coarse class (Eq. 2.5), fine mAP", "map",
+        instance: this > crop and flip, 2 views |  | instance | instance_weak"""),
+    "conditional": Row("Grafit: ranking conditioned on the coarse class (Eq. 2.5), fine mAP", "map",
         "the runs above", """
         CE: conditional > cosine | Table 2.7: 43.1, 42.5 | ce:conditional | ce
         SNCA+: conditional > cosine | 41.4, 35.9 | snca:conditional | snca
         Grafit: conditional > cosine | 55.7, 52.9 | grafit:conditional | grafit
-        Grafit: oracle > conditional | 59.3, 55.7 | grafit:oracle | grafit:conditional
-        """),
-    "depth": Row(
-        "CaiT, top-1", "top1",
+        Grafit: oracle > conditional | 59.3, 55.7 | grafit:oracle | grafit:conditional"""),
+    "depth": Row("CaiT, top-1", "top1",
         "data as above; LayerScale: 24 blocks of width 192 (11.9 M parameters) on 4 patches of 16 pixels, 5 "
         "epochs; class attention: 3 blocks and 2 of class attention, with talking heads, against DeiT's 3 blocks, "
         "15 epochs", """
         LayerScale > plain pre-norm | Table 3.11: 82.4, 78.9 (failed) | deep | deep_plain
-        class attention > class token at layer 0 | Table 3.13: 80.8, 79.9 | cait_plain | deit
-        """),
-    "trex": Row(
-        "t-ReX, mean log odds of linear classifiers on frozen features", "odds",
+        class attention > class token at layer 0 | Table 3.13: 80.8, 79.9 | cait_plain | deit"""),
+    "trex": Row("t-ReX, mean log odds of linear classifiers on frozen features", "odds",
         "trained on 50 classes of CIFAR-100 (100 images each), transferred to the other 50 and to the built-in "
         "data set; ResNet of one block per stage; 15 epochs for 100, batch 64; 2 local crops for 8, 1 hidden "
         "layer for 3, memory 2048", """
         t-ReX > plain (no projector, crops, memory) | the page's figure | trex_features | plain_features
         projector > none | the same | plain_projector_features | plain_features
         multi-crop > one crop | the same | plain_crops_features | plain_features
-        (where trained, top-1: t-ReX > plain) | the same | trex:top1 | plain:top1
-        """),
-    "deit3": Row(
-        "DeiT III, top-1", "top1",
+        (where trained, top-1: t-ReX > plain) | the same | trex:top1 | plain:top1"""),
+    "deit3": Row("DeiT III, top-1", "top1",
         "data and network as the row on DeiT; 20 epochs for 400, LAMB at 1e-2, no mixup, no cutmix; low "
         "resolution: 24 pixels, then 3 epochs at 32", """
         3-Augment > RandAugment | Table 6.4, B: 83.1, 82.7; S: 80.4, 80.7 | deit3 | deit3_rand
         BCE > CE | B: 82.2, 80.9; S: 79.8, 79.8 | deit3 | deit3_ce
-        low resolution, then full > full | Table 6.6, L: 84.4, 84.2 | deit3_low_full | deit3
-        """),
-    "correlation": Row(
-        "Better where trained, better elsewhere (Kornblith et al.)", "pearson",
+        low resolution, then full > full | Table 6.6, L: 84.4, 84.2 | deit3_low_full | deit3"""),
+    "correlation": Row("Better where trained, better elsewhere (Kornblith et al.)", "pearson",
         f"{len(TRAINED_ON_TEN)} networks of the rows above, trained on CIFAR-10; log odds of linear classifiers on 50 "
-        "classes of CIFAR-100 and on the built-in data set",
+        "classes of CIFAR-100 and on the built-in data set against the best epoch's top-1",
         "Pearson's correlation of log odds > 0 | 0.99 | correlation | 0"),
-    "five": Row(
-        "Grafit, five superclasses of CIFAR-100 (25 fine classes)", "knn",
+    "five": Row("Grafit, five superclasses of CIFAR-100 (25 fine classes)", "knn",
         "as the row on Grafit, with 300 epochs, 2 views, crop and flip alone", """
         coarse labels are learnt, CE: above 90% |  | five_fit:coarse | 90
         Grafit > CE, fine kNN | Table 2.7: 77.7, 71.8 | five_grafit | five_ce
         Grafit > CE, fine mAP | 52.9, 42.5 | five_grafit:map | five_ce:map
         Grafit > SNCA+, fine kNN | 77.7, 72.2 | five_grafit | five_snca
-        Grafit > SNCA+, fine mAP | 52.9, 35.9 | five_grafit:map | five_snca:map
-        """),
+        Grafit > SNCA+, fine mAP | 52.9, 35.9 | five_grafit:map | five_snca:map"""),
 }
 
 # ---- Data sets -------------------------------------------------------------------------------------------------------
 
 
-def make_folder(folder: Path, fill) -> None:
-    """fill(empty folder) under another name, then renamed: what is there is whole."""
-    if not folder.exists():
-        part = folder.with_name(folder.name + ".part")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        fill(part)
-        part.rename(folder)
-
-
 def link(folder: Path, classes: list[str], coarse: dict, **splits: dict[str, list[Path]]) -> None:
     """A data set of links to the files of these classes."""
-
-    def fill(part: Path) -> None:
-        for split, files in splits.items():
-            for name in classes:
-                (part / split / name).mkdir(parents=True)
-                for file in files[name]:
-                    (part / split / name / file.name).symlink_to(file)
-        (part / "coarse.json").write_text(json.dumps({name: coarse[name] for name in classes}))
-
-    make_folder(folder, fill)
+    for split, files in splits.items():
+        for name in classes:
+            (folder / split / name).mkdir(parents=True, exist_ok=True)
+            for file in files[name]:
+                if not (folder / split / name / file.name).is_symlink():
+                    (folder / split / name / file.name).symlink_to(file)
+    (folder / "coarse.json").write_text(json.dumps({name: coarse[name] for name in classes}))
 
 
 def prepare_data(archives: Path, work: Path, tune: bool) -> Path:
@@ -245,8 +212,11 @@ def prepare_data(archives: Path, work: Path, tune: bool) -> Path:
     training images stands in for them."""
     data = work / ("data_tune" if tune else "data")
     for name in ("cifar10", "cifar100"):
-        whole, archive = work / "whole" / name, archives / f"{name}_subset.tar"
-        make_folder(whole, lambda part: tarfile.open(archive).extractall(part, filter="data"))
+        whole = work / "whole" / name
+        if not whole.exists():
+            with tarfile.open(archives / f"{name}_subset.tar") as tar:
+                tar.extractall(whole.with_suffix(".part"), filter="data")
+            whole.with_suffix(".part").rename(whole)
         coarse = json.loads((whole / "coarse.json").read_text())
         classes = sorted(coarse)
         train, val = ({c: sorted((whole / split / c).iterdir()) for c in classes} for split in ("train", "val"))
@@ -257,8 +227,8 @@ def prepare_data(archives: Path, work: Path, tune: bool) -> Path:
             link(data / "cifar10", classes, coarse, train=train, val=val)
             train, title = {c: files[:500] for c, files in train.items()}, "ten"
         else:
-            link(data / "half", classes[:50], coarse, train=train, val=val)
-            link(data / "other_half", classes[50:], coarse, train=train, val=val)
+            link(data / "half", classes[: len(classes) // 2], coarse, train=train, val=val)
+            link(data / "other_half", classes[len(classes) // 2 :], coarse, train=train, val=val)
             classes, title = [c for c in classes if coarse[c] in sorted(set(coarse.values()))[:5]], "five"
         link(data / title, classes, coarse, train=train, val=val)
         first, second = ({c: train[c][i::2] for c in classes} for i in (0, 1))
