@@ -63,7 +63,7 @@ SMALL = "--data {data}/cifar10 --batch-size 64 --mix-group 8 --warmup-epochs 2 -
 LIGHT = f"{SMALL} --img-size 32 --epochs 15 --augment none"
 DEIT = f"deit.py {LIGHT} --lr 1e-3 --erasing 0 --drop-path 0 --eval-crop-ratio 1 --model"
 CAIT = f"cait.py {SMALL} --img-size 32 --augment none --lr 1e-3 --erasing 0 --drop-path 0 --model"
-RESMLP = f"resmlp.py --model resmlp_nano {LIGHT} --lr 1e-2 --erasing 0 --drop-path 0 --eval-crop-ratio 1"
+RESMLP = f"resmlp.py --model resmlp_nano {LIGHT} --lr 2e-2 --erasing 0 --drop-path 0 --eval-crop-ratio 1"
 PATCH = f"patchconvnet.py --model patchconvnet_nano {LIGHT} --lr 2e-2"
 DEIT3 = f"deit3.py --model vit_nano {SMALL}"
 TREX = "trex.py --model resnet_nano --data {data}/half --img-size 32 --batch-size 64 --epochs 15 --warmup-epochs 2"
@@ -97,10 +97,10 @@ COMMANDS = {  # *_fit: of half of the training images, the nearest among the oth
     "resmlp_hard": f"{RESMLP} --distillation hard {OF_CONVNET}",
     "patchconvnet": PATCH,
     "patchconvnet_linear": f"{PATCH} --stem linear",
-    "deit3": f"{DEIT3} --img-size 32 --epochs 20 --lr 1e-2",
-    "deit3_rand": f"{DEIT3} --img-size 32 --epochs 20 --lr 1e-2 --augment rand",
-    "deit3_ce": f"{DEIT3} --img-size 32 --epochs 20 --lr 1e-2 --loss ce",
-    "deit3_low": f"{DEIT3} --img-size 24 --epochs 20 --lr 1e-2",
+    "deit3": f"{DEIT3} --img-size 32 --epochs 20 --lr 2e-2",
+    "deit3_rand": f"{DEIT3} --img-size 32 --epochs 20 --lr 2e-2 --augment rand",
+    "deit3_ce": f"{DEIT3} --img-size 32 --epochs 20 --lr 2e-2 --loss ce",
+    "deit3_low": f"{DEIT3} --img-size 24 --epochs 20 --lr 2e-2",
     "deit3_low_full": f"{DEIT3} --img-size 32 --epochs 3 --recipe finetune --lr 1e-4 {OF_LOW}",
     "plain": f"{TREX} --recipe trex_plain --local-crops 0 --hidden-layers 0",
     "plain_projector": f"{TREX} --recipe trex_plain --local-crops 0 --hidden-layers 1",
@@ -136,7 +136,7 @@ ROWS = {
         convnet > DeiT as teacher | Table 3.2, B: 82.7, 81.9 | deit_token | deit_of_deit
         (the teachers: convnet > DeiT) | 81.7, 81.8 | convnet | deit"""),
     "resmlp": Row("ResMLP, top-1", "top1",
-        "data and epochs as above; 4 layers of width 96 (0.42 M parameters), LAMB at 1e-2", """
+        "data and epochs as above; 4 layers of width 96 (0.42 M parameters), LAMB at 2e-2", """
         distilled > labels alone | Table 4.3, S12: 77.8, 76.6 | resmlp_hard | resmlp
         gain > DeiT's (no token) | S12: 1.2; Ti: 2.1 | resmlp_hard - resmlp | deit_hard - deit
         linear across patches > none | 76.6, 56.5 | resmlp | resmlp_none"""),
@@ -175,7 +175,7 @@ ROWS = {
         multi-crop > one crop | the same | plain_crops_features | plain_features
         (where trained, top-1: t-ReX > plain) | the same | trex:top1 | plain:top1"""),
     "deit3": Row("DeiT III, top-1", "top1",
-        "data and network as the row on DeiT; 20 epochs for 400, LAMB at 1e-2, no mixup, no cutmix; low "
+        "data and network as the row on DeiT; 20 epochs for 400, LAMB at 2e-2, no mixup, no cutmix; low "
         "resolution: 24 pixels, then 3 epochs at 32", """
         3-Augment > RandAugment | Table 6.4, B: 83.1, 82.7; S: 80.4, 80.7 | deit3 | deit3_rand
         BCE > CE | B: 82.2, 80.9; S: 79.8, 79.8 | deit3 | deit3_ce
