@@ -115,7 +115,7 @@ TRAINED_ON_HALF = ("plain", "plain_projector", "plain_crops", "trex")
 TRAINED_ON_TEN = ("convnet", "patchconvnet", "patchconvnet_linear", "deit", "deit_token", "resmlp", "resmlp_none")
 TRAINED_ON_TEN += ("deit3", "deit3_rand")
 for name in TRAINED_ON_HALF + TRAINED_ON_TEN:
-    sets = "{data}/other_half shapes" if name in TRAINED_ON_HALF else "{data}/half shapes"
+    sets = "{data}/other_half shapes" if name in TRAINED_ON_HALF else "{data}/half"
     COMMANDS[f"{name}_features"] = f"{FEATURES} --name {name} --weights {{runs}}/{name}/{{seed}}/last.pt --sets {sets}"
 results = " ".join(f"{{runs}}/{name}_features/{{seed}}/features.json" for name in TRAINED_ON_TEN)
 COMMANDS["correlation"] = f"-m common.transfer compare {results}"
@@ -182,7 +182,7 @@ ROWS = {
         low resolution, then full > full | Table 6.6, L: 84.4, 84.2 | deit3_low_full | deit3"""),
     "correlation": Row("Better where trained, better elsewhere (Kornblith et al.)", "pearson",
         f"{len(TRAINED_ON_TEN)} networks of the rows above, trained on CIFAR-10; log odds of linear classifiers on 50 "
-        "classes of CIFAR-100 and on the built-in data set against the best epoch's top-1",
+        "classes of CIFAR-100 against those of the best epoch's top-1",
         "Pearson's correlation of log odds > 0 | 0.99 | correlation | 0"),
     "five": Row("Grafit, five superclasses of CIFAR-100 (25 fine classes)", "knn",
         "as the row on Grafit, with 300 epochs, 2 views, crop and flip alone", """
