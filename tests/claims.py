@@ -389,7 +389,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="tests/claims.py", description=__doc__, formatter_class=formatter)
     add, folder = parser.add_argument, {"type": Path, "metavar": "FOLDER"}
-    add("--data-root", default="../shared/data", help="holds the two archives; default: ../shared/data", **folder)
+    add("--data-root", default="data", help="holds the two archives; default: data", **folder)
     add("--work", default="runs/claims", help="data sets and runs go here; default: runs/claims", **folder)
     add("--out", type=Path, default="results/claims.json", metavar="FILE", help="default: results/claims.json")
     add("--only", nargs="+", metavar="ROW", default=list(ROWS), choices=list(ROWS), help=f"of {', '.join(ROWS)}")
