@@ -288,8 +288,9 @@ class Run:
                 raise UserError(f"--compile: needs {needed}, not found here; leave the flag out")
             model.compile()
         if self.world > 1:
-            # Buffers are equal on all ranks by themselves: BatchNorm's statistics are synchronised, memories gathered.
-            model = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+            model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+            # They are equal on all ranks by themselves: BatchNorm's statistics are synchronised, memories gathered.
+            model.broadcast_buffers = False  # as an argument it is deprecated
         return model
 
     def start(self, data: dict, **parts) -> None:
@@ -438,7 +439,8 @@ class Run:
         seconds, done = time.time() - self.epoch_start, self.step - self.first_step
         self.bar.close()
         self._check_same_weights()
-        if done or not (self.out / "last.pt").exists():
+        unsaved = torch.tensor([not (self.out / "last.pt").exists()], device=self.device)
+        if done or self.gather(unsaved)[0]:  # as rank 0 sees it: all ranks save, or none
             self.save()
         if self.stop_agreed:
             self._stop()

@@ -70,3 +70,39 @@ def test_a_signal_while_a_failure_is_reported_changes_nothing(folder, tmp_path):
 
     flags = [*TINY, "--data", folder, "--out", tmp_path / "o", "--workers", 1]
     assert status_of(child(flags, patch=patch, log=tmp_path / "log"), timeout=30) == 1
+
+
+def test_ranks_do_not_decide_by_their_own_view_of_the_folder_whether_to_save(folder, tmp_path):
+    """A run stopped in its last evaluation goes on where one rank does not see last.pt yet, as over a network."""
+    flags = [*TINY, "--data", folder, "--out", tmp_path / "o"]
+
+    def stop_in_the_last_evaluation():
+        import common.evaluate
+
+        evaluate, calls = common.evaluate.evaluate, []
+
+        def stopping(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return evaluate(*args, **kwargs)
+
+        common.evaluate.evaluate = stopping
+
+    def blind():
+        from common.run import Run
+
+        original = Run.end_of_training_epoch
+
+        def end_of_training_epoch(self, lr):
+            exists, type(self.out).exists = type(self.out).exists, lambda path: os.environ["RANK"] == "0"
+            try:
+                return original(self, lr)
+            finally:
+                type(self.out).exists = exists
+
+        Run.end_of_training_epoch = end_of_training_epoch
+
+    assert ranks(2, flags, tmp_path, patch=stop_in_the_last_evaluation) == [143, 143]
+    assert ranks(2, [*flags, "--resume", "--timeout", 15], tmp_path, patch=blind) == [0, 0]
+    assert "deprecated" not in (tmp_path / "rank0.log").read_text()
