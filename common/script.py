@@ -89,4 +89,4 @@ def finish(run: Run, *panels: list[str]) -> None:
     """The end of training: curves.png gets a panel of the log's figures over the epochs for each list."""
     run.log({"status": "completed", "epochs": run.recipe.epochs, "best": run.best})
     if run.rank == 0 and run.val_loader is not None:
-        report.save_curves(run.out / "curves.png", run.out / "log.jsonl", list(panels))
+        report.save_curves(run.out / "curves.png", run.out / "log.jsonl", list(panels), run.say)
