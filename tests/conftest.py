@@ -413,10 +413,6 @@ def fresh(tmp_path_factory):
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 
 
-def torchrun(ranks: int, *arguments, timeout: float = 120, **env) -> Result:
-    return finish(start(*TORCHRUN, "--nproc_per_node", ranks, *arguments, **env), timeout)
-
-
 def wait_until(condition, timeout: float = 60, every: float = 0.02) -> None:
     end = time.time() + timeout
     while not condition():

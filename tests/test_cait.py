@@ -288,15 +288,15 @@ def shapes_batch(split: str, count: int, size: int) -> tuple[torch.Tensor, torch
 
 
 def test_layerscale_trains_24_blocks_that_do_not_train_without_it():
-    """Section 3.5.2 in small: 24 blocks, the same seed, rate and batches; plain pre-norm stays at chance (2.48)."""
-    images, labels = shapes_batch("train", 128, 32)
+    """Section 3.5.2 in small: 24 blocks, the same seed, rate and batches; plain pre-norm hardly leaves chance (2.48)."""
+    images, labels = shapes_batch("train", 64, 32)
     last = {}
     for branches in ("none", "layerscale"):
         torch.manual_seed(0)
         model = cait.CaiT(48, depth=24, heads=1, patch=8, num_classes=12, img_size=(32, 32), drop_path=0.0, branches=branches, epsilon=1e-5, class_in_keys=True)  # fmt: skip
         optimizer = torch.optim.AdamW(param_groups(model, 0.05), lr=3e-3, fused=True)
         draws, losses = torch.Generator().manual_seed(0), []
-        for step in range(120):
+        for step in range(100):
             for group in optimizer.param_groups:
                 group["lr"] = 3e-3 * min(1, (step + 1) / 20)
             batch = torch.randint(len(images), (16,), generator=draws)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, TORCHRUN, finish, load, log_of, python, same_training, start, torchrun, wait_until
+from conftest import ROOT, TINY, TORCHRUN, finish, load, log_of, python, same_training, start, wait_until
 
 from common.run import launch
 
@@ -363,7 +363,7 @@ def test_batchnorms_statistics_are_those_of_all_ranks(command, tmp_path):
 
 
 def test_trex_ranks_fill_one_memory_and_a_kill_changes_nothing(folder, tmp_path, smooth):
-    flags = "--model resnet_nano --recipe shapes --img-size 32 --local-size 32 --warmup-epochs 0 --memory-size 40 --workers 0 --device cpu".split()  # fmt: skip
+    flags = "--model resnet_nano --recipe shapes --img-size 32 --local-size 32 --local-crops 1 --warmup-epochs 0 --memory-size 40 --workers 0 --device cpu".split()  # fmt: skip
 
     def run(out, *extra):
         return [*flags, "--data", folder, "--out", tmp_path / out, *extra]
@@ -377,10 +377,10 @@ def test_trex_ranks_fill_one_memory_and_a_kill_changes_nothing(folder, tmp_path,
         other = load(tmp_path / f"of{world}/last.pt")["model"]
         assert torch.equal(one["memory.labels"], other["memory.labels"]) and one["memory.ptr"] == other["memory.ptr"] == 64 % 40
         assert all(torch.allclose(one[k], other[k], atol=1e-4) for k in one), world
-    eight = ["--batch-size", 16, "--epochs", 2, "--save-steps", 1]  # eight steps
+    eight = ["--batch-size", 16, "--epochs", 2]  # eight steps
     assert status_of(child(run("whole", *eight), script="trex")) == 0
     kill = at_steps(lambda: os.kill(os.getpid(), signal.SIGKILL), [5])
-    assert status_of(child(run("killed", *eight), script="trex", patch=kill)) == -signal.SIGKILL
+    assert status_of(child(run("killed", *eight, "--save-steps", 1), script="trex", patch=kill)) == -signal.SIGKILL
     assert status_of(child(run("killed", *eight, "--resume"), script="trex")) == 0
     assert same_training(tmp_path / "whole", tmp_path / "killed")  # memory and averaged network included
 
@@ -413,10 +413,10 @@ def test_grafits_memory_is_the_same_on_any_number_of_ranks_and_after_a_kill(fold
                 assert torch.allclose(a, b, atol=1e-5) and 20 < (a.norm(dim=1) > 0).sum() < 64  # the images of this epoch
             else:
                 assert one["memory"] is None
-    eight = ["--batch-size", 16, "--epochs", 2, "--save-steps", 1]  # eight steps
+    eight = ["--batch-size", 16, "--epochs", 2]  # eight steps
     assert status_of(child(run("whole", *eight), script="grafit")) == 0
     kill = at_steps(lambda: os.kill(os.getpid(), signal.SIGKILL), [5])
-    assert status_of(child(run("killed", *eight), script="grafit", patch=kill)) == -signal.SIGKILL
+    assert status_of(child(run("killed", *eight, "--save-steps", 1), script="grafit", patch=kill)) == -signal.SIGKILL
     assert status_of(child(run("killed", *eight, "--resume"), script="grafit")) == 0
     assert same_training(tmp_path / "whole", tmp_path / "killed")
     memories = [load(tmp_path / out / "last.pt")["memory"] for out in ("whole", "killed")]
@@ -488,7 +488,7 @@ def test_F1_an_exception_on_one_rank_is_the_first_message(command, tmp_path):
     assert "lost contact with another rank at epoch 1, step 1" in text and "Traceback" not in text
 
 
-def test_F2_max_restarts_resumes_after_a_rank_was_killed(command, tmp_path):
+def test_F2_max_restarts_resumes_after_a_rank_was_killed(command, fresh, tmp_path):
     """torchrun starts both ranks again when one dies; the second start resumes by itself and the run is completed."""
     assert ranks(2, command("two"), tmp_path) == [0, 0]
     killer = tmp_path / "killer.py"
@@ -503,7 +503,9 @@ def test_F2_max_restarts_resumes_after_a_rank_was_killed(command, tmp_path):
         "Precision.step = step\n"
         "launch(deit3.main)\n"
     )
-    result = torchrun(2, "--max-restarts", 1, killer, *command("o", "--timeout", 20))
+    torchrun = "import sys; from torch.distributed.run import main; main(sys.argv[1:])"
+    flags = ["--standalone", "--nproc_per_node", 2, "--max-restarts", 1, killer, *command("o", "--timeout", 20)]
+    result = fresh("-c", torchrun, *flags, cwd=ROOT, PYTHONPATH=ROOT)
     assert result.status == 0 and "resumed from last.pt at epoch 0, step 4" in result.out, result
     assert close(tmp_path / "two", tmp_path / "o", 0)
 
