@@ -1,27 +1,25 @@
 """CaiT: Going deeper with image transformers (Touvron, Cord, Sablayrolles, Synnaeve, Jegou; arXiv:2103.17239; thesis
 sections 3.5 to 3.7).
 
-New: LayerScale (each residual branch is multiplied, channel by channel, by learned weights that start near 0: deep networks
-train) and class attention (the class embedding enters late, in layers that update nothing else). CaiT-S-36 reaches 83.3 top-1
-at 224 pixels, 85.4 at 384 with a RegNetY-16GF as teacher (Table 3.15).
+New: LayerScale (each residual branch is multiplied, channel by channel, by learned weights that start near 0: deep
+networks train) and class attention (the class embedding enters late, in layers that update nothing else). CaiT-S-36
+reaches 83.3 top-1 at 224 pixels, 85.4 at 384 with a RegNetY-16GF as teacher (Table 3.15).
 
-    torchrun --nproc_per_node 8 cait.py --model cait_s24 --data /imagenet                              # the paper's run
-    torchrun --nproc_per_node 8 cait.py --model cait_s24 --data /imagenet --distillation hard          # with a teacher
-    python cait.py --model cait_nano --recipe shapes                                                   # minutes on two CPU cores
+    torchrun --nproc_per_node 8 cait.py --model cait_s24 --data /imagenet                        # the paper's run
+    torchrun --nproc_per_node 8 cait.py --model cait_s24 --data /imagenet --distillation hard    # with a teacher
+    python cait.py --model cait_nano --recipe shapes                             # minutes on two CPU cores, no download
     python cait.py --model cait_nano --weights runs/cait_cait_nano/last.pt --attention-maps a.jpg b.jpg --out maps
 
-Checked here: state-dict keys and logits of the official models, parameters and GMACs of Table 3.15, talking heads and class
-attention against their definitions, the augmentation and schedule by DeiT's numbers (tests/). Not run here: ImageNet.
+Checked here: state-dict keys and logits of the official models, parameters and GMACs of Table 3.15, talking heads and
+class attention against their definitions, augmentation and schedule by DeiT's numbers (tests/). Not run here: ImageNet.
 
-Axes: B images, N patches, T class (and distillation) tokens, C channels, K classes, H x W pixels, p patch side, h heads.
+Axes: B images, N patches, T class or distillation tokens, C channels, K classes, H x W pixels, p patch side, h heads.
 
 Where the official code differs from what stands here:
 - its XXS-36 starts LayerScale at 1e-5, Table 3.16 says 1e-6;
-- it reshapes the attention maps for a Linear over heads; here the heads are mixed by one batched matrix product, which is
-  about twice as fast;
-- biases that softmax cancels (of the keys, of the mixing before softmax) get there a gradient that is rounding noise; here
-  they keep their value and get none;
-- its kept branches under stochastic depth are computed for all samples and masked; here for the kept ones only;
+- it permutes the attention maps for a Linear over heads; here one matrix product mixes them, about twice as fast;
+- biases that softmax cancels (of the keys, of the mixing before it) get there rounding noise for a gradient, here none;
+- stochastic depth masks a binomial number of samples there; here a fixed number is drawn, only these are computed;
 - it has no distillation token (Table 3.14);
 - learning rate, mixup draw, dropped label on the distillation head: as said in deit.py.
 """
@@ -34,17 +32,16 @@ import random
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from PIL import Image, ImageEnhance, ImageOps
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.transforms import v2
 
-# ---- Recipe: thesis section 3.7 ("identical to DeiT except mentioned otherwise": Table 3.9) ----------------------------
+# ---- Recipe: thesis section 3.7 ("identical to DeiT except mentioned otherwise": Table 3.9) --------------------------
 
 BRANCHES = ("layerscale", "layerscale-zero", "layerscale-uniform", "scalar", "scalar-zero", "none")
 
@@ -53,60 +50,47 @@ BRANCHES = ("layerscale", "layerscale-zero", "layerscale-uniform", "scalar", "sc
 class Recipe:
     """Section 3.7, for all models; what depends on the model (Table 3.16) stands in MODELS."""
 
-    epochs: Annotated[int, "passes over as many images as the data set has"] = 400
-    batch_size: Annotated[int, "images per optimizer step, over all GPUs"] = 1024
+    epochs: Annotated[int, "passes over as many images as the data set has", "1 or more"] = 400
+    batch_size: Annotated[int, "images per optimizer step, over all GPUs", "1 or more"] = 1024
     optimizer: Annotated[str, "adamw or sgd", ("adamw", "sgd")] = "adamw"
-    lr: Annotated[float, "peak learning rate; unset: in proportion to the batch"] = 1e-3
-    min_lr: Annotated[float, "learning rate at the end of the cosine"] = 1e-5  # official code; the thesis gives none
-    warmup_lr: Annotated[float, "learning rate at step 0"] = 1e-6  # official code; the thesis gives none
-    warmup_epochs: Annotated[int, "epochs of linear warm-up"] = 5
-    weight_decay: Annotated[float, "not on biases, norms, LayerScale, class token, position embedding"] = 0.05
-    clip_grad: Annotated[float | None, "largest norm of the whole gradient; none: no clipping"] = None
-    img_size: Annotated[tuple[int, int], "training and test resolution in pixels, S or HxW"] = (224, 224)
-    repeats: Annotated[int, "repeated augmentation: times an image is taken in a row"] = 3
+    lr: Annotated[float, "peak learning rate; unset: in proportion to the batch", "above 0"] = 1e-3
+    min_lr: Annotated[float, "learning rate at the end of the cosine", "0 or more"] = 1e-5  # official code, as the next
+    warmup_lr: Annotated[float, "learning rate at step 0", "0 or more"] = 1e-6  # the thesis gives none
+    warmup_epochs: Annotated[int, "epochs of linear warm-up", "0 or more"] = 5
+    weight_decay: Annotated[float, "not on biases, norms, LayerScale, class token, positions", "0 or more"] = 0.05
+    clip_grad: Annotated[float | None, "largest norm of the whole gradient; none: no clipping", "above 0"] = None
+    img_size: Annotated[tuple[int, int], "training and test resolution in pixels, S or HxW", "1 or more"] = (224, 224)
+    repeats: Annotated[int, "repeated augmentation: times an image is taken in a row", "1 or more"] = 3
     augment: Annotated[str, "rand (RandAugment 9/0.5), auto (AutoAugment) or none", ("rand", "auto", "none")] = "rand"
-    erasing: Annotated[float, "probability of random erasing"] = 0.25
-    mixup: Annotated[float, "alpha of mixup's Beta law; 0: off"] = 0.8
-    cutmix: Annotated[float, "alpha of cutmix's Beta law; 0: off"] = 1.0
-    mix_group: Annotated[int, "images that share one mixup or cutmix draw (a GPU's batch in the official runs)"] = 64
-    smoothing: Annotated[float, "label smoothing"] = 0.1
-    branches: Annotated[str, "weights of the residual branches (Tables 3.11, 3.12): " + ", ".join(BRANCHES), BRANCHES] = "layerscale"
-    epsilon: Annotated[float | None, "what these weights start at; unset: Table 3.16"] = None
-    class_in_keys: Annotated[bool, "class attention attends to the class embedding too: Eq. 3.13; false: section 3.6.3"] = True
-    drop_path: Annotated[float | None, "stochastic depth, the same rate in every block; unset: Table 3.16"] = None
-    ema: Annotated[float, "decay of the averaged weights; 0: none"] = 0.0
+    erasing: Annotated[float, "probability of random erasing", "in [0, 1]"] = 0.25
+    mixup: Annotated[float, "alpha of mixup's Beta law; 0: off", "0 or more"] = 0.8
+    cutmix: Annotated[float, "alpha of cutmix's Beta law; 0: off", "0 or more"] = 1.0
+    mix_group: Annotated[int, "images that share one mixup or cutmix draw (officially: a GPU's)", "1 or more"] = 64
+    smoothing: Annotated[float, "label smoothing", "in [0, 1)"] = 0.1
+    branches: Annotated[str, "branch weights (Tables 3.11, 3.12): " + ", ".join(BRANCHES), BRANCHES] = "layerscale"
+    epsilon: Annotated[float | None, "what these weights start at; unset: Table 3.16", "0 or more"] = None
+    class_in_keys: Annotated[bool, "class attention sees the class embedding: Eq. 3.13; false: section 3.6.3"] = True
+    drop_path: Annotated[float | None, "stochastic depth: rate of every block; unset: Table 3.16", "in [0, 1)"] = None
+    ema: Annotated[float, "decay of the averaged weights; 0: none", "in [0, 1)"] = 0.0
     distillation: Annotated[str, "none or hard (Eq. 3.3)", ("none", "hard")] = "none"
-    eval_crop_ratio: Annotated[float, "share of the resized image that the test crop keeps (Table 3.22)"] = 1.0
+    eval_crop_ratio: Annotated[float, "share of the resized image in the test crop (Table 3.22)", "in (0, 1]"] = 1.0
 
 
 RECIPES = {
     "in1k": Recipe(),
-    # Table 3.15's 384, 448 with --img-size 448. The thesis gives no numbers: DeiT's (section 3.4.5, its official command).
+    # Table 3.15's 384, 448 with --img-size 448. The thesis gives no numbers: DeiT's (section 3.4.5, official command).
     "finetune": Recipe(epochs=25, batch_size=512, lr=5e-6, min_lr=5e-6, weight_decay=1e-8, img_size=(384, 384)),
-    # Section 3.7.1.3: learning rate / 10 (Cars, Flowers, iNaturalist) or / 100 (CIFAR), 1000 epochs (360 on iNaturalist);
-    # crop ratio: Table 3.19.
+    # Section 3.7.1.3: learning rate / 10 (CIFAR: / 100), 1000 epochs (iNaturalist: 360); crop ratio: Table 3.19.
     "transfer": Recipe(epochs=1000, lr=1e-4, min_lr=1e-6, eval_crop_ratio=0.875),
     # Not of the thesis: the built-in data set in minutes on two CPU cores.
     "shapes": Recipe(
-        epochs=6,
-        batch_size=64,
-        lr=2e-3,
-        warmup_epochs=1,
-        img_size=(48, 48),
-        repeats=1,
-        augment="none",
-        erasing=0.0,
-        mixup=0.0,
-        cutmix=0.0,
-        mix_group=8,
+        epochs=6, batch_size=64, lr=2e-3, warmup_epochs=1, img_size=(48, 48), repeats=1, augment="none", erasing=0.0,
+        mixup=0.0, cutmix=0.0, mix_group=8,
     ),
 }
 TEACHER = "regnet_y_16gf"  # section 3.7; 82.9 top-1, as have torchvision's weights
 TRANSFER = {  # data set: what `transfer` changes for it
-    "cifar10": dict(lr=1e-5),
-    "cifar100": dict(lr=1e-5),
-    "inat2018": dict(epochs=360),
-    "inat2019": dict(epochs=360),
+    "cifar10": dict(lr=1e-5), "cifar100": dict(lr=1e-5), "inat2018": dict(epochs=360), "inat2019": dict(epochs=360),
 }
 
 
@@ -117,42 +101,30 @@ def paper_recipe(name: str, model: str, *, data: str = "") -> Recipe:
         recipe = dataclasses.replace(recipe, **TRANSFER.get(data.split(":")[0].split("@")[0], {}))
     elif model.endswith("_distilled") and name != "shapes":
         recipe = dataclasses.replace(recipe, distillation="hard")
-    row = MODELS.get(model, {})
-    return dataclasses.replace(recipe, drop_path=row.get("drop_path"), epsilon=row.get("epsilon"))
+    return dataclasses.replace(recipe, drop_path=MODELS[model]["drop_path"], epsilon=MODELS[model]["epsilon"])
 
 
-# ---- Architecture: sections 3.5 and 3.6; sizes: Table 3.15, drop rates and epsilon: Table 3.16 -------------------------
+# ---- Architecture: sections 3.5 and 3.6; sizes: Table 3.15, drop rates and epsilon: Table 3.16 -----------------------
 
 MODELS = {
-    "cait_xxs24": dict(dim=192, depth=24, heads=4, patch=16, drop_path=0.05, epsilon=1e-5),
-    "cait_xxs36": dict(dim=192, depth=36, heads=4, patch=16, drop_path=0.1, epsilon=1e-6),
-    "cait_xs24": dict(dim=288, depth=24, heads=6, patch=16, drop_path=0.05, epsilon=1e-5),
-    "cait_xs36": dict(dim=288, depth=36, heads=6, patch=16, drop_path=0.1, epsilon=1e-6),
-    "cait_s24": dict(dim=384, depth=24, heads=8, patch=16, drop_path=0.1, epsilon=1e-5),
-    "cait_s36": dict(dim=384, depth=36, heads=8, patch=16, drop_path=0.2, epsilon=1e-6),
-    "cait_s48": dict(dim=384, depth=48, heads=8, patch=16, drop_path=0.3, epsilon=1e-6),
-    "cait_m24": dict(dim=768, depth=24, heads=16, patch=16, drop_path=0.2, epsilon=1e-5),
-    "cait_m36": dict(dim=768, depth=36, heads=16, patch=16, drop_path=0.3, epsilon=1e-6),
-    "cait_m48": dict(dim=768, depth=48, heads=16, patch=16, drop_path=0.4, epsilon=1e-6),
-    "cait_nano": dict(dim=96, depth=3, heads=2, patch=8, drop_path=0.0, epsilon=0.1),  # not in the thesis: for tests
+    "cait_xxs24": dict(dim=192, depth=24, num_heads=4, patch=16, drop_path=0.05, epsilon=1e-5),
+    "cait_xxs36": dict(dim=192, depth=36, num_heads=4, patch=16, drop_path=0.1, epsilon=1e-6),
+    "cait_xs24": dict(dim=288, depth=24, num_heads=6, patch=16, drop_path=0.05, epsilon=1e-5),
+    "cait_xs36": dict(dim=288, depth=36, num_heads=6, patch=16, drop_path=0.1, epsilon=1e-6),
+    "cait_s24": dict(dim=384, depth=24, num_heads=8, patch=16, drop_path=0.1, epsilon=1e-5),
+    "cait_s36": dict(dim=384, depth=36, num_heads=8, patch=16, drop_path=0.2, epsilon=1e-6),
+    "cait_s48": dict(dim=384, depth=48, num_heads=8, patch=16, drop_path=0.3, epsilon=1e-6),
+    "cait_m24": dict(dim=768, depth=24, num_heads=16, patch=16, drop_path=0.2, epsilon=1e-5),
+    "cait_m36": dict(dim=768, depth=36, num_heads=16, patch=16, drop_path=0.3, epsilon=1e-6),
+    "cait_m48": dict(dim=768, depth=48, num_heads=16, patch=16, drop_path=0.4, epsilon=1e-6),
+    "cait_nano": dict(dim=96, depth=3, num_heads=2, patch=8, drop_path=0.0, epsilon=0.1),  # not in the thesis
 }
 MODELS |= {f"{name}_distilled": {**config, "distilled": True} for name, config in MODELS.items()}
-TABLE_3_15 = {  # parameters (millions), FLOPs (billions, multiply-adds) at 224 and at 384
-    "cait_xxs24": (12.0, 2.5, 9.5),
-    "cait_xxs36": (17.3, 3.8, 14.2),
-    "cait_xs24": (26.6, 5.4, 19.3),
-    "cait_xs36": (38.6, 8.1, 28.8),
-    "cait_s24": (46.9, 9.4, 32.2),
-    "cait_s36": (68.2, 13.9, 48.0),
-    "cait_s48": (89.5, 18.6, 63.8),
-    "cait_m24": (185.9, 36.0, 116.1),
-    "cait_m36": (270.9, 53.7, 173.3),
-}
 
 
 # Copied from deit.py
 class PatchEmbed(nn.Module):
-    """Images (B, 3, H, W) -> tokens (B, H/p * W/p, C): a p x p convolution of stride p, computed as one matrix product."""
+    """Images (B, 3, H, W) -> tokens (B, H/p * W/p, C): a p x p convolution of stride p, as one matrix product."""
 
     def __init__(self, dim: int, patch: int):
         super().__init__()
@@ -192,8 +164,7 @@ class Attention(nn.Module):
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
-        self.proj_l = nn.Linear(heads, heads)
-        self.proj_w = nn.Linear(heads, heads)
+        self.proj_l, self.proj_w = (nn.Linear(heads, heads) for _ in range(2))
         self.proj_l.bias.requires_grad_(False)  # the same for all keys: softmax cancels it, as it does the keys' bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -214,23 +185,16 @@ def mix_heads(matrix: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
     return torch.bmm(matrix.expand(B, h, h), maps.reshape(B, h, N * N)).view(B, h, N, N)
 
 
-@torch.compiler.disable
 def kept_samples(batch: int, drop_rate: float, device: torch.device) -> tuple[torch.Tensor, float]:
-    """Stochastic depth's draw: (indices of the samples that keep the branch, factor on their branch).
-
-    Drawn on the CPU generator: the count is then known to the host and a GPU never has to be waited for.
-    If no sample keeps it, sample 0 is returned with factor 0, so that every parameter still gets its (zero) gradient.
-    """
-    kept = (torch.rand(batch) >= drop_rate).nonzero().flatten()
-    if len(kept) == 0:
-        return torch.zeros(1, dtype=torch.long, device=device), 0.0
-    if device.type == "cuda":
-        kept = kept.pin_memory().to(device, non_blocking=True)
-    return kept, 1 / (1 - drop_rate)
+    """Stochastic depth's draw: (indices of the samples that keep the branch, factor on it). Always round(batch (1 -
+    drop_rate)) of them and at least 1: static shapes, no host waits for a GPU. Each is kept with the same probability,
+    whose inverse is the factor: the expectation is the usual law's."""
+    kept = max(1, round(batch * (1 - drop_rate)))
+    return torch.rand(batch, device=device).topk(kept).indices, batch / kept
 
 
 def branch_weight(kind: str, dim: int, epsilon: float) -> nn.Parameter | None:
-    """What multiplies a residual branch: LayerScale's diagonal (Eq. 3.7, Table 3.12), a scalar (Table 3.11) or nothing."""
+    """What multiplies a branch: LayerScale's diagonal (Eq. 3.7, Table 3.12), a scalar (Table 3.11) or nothing."""
     if kind == "none":
         return None
     weight = torch.full((dim if kind.startswith("layerscale") else 1,), epsilon)
@@ -239,6 +203,10 @@ def branch_weight(kind: str, dim: int, epsilon: float) -> nn.Parameter | None:
     elif kind.endswith("-uniform"):
         weight.uniform_(0, 2 * epsilon)
     return nn.Parameter(weight)
+
+
+def scaled(branch: torch.Tensor, weight: nn.Parameter | None) -> torch.Tensor:
+    return branch if weight is None else weight * branch
 
 
 # Adapted from deit.py: LayerScale, stochastic depth on the kept samples only
@@ -255,12 +223,10 @@ class Block(nn.Module):
         self.mlp = MLP(dim)
 
     def attention_branch(self, x: torch.Tensor) -> torch.Tensor:
-        branch = self.attn(self.norm1(x))
-        return branch if self.gamma_1 is None else self.gamma_1 * branch
+        return scaled(self.attn(self.norm1(x)), self.gamma_1)
 
     def mlp_branch(self, x: torch.Tensor) -> torch.Tensor:
-        branch = self.mlp(self.norm2(x))
-        return branch if self.gamma_2 is None else self.gamma_2 * branch
+        return scaled(self.mlp(self.norm2(x)), self.gamma_2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for branch in (self.attention_branch, self.mlp_branch):
@@ -281,10 +247,7 @@ class ClassAttention(nn.Module):
     def __init__(self, dim: int, heads: int, class_in_keys: bool):
         super().__init__()
         self.heads, self.class_in_keys = heads, class_in_keys
-        self.q = nn.Linear(dim, dim)
-        self.k = nn.Linear(dim, dim)
-        self.v = nn.Linear(dim, dim)
-        self.proj = nn.Linear(dim, dim)
+        self.q, self.k, self.v, self.proj = (nn.Linear(dim, dim) for _ in range(4))
         self.k.bias.requires_grad_(False)  # softmax cancels it
 
     def split(self, x: torch.Tensor) -> torch.Tensor:
@@ -303,7 +266,7 @@ class ClassAttention(nn.Module):
 
 
 class ClassBlock(nn.Module):
-    """Block of the class-attention stage: tokens (B, T, C), patches (B, N, C) -> tokens; the patches stay as they are."""
+    """Block of the class-attention stage: tokens (B, T, C), patches (B, N, C) -> tokens; the patches stay."""
 
     def __init__(self, dim: int, heads: int, branches: str, epsilon: float, class_in_keys: bool):
         super().__init__()
@@ -313,37 +276,22 @@ class ClassBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = MLP(dim)
 
-    def normalized(self, tokens: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
-        return self.norm1(torch.cat([tokens, patches], dim=1))  # (B, T + N, C)
-
     def forward(self, tokens: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
-        branch = self.attn(self.normalized(tokens, patches), tokens.shape[1])
-        tokens = tokens + (branch if self.gamma_1 is None else self.gamma_1 * branch)
-        branch = self.mlp(self.norm2(tokens))
-        return tokens + (branch if self.gamma_2 is None else self.gamma_2 * branch)
+        z = self.norm1(torch.cat([tokens, patches], dim=1))  # (B, T + N, C)
+        tokens = tokens + scaled(self.attn(z, tokens.shape[1]), self.gamma_1)
+        return tokens + scaled(self.mlp(self.norm2(tokens)), self.gamma_2)
 
 
 class CaiT(nn.Module):
     """Images (B, 3, H, W) -> logits (B, K): patches through the self-attention stage, then two class-attention blocks.
 
-    With the distillation token (Table 3.14), which enters beside the class token: in training mode the pair (class head,
-    distillation head), in eval mode the mean of the two; `heads` gives the pair in either mode.
+    With the distillation token (Table 3.14), which enters beside the class token: in training mode the pair (class
+    head, distillation head), in eval mode the mean of the two; `heads` gives the pair in either mode.
     """
 
     def __init__(
-        self,
-        dim: int,
-        *,
-        depth: int,
-        heads: int,
-        patch: int,
-        distilled: bool = False,
-        num_classes: int,
-        img_size: tuple[int, int],
-        drop_path: float,
-        branches: str,
-        epsilon: float,
-        class_in_keys: bool,
+        self, dim: int, *, depth: int, num_heads: int, patch: int, distilled: bool = False, num_classes: int,
+        img_size: tuple[int, int], drop_path: float, branches: str, epsilon: float, class_in_keys: bool,
     ):
         super().__init__()
         self.distilled, self.grad_checkpoint = distilled, False
@@ -354,8 +302,9 @@ class CaiT(nn.Module):
             self.dist_token = nn.Parameter(torch.zeros(1, 1, dim))
             nn.init.trunc_normal_(self.dist_token, std=0.02)
         self.patch_embed = PatchEmbed(dim, patch)
-        self.blocks = nn.ModuleList(Block(dim, heads, branches, epsilon, drop_path) for _ in range(depth))
-        self.blocks_token_only = nn.ModuleList(ClassBlock(dim, heads, branches, epsilon, class_in_keys) for _ in range(2))
+        self.blocks = nn.ModuleList(Block(dim, num_heads, branches, epsilon, drop_path) for _ in range(depth))
+        last_two = (ClassBlock(dim, num_heads, branches, epsilon, class_in_keys) for _ in range(2))
+        self.blocks_token_only = nn.ModuleList(last_two)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, num_classes)
         if distilled:
@@ -395,22 +344,13 @@ class CaiT(nn.Module):
 
 
 def build_model(
-    name: str,
-    num_classes: int = 1000,
-    img_size: int | tuple[int, int] | None = None,
-    drop_path: float | None = None,
-    *,
-    branches: str = "layerscale",
-    epsilon: float | None = None,
-    class_in_keys: bool = True,
-) -> nn.Module:
-    """A fresh model: a row of MODELS, or "torchvision/NAME" (then only num_classes is used).
+    name: str, num_classes: int = 1000, img_size: int | tuple[int, int] | None = None, drop_path: float | None = None,
+    *, branches: str = "layerscale", epsilon: float | None = None, class_in_keys: bool = True,
+) -> CaiT:
+    """A fresh model, a row of MODELS; KeyError for an unknown name, ValueError for a size that does not fit.
 
-    img_size: pixels, S or (H, W), multiples of the patch; None: 224. drop_path, epsilon None: Table 3.16's.
-    branches: one of BRANCHES. Raises KeyError for an unknown name, ValueError for a size that does not fit.
+    img_size: pixels, S or (H, W), multiples of the patch; branches: one of BRANCHES; None: 224, Table 3.16's values.
     """
-    if name.startswith("torchvision/"):
-        return torchvision.models.get_model(name.removeprefix("torchvision/"), weights=None, num_classes=num_classes)
     config = dict(MODELS[name])
     config["drop_path"] = config["drop_path"] if drop_path is None else drop_path
     config["epsilon"] = config["epsilon"] if epsilon is None else epsilon
@@ -420,21 +360,21 @@ def build_model(
 
 # Copied from deit.py
 def whole_patches(img_size: int | tuple[int, int], patch: int, name: str) -> tuple[int, int]:
-    """(H, W) of an image size S or (H, W); ValueError with the nearest good ones unless it is a multiple of the patch."""
+    """(H, W) of an image size S or (H, W); ValueError with the nearest good ones if patches do not fill it."""
     size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
     if any(s < patch or s % patch for s in size):
         near = " or ".join("x".join(str(max(patch, (s // patch + up) * patch)) for s in size) for up in (0, 1))
-        raise ValueError(f"image size {size[0]}x{size[1]} is not a multiple of {name}'s patch of {patch}; the nearest are {near}")
+        given = f"image size {size[0]}x{size[1]} is not a multiple of {name}'s patch of {patch}"
+        raise ValueError(f"{given}; the nearest are {near}")
     return size
 
 
 # Copied from deit.py
-def resize_pos_embed(pos_embed: torch.Tensor, grid: tuple[int, int], *, old_grid: tuple[int, int] | None = None) -> torch.Tensor:
-    """Position embedding (1, prefix + N, C) for another grid: bicubic (a = -0.75), no antialiasing, prefix tokens untouched.
-
-    old_grid: None for a square one. Section 3.3 says bicubic because it about keeps the vectors' norm. Computed in float32
-    or wider. Unchanged if the grids are equal.
-    """
+def resize_pos_embed(
+    pos_embed: torch.Tensor, grid: tuple[int, int], *, old_grid: tuple[int, int] | None = None
+) -> torch.Tensor:
+    """Position embedding (1, prefix + N, C) for another grid than the old one (None: a square): bicubic (a = -0.75),
+    which about keeps the vectors' norm (section 3.3), not antialiased, in float32 or wider; prefix tokens stay."""
     tokens = pos_embed.shape[1]
     side = math.isqrt(tokens)
     old_grid = old_grid or (side, side)
@@ -464,7 +404,37 @@ def fit_resolution(model: nn.Module, state: dict[str, torch.Tensor], content: di
     state["pos_embed"] = resized
 
 
-# ---- Analysis: Figures 3.6, 3.9 and 3.10 -------------------------------------------------------------------------------
+# ---- Loss: section 3.6.3 ---------------------------------------------------------------------------------------------
+
+
+def hard_distillation(
+    outputs: torch.Tensor | tuple[torch.Tensor, torch.Tensor], targets: torch.Tensor, teacher_logits: torch.Tensor
+) -> torch.Tensor:
+    """Eq. 3.3: half cross-entropy with soft targets (B, K), half with the teacher's decision; outputs: logits (B, K) of
+    the only head, which takes both terms, or of the class and the distillation head."""
+    class_logits, student = (outputs, outputs) if isinstance(outputs, torch.Tensor) else outputs
+    return 0.5 * F.cross_entropy(class_logits, targets) + 0.5 * F.cross_entropy(student, teacher_logits.argmax(dim=1))
+
+
+# Copied from deit.py
+def label_loss(outputs: torch.Tensor | tuple[torch.Tensor, torch.Tensor], targets: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy with the true label, without a teacher: of the only head, or the mean over both heads."""
+    heads = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+    return sum(F.cross_entropy(logits, targets) for logits in heads) / len(heads)
+
+
+# Copied from deit.py
+def predict(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Logits (B, K) for evaluation; of a distilled model (section 3.3, rows of Table 3.3) "class" and "distillation":
+    those of its heads, and "": the late fusion, the log of the mean of their softmax outputs."""
+    if not getattr(model, "distilled", False):
+        return {"": model(images)}
+    class_logits, dist_logits = model.heads(images)
+    fusion = torch.logaddexp(F.log_softmax(class_logits, dim=1), F.log_softmax(dist_logits, dim=1)) - math.log(2)
+    return {"": fusion, "class": class_logits, "distillation": dist_logits}
+
+
+# ---- Figures 3.6, 3.9 and 3.10 of a trained model --------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -486,52 +456,76 @@ def attention_maps(model: CaiT, images: torch.Tensor) -> list[torch.Tensor]:
     tokens, patches = model.stages(images)
     maps, N = [], patches.shape[1]
     for block in model.blocks_token_only:
-        weights = block.attn.weights(block.normalized(tokens, patches), tokens.shape[1])  # (B, h, T, keys)
-        maps.append(weights[:, :, 0, -N:].unflatten(2, model.grid))
+        weights = block.attn.weights(block.norm1(torch.cat([tokens, patches], dim=1)), tokens.shape[1])
+        maps.append(weights[:, :, 0, -N:].unflatten(2, model.grid))  # of (B, h, T, keys)
         tokens = block(tokens, patches)
     return maps
 
 
 def saliency(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Figure 3.10: the first block's maps (B, h, H/p, W/p) -> (B, *size) in 0..1: mean over heads, upsampled,
-    (x - min) / (max - min)."""
+    """Figure 3.10: the first block's maps (B, h, H/p, W/p) -> (B, *size) in 0..1: head mean, upsampled, (x - min) /
+    (max - min)."""
     x = F.interpolate(maps.mean(dim=1, keepdim=True).float(), size=size, mode="bicubic", align_corners=False)[:, 0]
     low, high = x.amin(dim=(1, 2), keepdim=True), x.amax(dim=(1, 2), keepdim=True)
     return (x - low) / (high - low).clamp(min=1e-12)
 
 
-# ---- Augmentation: Table 3.9 -------------------------------------------------------------------------------------------
-#
-# A loader process decodes, crops, flips and applies RandAugment; normalisation, erasing and mixing run on the device, a
-# batch at a time.
+def write_figures(run) -> None:
+    """--branch-norms, --attention-maps: figures of the trained model --weights, in the folder --out."""
+    from common import evaluate, images, report
+    from common.sources import open_data
+
+    args = run.args
+    model, recipe, classes = evaluate.trained_model(run, make_model, fit_resolution)
+    size, crop_ratio = recipe.img_size, recipe.eval_crop_ratio
+    if args.branch_norms:
+        source = open_data(args.data, val_data=args.val_data, splits=("val",), say=run.say)["val"]
+        chosen = range(0, len(source), -(-len(source) // 64))
+        batch = torch.stack([images.eval_transform(source.read(i), size, crop_ratio) for i in chosen])
+        ratios = branch_norms(model, evaluate.normalize(batch.to(run.device)))
+        report.save_json(run.out / "branch_norms.json", ratios)
+        panels = [{name: list(enumerate(values))} for name, values in ratios.items()]
+        report.save_plot(run.out / "branch_norms.png", panels, "block")
+        run.say(f"wrote {run.out / 'branch_norms.json'} and .png, over {len(chosen)} images")
+    for file in args.attention_maps or []:
+        image = images.eval_transform(evaluate.read_file(file, "--attention-maps"), size, crop_ratio)
+        batch, picture, rows = evaluate.normalize(image[None].to(run.device)), images.to_pil(image), []
+        maps = attention_maps(model, batch)
+        for i, of_heads in enumerate(maps):
+            tiles = [report.cividis(saliency(of_heads[:, h : h + 1], size)[0]) for h in range(of_heads.shape[1])]
+            rows.append((f"class attention {i + 1}: its heads", [picture, *tiles]))
+        with torch.no_grad():
+            shares = predict(model, batch)[""][0].float().softmax(dim=0)
+        likely = [f"{classes[c]} {shares[c]:.0%}" for c in shares.argsort(descending=True).tolist() if shares[c] > 0.1]
+        title = "; ".join(likely) or "no class above 10%"
+        grey = torch.tensor([0.299, 0.587, 0.114]) @ image.float().flatten(1) / 255  # what the saliency lights up
+        rows.append((title, [picture, report.cividis(grey.view(size) * saliency(maps[0], size)[0].cpu())]))
+        target = run.out / f"{Path(file).stem}_attention.png"
+        report.save_sheet(target, rows)
+        run.say(f"wrote {target}: {title}")
+
+
+# ---- Augmentation: Table 3.9 -----------------------------------------------------------------------------------------
 
 
 # Copied from deit.py
 def random_resized_crop(height: int, width: int, rng: random.Random) -> tuple[int, int, int, int]:
-    """(top, left, crop height, crop width): area 8-100% of the image, aspect 3/4..4/3 (log-uniform), ten attempts.
-
-    If none fits: the central crop with the aspect ratio clamped to that range.
-    """
+    """(top, left, crop height, crop width): area 8-100% of the image, aspect 3/4..4/3 (log-uniform), ten attempts; if
+    none fits, the central crop with the aspect ratio clamped to that range."""
     for _ in range(10):
         area = rng.uniform(0.08, 1.0) * height * width
         aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
         crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < crop_width <= width and 0 < crop_height <= height:
             return rng.randint(0, height - crop_height), rng.randint(0, width - crop_width), crop_height, crop_width
-    crop_height, crop_width = height, width
-    if width / height < 3 / 4:
-        crop_height = min(height, max(1, round(width / (3 / 4))))
-    elif width / height > 4 / 3:
-        crop_width = min(width, max(1, round(height * (4 / 3))))
+    crop_height, crop_width = min(height, round(width / (3 / 4))), min(width, round(height * (4 / 3)))
     return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 
 
 # Copied from deit.py
 def erasing_box(height: int, width: int, rng: random.Random) -> tuple[int, int, int, int]:
-    """Random erasing's (top, left, box height, box width): area 2-33% of the image, height/width 0.3..1/0.3 (log-uniform).
-
-    Ten attempts at a box smaller than the image in both directions, else none, (0, 0, 0, 0): timm's customisation.
-    """
+    """Random erasing's (top, left, box height, box width): area 2-33% of the image, height/width 0.3..1/0.3
+    (log-uniform); ten attempts at a box smaller than the image in both directions, else none: (0, 0, 0, 0)."""
     for _ in range(10):
         area = rng.uniform(0.02, 1 / 3) * height * width
         aspect = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
@@ -543,7 +537,7 @@ def erasing_box(height: int, width: int, rng: random.Random) -> tuple[int, int, 
 
 # Copied from deit.py
 class TrainTransform:
-    """The loader's part of the augmentation.
+    """A loader process' part; normalisation, erasing and mixing run on the device, a batch at a time.
 
     (uint8 image (3, H, W), rng) -> (uint8 (3, *img_size), parameters for `erase`: top, left, height, width of the box,
     seed of its noise; height 0: nothing is erased).
@@ -554,14 +548,14 @@ class TrainTransform:
         self.auto = v2.AutoAugment()
 
     def __call__(self, image: torch.Tensor, rng: random.Random) -> tuple[torch.Tensor, tuple[float, ...]]:
-        from common.images import from_pil, resize, to_pil
+        from common import images
 
         top, left, height, width = random_resized_crop(*image.shape[1:], rng)
-        image = resize(image[:, top : top + height, left : left + width], self.size)
+        image = images.resize(image[:, top : top + height, left : left + width], self.size)
         if rng.random() < 0.5:
             image = image.flip(-1)
         if self.policy == "rand":
-            image = from_pil(rand_augment(to_pil(image), rng))
+            image = images.from_pil(rand_augment(images.to_pil(image), rng))
         elif self.policy == "auto":  # torchvision's policy draws from torch's global generator: seed it for this image
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(rng.getrandbits(63))
@@ -572,10 +566,8 @@ class TrainTransform:
 
 # Copied from deit.py
 def erase(images: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
-    """Random erasing of normalised images (B, 3, H, W), in place: boxes (B, 5) of TrainTransform get standard normal noise.
-
-    `parameters` stays on the host. Each box has a generator of its own: the noise depends on the image alone.
-    """
+    """Random erasing of normalised images (B, 3, H, W), in place: boxes (B, 5) of TrainTransform, which stay on the
+    host, get standard normal noise. Each has a generator of its own: the noise depends on the image alone."""
     generator = torch.Generator(images.device)
     for image, (top, left, height, width, seed) in zip(images, parameters.int().tolist()):
         if height:
@@ -601,7 +593,10 @@ def rand_augment(image: Image.Image, rng: random.Random) -> Image.Image:
 
 
 # Copied from deit.py
-OPERATIONS = ("AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd", "Color", "Contrast", "Brightness", "Sharpness", "ShearX", "ShearY", "TranslateX", "TranslateY")  # fmt: skip
+OPERATIONS = (
+    "AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd", "Color", "Contrast",
+    "Brightness", "Sharpness", "ShearX", "ShearY", "TranslateX", "TranslateY",
+)
 
 
 # Copied from deit.py
@@ -611,14 +606,10 @@ def apply_operation(image: Image.Image, operation: str, level: float, sign: int)
     def affine(*matrix: float) -> Image.Image:
         return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=FILL)
 
-    if operation == "AutoContrast":
-        return ImageOps.autocontrast(image)
-    if operation == "Equalize":
-        return ImageOps.equalize(image)
-    if operation == "Invert":
-        return ImageOps.invert(image)
-    if operation == "Rotate":
-        return image.rotate(sign * 30 * level, Image.Resampling.BICUBIC, fillcolor=FILL)
+    if operation in ("AutoContrast", "Equalize", "Invert"):
+        return getattr(ImageOps, operation.lower())(image)
+    if operation in ("Color", "Contrast", "Brightness", "Sharpness"):
+        return getattr(ImageEnhance, operation)(image).enhance(1 + sign * 0.9 * level)
     if operation == "Posterize":
         bits = 4 - int(4 * level)
         return ImageOps.posterize(image, bits) if bits else Image.new("RGB", image.size)  # recent Pillow refuses 0 bits
@@ -627,8 +618,8 @@ def apply_operation(image: Image.Image, operation: str, level: float, sign: int)
     if operation == "SolarizeAdd":
         add = int(110 * level)
         return image.point([min(255, v + add) if v < 128 else v for v in range(256)] * 3)
-    if operation in ("Color", "Contrast", "Brightness", "Sharpness"):
-        return getattr(ImageEnhance, operation)(image).enhance(1 + sign * 0.9 * level)
+    if operation == "Rotate":
+        return image.rotate(sign * 30 * level, Image.Resampling.BICUBIC, fillcolor=FILL)
     if operation == "ShearX":
         return affine(1, sign * 0.3 * level, 0, 0, 1, 0)
     if operation == "ShearY":
@@ -639,9 +630,8 @@ def apply_operation(image: Image.Image, operation: str, level: float, sign: int)
 
 
 # Copied from deit.py
-@dataclass(frozen=True)
-class Mix:
-    """One draw: share `lam` of the image itself, and cutmix's box (None: mixup) as (top, bottom, left, right) pixels."""
+class Mix(NamedTuple):
+    """One draw: the image's own share `lam`, and cutmix's box (top, bottom, left, right) in pixels (None: mixup)."""
 
     lam: float
     box: tuple[int, int, int, int] | None = None
@@ -663,12 +653,11 @@ def draw_mix(recipe: Recipe, rng: random.Random) -> Mix:
 
 # Copied from deit.py
 def cutmix_box(lam: float, height: int, width: int, cy: int, cx: int) -> Mix:
-    """Box of about (1 - lam) of the area around (cy, cx), clipped to the image; lam becomes what the clipped box leaves.
-
-    An odd side loses a pixel, as in the official code.
-    """
+    """Box of about (1 - lam) of the area around (cy, cx), clipped to the image; lam becomes what the clipped box
+    leaves. An odd side loses a pixel, as in the official code."""
     half_h, half_w = int(height * math.sqrt(1 - lam)) // 2, int(width * math.sqrt(1 - lam)) // 2
-    top, bottom, left, right = max(cy - half_h, 0), min(cy + half_h, height), max(cx - half_w, 0), min(cx + half_w, width)
+    top, bottom = max(cy - half_h, 0), min(cy + half_h, height)
+    left, right = max(cx - half_w, 0), min(cx + half_w, width)
     return Mix(1 - (bottom - top) * (right - left) / (height * width), (top, bottom, left, right))
 
 
@@ -696,157 +685,61 @@ def mix_targets(labels: torch.Tensor, mixes: list[Mix], num_classes: int, smooth
     return torch.cat([t * mix.lam + t.flip(0) * (1 - mix.lam) for t, mix in zip(targets.chunk(len(mixes)), mixes)])
 
 
-# ---- Loss: section 3.6.3 -----------------------------------------------------------------------------------------------
-
-
-def hard_distillation(
-    outputs: torch.Tensor | tuple[torch.Tensor, torch.Tensor], targets: torch.Tensor, teacher_logits: torch.Tensor
-) -> torch.Tensor:
-    """Eq. 3.3: half cross-entropy with soft targets (B, K), half with the teacher's decision, on the only head or on the pair."""
-    class_logits, student = (outputs, outputs) if isinstance(outputs, torch.Tensor) else outputs
-    return 0.5 * F.cross_entropy(class_logits, targets) + 0.5 * F.cross_entropy(student, teacher_logits.argmax(dim=1))
-
-
-# Copied from deit.py
-def label_loss(outputs: torch.Tensor | tuple[torch.Tensor, torch.Tensor], targets: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy with the true label, without a teacher: of the only head, or the mean over both heads."""
-    heads = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
-    return sum(F.cross_entropy(logits, targets) for logits in heads) / len(heads)
-
-
-# Copied from deit.py
-def predict(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Log-probabilities or logits (B, K) for evaluation; of a distilled model (section 3.3, rows of Table 3.3) {"": the
-    late fusion, log of the mean of the two softmax outputs; "class": the class head; "distillation": the distillation head}."""
-    if not getattr(model, "distilled", False):
-        return {"": model(images)}
-    class_logits, dist_logits = model.heads(images)
-    fusion = torch.logaddexp(F.log_softmax(class_logits, dim=1), F.log_softmax(dist_logits, dim=1)) - math.log(2)
-    return {"": fusion, "class": class_logits, "distillation": dist_logits}
-
-
-# ---- Training: the only user of common ---------------------------------------------------------------------------------
-
+# ---- Training --------------------------------------------------------------------------------------------------------
 
 def parse_args(argv: list[str] | None = None):
     """(arguments, the recipe with the flags given, the paper's recipe)."""
     from common import cli
 
-    parser = cli.make_parser("cait", __doc__, Recipe, RECIPES, model="cait_s24", recipe="in1k")
-    cli.add_teacher_flags(parser, TEACHER)
-    parser.add_argument(
-        "--grad-checkpoint", action="store_true", help="recompute activations in the backward pass: less memory for one more forward pass"
-    )
-    parser.add_argument(
-        "--attention-maps", nargs="+", metavar="IMAGE", help="write class attention (Figure 3.9) and saliency (3.10) to --out and stop"
-    )
-    parser.add_argument(
-        "--branch-norms", action="store_true", help="write the branches' norms (Figure 3.6) on 64 images of --data to --out and stop"
-    )
-    args = parser.parse_args(argv)
-    cli.check_names(args, MODELS, RECIPES)
+    parser = cli.make_parser("cait", __doc__, Recipe, RECIPES, model="cait_s24", recipe="in1k", teacher=TEACHER,
+                             grad_checkpoint=True)
+    parser.add_argument("--attention-maps", nargs="+", metavar="IMAGE",
+                        help="write class attention (Figure 3.9) and saliency (3.10) to --out and stop")
+    parser.add_argument("--branch-norms", action="store_true",
+                        help="write the branches' norms (Figure 3.6) on 64 images of --data to --out and stop")
+    args = cli.parse(parser, argv, MODELS, RECIPES)
     paper = paper_recipe(args.recipe, args.model, data=args.data or "")
-    recipe = cli.override(paper, args)
-    if args.lr is None:
-        recipe = dataclasses.replace(recipe, lr=paper.lr * recipe.batch_size / paper.batch_size)
-    cli.check_recipe(recipe)
-    cli.check_teacher(args, recipe.distillation)
-    if args.model not in MODELS:
-        cli.refuse(args, ("drop_path", "branches", "epsilon", "class_in_keys"), "not for torchvision's models; leave it out")
-    return args, recipe, paper
+    return args, cli.override(paper, args, lr_follows_batch=True), paper
 
 
-def make_model(args, recipe: Recipe, num_classes: int) -> nn.Module:
+def make_model(args, recipe: Recipe, num_classes: int) -> CaiT:
     """build_model for a command line; a size that does not fit is the user's mistake."""
     from common.errors import UserError
 
+    options = dict(branches=recipe.branches, epsilon=recipe.epsilon, class_in_keys=recipe.class_in_keys)
     try:
-        model = build_model(
-            args.model,
-            num_classes,
-            recipe.img_size,
-            recipe.drop_path,
-            branches=recipe.branches,
-            epsilon=recipe.epsilon,
-            class_in_keys=recipe.class_in_keys,
-        )
+        model = build_model(args.model, num_classes, recipe.img_size, recipe.drop_path, **options)
     except ValueError as error:
         raise UserError(f"--img-size: {error}") from None
-    if args.grad_checkpoint:
-        if args.model not in MODELS:
-            raise UserError(f"--grad-checkpoint: not for {args.model}")
-        model.grad_checkpoint = True
+    model.grad_checkpoint = args.grad_checkpoint
     return model
 
 
-def train(args, recipe: Recipe, paper: Recipe) -> None:
-    """The whole run: data, model, teacher, loop, evaluation after every epoch."""
-    from common.checkpoint import load_pretrained
-    from common.data import TrainingData
-    from common.evaluate import eval_loader, evaluate, normalize
-    from common.models import load_teacher, on_meta
-    from common.optim import EMA, cosine_lr, make_optimizer
-    from common.precision import Precision, check_amp
-    from common.report import describe, save_curves, show_batch
-    from common.run import Run
+def train(run) -> None:
+    """The loop; what it starts from (data, network, teacher, what was saved) is common.script.set_up's."""
+    from common import evaluate, script
+    from common.optim import cosine_lr
 
-    run = Run("cait", args, recipe, paper)
-    check_amp(run.amp, run.device)
-    on_meta(lambda: make_model(args, recipe, 2))  # a size that does not fit is told before the data is scanned
-    teacher = None
-    if recipe.distillation != "none" and not args.show_batch:
-        teacher = run.first(lambda: load_teacher(args.teacher, args.teacher_weights, TEACHER, recipe.img_size, run.say))
-    data = TrainingData(run, recipe, TrainTransform(recipe))
-    num_classes = len(data.classes)
-    if teacher:
-        teacher.check(data.classes)
-        teacher.to(run.device)
+    recipe = run.recipe
 
-    torch.manual_seed(args.seed)
-    model = make_model(args, recipe, num_classes)
-    if args.weights:
-        load_pretrained(model, args, run.method, new_head=True, say=run.say, adapt=fit_resolution)
-    model.to(run.device)
-    optimizer = make_optimizer(recipe.optimizer, model, recipe.lr, recipe.weight_decay)
-    precision = Precision(run.amp, run.device, accumulation=data.accumulation, clip_grad=recipe.clip_grad)
-    ema = EMA(model, recipe.ema) if recipe.ema else None
+    def prepare(batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(images before mixing, images as the network sees them, soft targets) on the device."""
+        mixes = [draw_mix(recipe, run.rng("mix", group)) for group in batch.groups]
+        images = erase(evaluate.normalize(batch.images), batch.parameters)
+        targets = mix_targets(batch.labels, mixes, run.num_classes, recipe.smoothing)
+        return images, mix_images(images, mixes), targets
 
     def lr_at(epochs: float) -> float:
         return cosine_lr(epochs, recipe.epochs, recipe.warmup_epochs, recipe.lr, recipe.min_lr, recipe.warmup_lr)
 
-    def prepare(batch, groups) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(images before mixing, images as the network sees them, soft targets) on the device."""
-        images, parameters, labels, _ = batch
-        mixes = [draw_mix(recipe, random.Random(f"mix-{args.seed}-{run.epoch}-{run.step}-{g}")) for g in groups]
-        images = erase(normalize(images), parameters)
-        return images, mix_images(images, mixes), mix_targets(labels, mixes, num_classes, recipe.smoothing)
-
-    if args.show_batch:
-        if run.rank == 0:
-            show_batch(args.show_batch, data, prepare)
-        return run.say(f"wrote {args.show_batch}")
-
-    run.open_folder()
-    run.say(describe(run, lambda: make_model(args, recipe, num_classes), data))
-    if teacher:
-        run.say(f"teacher  {teacher.identity}")
-    wrapped = run.prepare(model, data.micro_batch)
-    identity = data.identity() | {"teacher": teacher.identity if teacher else None}
-    run.start(model=model, optimizer=optimizer, precision=precision, ema=ema, data=identity)
-    if run.rank == 0 and run.epoch == run.step == 0:
-        show_batch(run.out / "batch.png", data, prepare)
-    run.check_stop()
-    val_loader = data.val and eval_loader(data.val, recipe.img_size, recipe.eval_crop_ratio, data.micro_batch, run)
-
+    data, model, wrapped, optimizer, precision, ema, teacher = script.set_up(
+        run, TrainTransform(recipe), make_model, prepare, adapt=fit_resolution, teacher=TEACHER
+    )
     for epoch in range(run.epoch, recipe.epochs):
-        stream = data.epoch(epoch, run.step)
         wrapped.train()
-        for step in run.steps(data.steps, recipe.batch_size):
-            seen = []
-            for micro in range(data.accumulation):
-                batch = run.wait_for(stream)
-                _, images, targets = prepare(batch, data.batches.groups(micro))
-                run.seed_step(micro)
+        for step in run.steps(data):
+            for batch in data.micro_batches():
+                _, images, targets = prepare(batch)
                 with precision.forward(wrapped):
                     outputs = wrapped(images)
                     if teacher:
@@ -854,127 +747,33 @@ def train(args, recipe: Recipe, paper: Recipe) -> None:
                     else:
                         loss = label_loss(outputs, targets)
                 precision.backward(loss)
-                seen.append(batch[3])
             lr = lr_at(epoch + step / data.steps)
             stats, skipped = precision.step(optimizer, lr, asked=run.asked())
             if ema:
                 ema.update(model, skip=skipped)
-            run.after_step(stats, lr, lambda seen=seen: data.names(torch.cat(seen)))
-        record, score = run.end_of_training_epoch() | {"lr": lr_at(epoch + 1)}, None
-        if val_loader is not None:
-            metrics = evaluate(model, val_loader, run.device, precision.autocast, predict=predict, between=run.check_stop)
-            score = metrics["top1"]
-            record |= {f"val_{k}": v for k, v in metrics.items()}
-            if ema:
-                averaged = evaluate(ema.model, val_loader, run.device, precision.autocast, predict=predict, between=run.check_stop)
-                record |= {f"val_ema_{k}": v for k, v in averaged.items()}
-        run.end_of_epoch(record, score)
-    run.finish()
-    if run.rank == 0 and val_loader is not None:
-        save_curves(run.out / "curves.png", run.out / "log.jsonl", [["train_loss", "val_loss"], ["val_top1", "val_top5"]])
-
-
-SAVED = ("img_size", "eval_crop_ratio", "branches", "class_in_keys")  # what an evaluation takes from the checkpoint
-
-
-def evaluate_only(args, recipe: Recipe, paper: Recipe) -> None:
-    """--eval: accuracy on the validation images, on ImageNet-Real's labels and on other test sets."""
-    from common.evaluate import evaluate_weights
-    from common.run import Run
-
-    evaluate_weights(Run("cait", args, recipe, paper), make_model, saved=SAVED, adapt=fit_resolution, predict=predict)
-
-
-def benchmark(args, recipe: Recipe, paper: Recipe) -> None:
-    """--benchmark: images/s and peak memory of training steps (without a teacher) and of inference."""
-    from common import report
-    from common.run import Run
-
-    run = Run("cait", args, recipe, paper)
-    report.benchmark(run, lambda: make_model(args, recipe, 1000), lambda model, images, labels: label_loss(model(images), labels))
-
-
-def analyse(args, recipe: Recipe, paper: Recipe) -> None:
-    """--branch-norms, --attention-maps: figures of the trained model --weights, in the folder --out."""
-    from common.errors import UserError
-    from common.evaluate import normalize, read_image, trained_model
-    from common.images import eval_transform
-    from common.report import cividis, save_json, save_plot, save_sheet
-    from common.run import Run
-    from common.sources import open_data
-
-    if args.model not in MODELS:
-        raise UserError(f"--model {args.model}: these figures are of CaiT's layers")
-    run = Run("cait", args, recipe, paper)
-    model, recipe, classes = trained_model(run, make_model, saved=SAVED, adapt=fit_resolution)
-
-    def batch(images: list[torch.Tensor]) -> torch.Tensor:
-        return normalize(torch.stack(images).to(run.device))
-
-    if args.branch_norms:
-        source = open_data(args.data, val_data=args.val_data, splits=("val",), say=run.say)["val"]
-        chosen = range(0, len(source), -(-len(source) // 64))
-        ratios = branch_norms(model, batch([eval_transform(source.read(i), recipe.img_size, recipe.eval_crop_ratio) for i in chosen]))
-        save_json(run.out / "branch_norms.json", ratios)
-        save_plot(run.out / "branch_norms.png", [{name: list(enumerate(values))} for name, values in ratios.items()], "block")
-        run.say(f"wrote {run.out / 'branch_norms.json'} and .png, over {len(chosen)} images")
-    for file in args.attention_maps or []:
-        image = read_image(file, recipe.img_size, recipe.eval_crop_ratio, "--attention-maps")
-        maps = attention_maps(model, batch([image]))
-        picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-        rows = []
-        for i, heads in enumerate(maps):
-            tiles = [cividis(saliency(heads[:, h : h + 1], recipe.img_size)[0]) for h in range(heads.shape[1])]
-            rows.append((f"class attention {i + 1}: its heads", [picture, *tiles]))
-        with torch.no_grad():
-            shares = predict(model, batch([image]))[""][0].float().softmax(dim=0)
-        likely = [(classes[c], shares[c].item()) for c in shares.argsort(descending=True).tolist() if shares[c] > 0.1]
-        grey = torch.tensor([0.299, 0.587, 0.114]) @ image.float().flatten(1) / 255
-        shown = cividis(grey.view(recipe.img_size) * saliency(maps[0], recipe.img_size)[0].cpu())
-        rows.append(("; ".join(f"{name} {share:.0%}" for name, share in likely) or "no class above 10%", [picture, shown]))
-        target = run.out / f"{Path(file).stem}_attention.png"
-        save_sheet(target, rows)
-        run.say(f"wrote {target}: {rows[-1][0]}")
-
-
-def list_models() -> None:
-    """Prints the models; parameters (millions) and multiply-adds (billions) at 224 and 384 beside Table 3.15's."""
-    from common.report import count
-
-    for name, config in MODELS.items():
-        if name.endswith("_distilled"):
-            continue
-        table = TABLE_3_15.get(name)
-        found = [count(lambda name=name, size=size: build_model(name, img_size=size), (size, size)) for size in (224, 384)]
-        cells = [f"{v:.1f}" for v in (found[0][0] / 1e6, found[0][1], found[1][1])]
-        cells = [f"{cell} ({table[i]})" if table else cell for i, cell in enumerate(cells)]
-        print(
-            f"{name:10s}  M {cells[0]:14s} G at 224 {cells[1]:12s} at 384 {cells[2]:14s} "
-            + "  ".join(f"{k} {v}" for k, v in config.items())
-        )
-    print("each also as NAME_distilled, with the distillation token of Table 3.14; in brackets: Table 3.15")
+            run.after_step(stats, lr)
+        record = run.end_of_training_epoch(lr_at(epoch + 1)) | evaluate.validate(run, predict)
+        run.end_of_epoch(record, record.get("val_top1"))
+    script.finish(run, ["train_loss", "val_loss"], ["val_top1", "val_top5"])
 
 
 def main() -> None:
+    from common import script
+    from common.run import Run
+
     args, recipe, paper = parse_args()
-    if args.list_models:
-        list_models()
-    elif args.branch_norms or args.attention_maps:
-        analyse(args, recipe, paper)
-    elif args.eval or args.eval_data:
-        evaluate_only(args, recipe, paper)
-    elif args.benchmark:
-        benchmark(args, recipe, paper)
-    else:
-        train(args, recipe, paper)
+    if args.branch_norms or args.attention_maps:
+        return write_figures(Run("cait", args, recipe, paper))
+    script.run_script(
+        "cait", args, recipe, paper, MODELS, train=train, make_model=make_model, adapt=fit_resolution,
+        predict=predict, loss=lambda model, images, labels: label_loss(model(images), labels),
+    )
 
 
 if __name__ == "__main__":
     try:
         from common.run import launch
     except ModuleNotFoundError as error:
-        if not (error.name or "").startswith("common"):
-            raise
-        print("error: another package named common hides the one that lies beside cait.py; run in the folder of both", file=sys.stderr)
+        print(f"error: {error}; needed: tqdm, and our common/, not another package named common", file=sys.stderr)
         sys.exit(2)
     launch(main)

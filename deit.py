@@ -2,12 +2,12 @@
 Sablayrolles, Jegou; arXiv:2012.12877; thesis sections 3.2 to 3.4).
 
 New: a recipe that trains a vision transformer on ImageNet-1k alone (81.8 top-1 for DeiT-B at 224 pixels, 83.1 after
-fine-tuning at 384, Table 3.5), and the distillation token, whose own head learns the hard decision of a convnet (83.4 and
-84.5, 84.2 and 85.2 after 1000 epochs).
+fine-tuning at 384, Table 3.5), and the distillation token, whose own head learns the hard decision of a convnet (83.4
+and 84.5, 84.2 and 85.2 after 1000 epochs).
 
-    torchrun --nproc_per_node 8 deit.py --model deit_b --data /imagenet              # the paper's run
-    torchrun --nproc_per_node 8 deit.py --model deit_b_distilled --data /imagenet    # distilled from a RegNetY-16GF
-    python deit.py --model deit_nano --recipe shapes                                 # minutes on two CPU cores, no download
+    torchrun --nproc_per_node 8 deit.py --model deit_b --data /imagenet          # the paper's run
+    torchrun --nproc_per_node 8 deit.py --model deit_b_distilled --data /imagenet # distilled from a RegNetY-16GF
+    python deit.py --model deit_nano --recipe shapes                             # minutes on two CPU cores, no download
 
 Checked here: state-dict keys and logits of the official models (each head too), distillation losses and gradients,
 RandAugment pixel by pixel, erasing boxes, mixup and cutmix, schedule and weight-decay groups against the official
@@ -17,15 +17,16 @@ Axes: B images, N tokens, C channels, K classes, H x W pixels, p patch side, h h
 
 Where the official code differs from what stands here:
 - soft distillation (Eq. 3.2) is there divided by B K instead of B, hence K times weaker than the thesis writes it;
-- evaluation of a distilled model averages the two heads' logits; the thesis adds their softmax outputs. `forward` in eval
-  mode is the official mean, `predict`, which all accuracies here come from, is the thesis' sum;
+- evaluation of a distilled model averages the two heads' logits; the thesis adds their softmax outputs. `forward` in
+  eval mode is the official mean, `predict`, which all accuracies here come from, is the thesis' sum;
 - fine-tuning at a higher resolution refuses distillation, which the thesis uses; here it goes on;
 - without a teacher the distillation head gets no gradient; here it learns the true label too, as the class head does;
 - its learning rate is constant within an epoch and one epoch late; here it follows the formula at every iteration;
-- its mixup draw is one per GPU, hence depends on the number of GPUs; here it is one per `mix_group` images of the global
-  batch, whatever runs them;
-- dropout (off but in Table 3.8) also falls on the MLP's hidden layer; here on the embeddings and on each branch's output;
-- without RandAugment or AutoAugment its colour jitter of 0.3 takes their place; here nothing does, the thesis names none;
+- its mixup draw is one per GPU, hence depends on the number of GPUs; here it is one per `mix_group` images of the
+  global batch, whatever runs them;
+- dropout (off but in Table 3.8) also falls on the MLP's hidden layer; here on embeddings and on the branches' output;
+- without RandAugment or AutoAugment it jitters colours by 0.3; here nothing takes their place, the thesis names
+  nothing;
 - repeated augmentation is silently off without torchrun; here it is not;
 - its keys' bias gets a gradient that is rounding noise (softmax cancels that bias); here it gets none.
 """
@@ -37,7 +38,7 @@ import math
 import random
 import sys
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -47,37 +48,37 @@ from torch import nn
 from torchvision.ops import stochastic_depth
 from torchvision.transforms import v2
 
-# ---- Recipe: thesis Table 3.9 ------------------------------------------------------------------------------------------
+# ---- Recipe: thesis Table 3.9 ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The column DeiT-B of Table 3.9, which serves every size; the flags are the columns of the ablation in Table 3.8."""
+    """The column DeiT-B of Table 3.9, which serves every size; its fields are the columns of Table 3.8's ablation."""
 
-    epochs: Annotated[int, "passes over as many images as the data set has"] = 300
-    batch_size: Annotated[int, "images per optimizer step, over all GPUs"] = 1024
+    epochs: Annotated[int, "passes over as many images as the data set has", "1 or more"] = 300
+    batch_size: Annotated[int, "images per optimizer step, over all GPUs", "1 or more"] = 1024
     optimizer: Annotated[str, "adamw or sgd (Table 3.8)", ("adamw", "sgd")] = "adamw"
-    lr: Annotated[float, "peak learning rate; unset: 5e-4 x batch size / 512"] = 1e-3
-    min_lr: Annotated[float, "learning rate at the end of the cosine"] = 1e-5  # official code; the thesis gives none
-    warmup_lr: Annotated[float, "learning rate at step 0"] = 1e-6  # official code; the thesis gives none
-    warmup_epochs: Annotated[int, "epochs of linear warm-up"] = 5
-    weight_decay: Annotated[float, "not on biases, norms, class token, position embedding"] = 0.05
-    clip_grad: Annotated[float | None, "largest norm of the whole gradient; none: no clipping"] = None
-    img_size: Annotated[tuple[int, int], "training and test resolution in pixels, S or HxW"] = (224, 224)
-    repeats: Annotated[int, "repeated augmentation: times an image is taken in a row"] = 3
+    lr: Annotated[float, "peak learning rate; unset: 5e-4 x batch size / 512", "above 0"] = 1e-3
+    min_lr: Annotated[float, "learning rate at the end of the cosine", "0 or more"] = 1e-5  # official code, as the next
+    warmup_lr: Annotated[float, "learning rate at step 0", "0 or more"] = 1e-6  # the thesis gives none
+    warmup_epochs: Annotated[int, "epochs of linear warm-up", "0 or more"] = 5
+    weight_decay: Annotated[float, "not on biases, norms, class token, position embedding", "0 or more"] = 0.05
+    clip_grad: Annotated[float | None, "largest norm of the whole gradient; none: no clipping", "above 0"] = None
+    img_size: Annotated[tuple[int, int], "training and test resolution in pixels, S or HxW", "1 or more"] = (224, 224)
+    repeats: Annotated[int, "repeated augmentation: times an image is taken in a row", "1 or more"] = 3
     augment: Annotated[str, "rand (RandAugment 9/0.5), auto (AutoAugment) or none", ("rand", "auto", "none")] = "rand"
-    erasing: Annotated[float, "probability of random erasing"] = 0.25
-    mixup: Annotated[float, "alpha of mixup's Beta law; 0: off"] = 0.8
-    cutmix: Annotated[float, "alpha of cutmix's Beta law; 0: off"] = 1.0
-    mix_group: Annotated[int, "images that share one mixup or cutmix draw (a GPU's batch in the official runs)"] = 64
-    smoothing: Annotated[float, "label smoothing"] = 0.1
-    drop_path: Annotated[float, "stochastic depth: rate of the last block, growing linearly with depth from 0"] = 0.1
-    dropout: Annotated[float, "on the embeddings and on the output of every branch"] = 0.0
-    ema: Annotated[float, "decay of the averaged weights (Table 3.8: 0.99996); 0: none"] = 0.0
+    erasing: Annotated[float, "probability of random erasing", "in [0, 1]"] = 0.25
+    mixup: Annotated[float, "alpha of mixup's Beta law; 0: off", "0 or more"] = 0.8
+    cutmix: Annotated[float, "alpha of cutmix's Beta law; 0: off", "0 or more"] = 1.0
+    mix_group: Annotated[int, "images that share one mixup or cutmix draw (officially: a GPU's)", "1 or more"] = 64
+    smoothing: Annotated[float, "label smoothing", "in [0, 1)"] = 0.1
+    drop_path: Annotated[float, "stochastic depth: rate of the last block, linear in depth from 0", "in [0, 1)"] = 0.1
+    dropout: Annotated[float, "on the embeddings and on the output of every branch", "in [0, 1)"] = 0.0
+    ema: Annotated[float, "decay of the averaged weights (Table 3.8: 0.99996); 0: none", "in [0, 1)"] = 0.0
     distillation: Annotated[str, "none, soft (Eq. 3.2) or hard (Eq. 3.3)", ("none", "soft", "hard")] = "none"
-    alpha: Annotated[float, "weight of the teacher's term; unset: 0.5 (hard, Eq. 3.3), 0.1 (soft, section 3.4.5)"] = 0.5
-    tau: Annotated[float, "temperature of soft distillation (section 3.4.5)"] = 3.0
-    eval_crop_ratio: Annotated[float, "share of the resized image that the test crop keeps"] = 0.875
+    alpha: Annotated[float, "weight of the teacher's term; unset: 0.5 (hard, Eq. 3.3), 0.1 (soft)", "in [0, 1]"] = 0.5
+    tau: Annotated[float, "temperature of soft distillation (section 3.4.5)", "above 0"] = 3.0
+    eval_crop_ratio: Annotated[float, "share of the resized image that the test crop keeps", "in (0, 1]"] = 0.875
 
 
 RECIPES = {
@@ -93,26 +94,13 @@ RECIPES = {
     "cifar10": Recipe(epochs=7200),
     # Not of the thesis: the built-in data set in minutes on two CPU cores.
     "shapes": Recipe(
-        epochs=6,
-        batch_size=64,
-        lr=2e-3,
-        warmup_epochs=1,
-        img_size=(48, 48),
-        repeats=1,
-        augment="none",
-        erasing=0.0,
-        mixup=0.0,
-        cutmix=0.0,
-        mix_group=8,
-        drop_path=0.0,
+        epochs=6, batch_size=64, lr=2e-3, warmup_epochs=1, img_size=(48, 48), repeats=1, augment="none", erasing=0.0,
+        mixup=0.0, cutmix=0.0, mix_group=8, drop_path=0.0,
     ),
 }
 TEACHER = "regnet_y_16gf"  # section 3.4.2; 82.9 top-1, as have torchvision's weights
 TRANSFER = {  # data set: what `transfer` changes for it
-    "cifar10": dict(lr=1e-5),
-    "cifar100": dict(lr=1e-5),
-    "inat2018": dict(epochs=360),
-    "inat2019": dict(epochs=360),
+    "cifar10": dict(lr=1e-5), "cifar100": dict(lr=1e-5), "inat2018": dict(epochs=360), "inat2019": dict(epochs=360),
 }
 
 
@@ -129,7 +117,7 @@ def paper_recipe(name: str, model: str, *, distillation: str | None = None, data
     return dataclasses.replace(recipe, alpha=0.1) if distillation == "soft" else recipe
 
 
-# ---- Architecture: thesis section 3.2, distillation token 3.3; sizes: Table 3.1 ----------------------------------------
+# ---- Architecture: thesis section 3.2, distillation token 3.3; sizes: Table 3.1 --------------------------------------
 
 MODELS = {
     "deit_ti": dict(dim=192, depth=12, heads=3, patch=16),
@@ -141,7 +129,7 @@ MODELS |= {f"{name}_distilled": {**config, "distilled": True} for name, config i
 
 
 class PatchEmbed(nn.Module):
-    """Images (B, 3, H, W) -> tokens (B, H/p * W/p, C): a p x p convolution of stride p, computed as one matrix product."""
+    """Images (B, 3, H, W) -> tokens (B, H/p * W/p, C): a p x p convolution of stride p, as one matrix product."""
 
     def __init__(self, dim: int, patch: int):
         super().__init__()
@@ -166,8 +154,8 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         B, N, C = x.shape
-        # Softmax cancels the keys' bias: its gradient is rounding noise, which Adam and LAMB would blow up to full steps
-        # (and make the result depend on how the batch is cut). It keeps its value and gets no gradient.
+        # Softmax cancels the keys' bias: its gradient is rounding noise, which Adam and LAMB would blow up to full
+        # steps (and make the result depend on how the batch is cut). It keeps its value and gets no gradient.
         bias = torch.cat([self.qkv.bias[:C], self.qkv.bias[C : 2 * C].detach(), self.qkv.bias[2 * C :]])
         qkv = F.linear(x, self.qkv.weight, bias).reshape(B, N, 3, self.heads, C // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, h, N, C/h)
@@ -210,23 +198,14 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """Vision transformer: images (B, 3, H, W) -> logits (B, K).
 
-    With the distillation token (Figure 3.1): in training mode the pair (class head, distillation head), in eval mode the
-    mean of the two, as the official models return it; `heads` gives the pair in either mode. The position embedding
+    With the distillation token (Figure 3.1): in training mode the pair (class head, distillation head), in eval mode
+    the mean of the two, as the official models return it; `heads` gives the pair in either mode. The position embedding
     covers class token, distillation token and patches, in this order.
     """
 
     def __init__(
-        self,
-        dim: int,
-        *,
-        depth: int,
-        heads: int,
-        patch: int,
-        distilled: bool = False,
-        num_classes: int,
-        img_size: tuple[int, int],
-        drop_path: float,
-        dropout: float,
+        self, dim: int, *, depth: int, heads: int, patch: int, distilled: bool = False, num_classes: int,
+        img_size: tuple[int, int], drop_path: float, dropout: float,
     ):
         super().__init__()
         self.distilled, self.dropout = distilled, dropout
@@ -251,7 +230,7 @@ class ViT(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters of two or more dimensions that are not decayed all the same (the distillation token is decayed)."""
+        """Parameters of two or more dimensions that are not decayed; the distillation token is."""
         return {"pos_embed", "cls_token"}
 
     def heads(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -273,10 +252,7 @@ class ViT(nn.Module):
 
 
 def build_model(
-    name: str,
-    num_classes: int = 1000,
-    img_size: int | tuple[int, int] | None = None,
-    drop_path: float | None = None,
+    name: str, num_classes: int = 1000, img_size: int | tuple[int, int] | None = None, drop_path: float | None = None,
     dropout: float = 0.0,
 ) -> nn.Module:
     """A fresh model: a row of MODELS, or "torchvision/NAME" (then only num_classes is used).
@@ -288,24 +264,25 @@ def build_model(
         return torchvision.models.get_model(name.removeprefix("torchvision/"), weights=None, num_classes=num_classes)
     config = MODELS[name]
     size = whole_patches(img_size or 224, config["patch"], name)
-    return ViT(**config, num_classes=num_classes, img_size=size, drop_path=0.1 if drop_path is None else drop_path, dropout=dropout)
+    drop_path = 0.1 if drop_path is None else drop_path
+    return ViT(**config, num_classes=num_classes, img_size=size, drop_path=drop_path, dropout=dropout)
 
 
 def whole_patches(img_size: int | tuple[int, int], patch: int, name: str) -> tuple[int, int]:
-    """(H, W) of an image size S or (H, W); ValueError with the nearest good ones unless it is a multiple of the patch."""
+    """(H, W) of an image size S or (H, W); ValueError with the nearest good ones if patches do not fill it."""
     size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
     if any(s < patch or s % patch for s in size):
         near = " or ".join("x".join(str(max(patch, (s // patch + up) * patch)) for s in size) for up in (0, 1))
-        raise ValueError(f"image size {size[0]}x{size[1]} is not a multiple of {name}'s patch of {patch}; the nearest are {near}")
+        given = f"image size {size[0]}x{size[1]} is not a multiple of {name}'s patch of {patch}"
+        raise ValueError(f"{given}; the nearest are {near}")
     return size
 
 
-def resize_pos_embed(pos_embed: torch.Tensor, grid: tuple[int, int], *, old_grid: tuple[int, int] | None = None) -> torch.Tensor:
-    """Position embedding (1, prefix + N, C) for another grid: bicubic (a = -0.75), no antialiasing, prefix tokens untouched.
-
-    old_grid: None for a square one. Section 3.3 says bicubic because it about keeps the vectors' norm. Computed in float32
-    or wider. Unchanged if the grids are equal.
-    """
+def resize_pos_embed(
+    pos_embed: torch.Tensor, grid: tuple[int, int], *, old_grid: tuple[int, int] | None = None
+) -> torch.Tensor:
+    """Position embedding (1, prefix + N, C) for another grid than the old one (None: a square): bicubic (a = -0.75),
+    which about keeps the vectors' norm (section 3.3), not antialiased, in float32 or wider; prefix tokens stay."""
     tokens = pos_embed.shape[1]
     side = math.isqrt(tokens)
     old_grid = old_grid or (side, side)
@@ -334,199 +311,12 @@ def fit_resolution(model: nn.Module, state: dict[str, torch.Tensor], content: di
     state["pos_embed"] = resized
 
 
-# ---- Augmentation: Table 3.9 -------------------------------------------------------------------------------------------
-#
-# A loader process decodes, crops, flips and applies RandAugment; normalisation, erasing and mixing run on the device, a
-# batch at a time.
-
-
-def random_resized_crop(height: int, width: int, rng: random.Random) -> tuple[int, int, int, int]:
-    """(top, left, crop height, crop width): area 8-100% of the image, aspect 3/4..4/3 (log-uniform), ten attempts.
-
-    If none fits: the central crop with the aspect ratio clamped to that range.
-    """
-    for _ in range(10):
-        area = rng.uniform(0.08, 1.0) * height * width
-        aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-        crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < crop_width <= width and 0 < crop_height <= height:
-            return rng.randint(0, height - crop_height), rng.randint(0, width - crop_width), crop_height, crop_width
-    crop_height, crop_width = height, width
-    if width / height < 3 / 4:
-        crop_height = min(height, max(1, round(width / (3 / 4))))
-    elif width / height > 4 / 3:
-        crop_width = min(width, max(1, round(height * (4 / 3))))
-    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
-
-
-def erasing_box(height: int, width: int, rng: random.Random) -> tuple[int, int, int, int]:
-    """Random erasing's (top, left, box height, box width): area 2-33% of the image, height/width 0.3..1/0.3 (log-uniform).
-
-    Ten attempts at a box smaller than the image in both directions, else none, (0, 0, 0, 0): timm's customisation.
-    """
-    for _ in range(10):
-        area = rng.uniform(0.02, 1 / 3) * height * width
-        aspect = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
-        box_height, box_width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if box_height < height and box_width < width:
-            return rng.randint(0, height - box_height), rng.randint(0, width - box_width), box_height, box_width
-    return 0, 0, 0, 0
-
-
-class TrainTransform:
-    """The loader's part of the augmentation.
-
-    (uint8 image (3, H, W), rng) -> (uint8 (3, *img_size), parameters for `erase`: top, left, height, width of the box,
-    seed of its noise; height 0: nothing is erased).
-    """
-
-    def __init__(self, recipe: Recipe):
-        self.size, self.policy, self.erasing = recipe.img_size, recipe.augment, recipe.erasing
-        self.auto = v2.AutoAugment()
-
-    def __call__(self, image: torch.Tensor, rng: random.Random) -> tuple[torch.Tensor, tuple[float, ...]]:
-        from common.images import from_pil, resize, to_pil
-
-        top, left, height, width = random_resized_crop(*image.shape[1:], rng)
-        image = resize(image[:, top : top + height, left : left + width], self.size)
-        if rng.random() < 0.5:
-            image = image.flip(-1)
-        if self.policy == "rand":
-            image = from_pil(rand_augment(to_pil(image), rng))
-        elif self.policy == "auto":  # torchvision's policy draws from torch's global generator: seed it for this image
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(rng.getrandbits(63))
-                image = self.auto(image)
-        box = erasing_box(*self.size, rng) if rng.random() < self.erasing else (0, 0, 0, 0)
-        return image, (*box, rng.getrandbits(24))  # whole numbers up to 2^24 are exact in float32
-
-
-def erase(images: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
-    """Random erasing of normalised images (B, 3, H, W), in place: boxes (B, 5) of TrainTransform get standard normal noise.
-
-    `parameters` stays on the host. Each box has a generator of its own: the noise depends on the image alone.
-    """
-    generator = torch.Generator(images.device)
-    for image, (top, left, height, width, seed) in zip(images, parameters.int().tolist()):
-        if height:
-            noise = torch.randn((3, height, width), generator=generator.manual_seed(seed), device=images.device)
-            image[:, top : top + height, left : left + width] = noise
-    return images
-
-
-FILL = (124, 116, 104)  # round(255 * ImageNet mean)
-
-
-def rand_augment(image: Image.Image, rng: random.Random) -> Image.Image:
-    """RandAugment as DeiT uses it (timm's rand-m9-mstd0.5-inc1): two draws from 15 operations, each applied with
-    probability 0.5 at magnitude N(9, 0.5) clipped to 0..10."""
-    for _ in range(2):
-        operation = rng.choice(OPERATIONS)
-        if rng.random() <= 0.5:
-            level = min(10.0, max(0.0, rng.gauss(9, 0.5))) / 10
-            image = apply_operation(image, operation, level, -1 if rng.random() > 0.5 else 1)
-    return image
-
-
-OPERATIONS = ("AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd", "Color", "Contrast", "Brightness", "Sharpness", "ShearX", "ShearY", "TranslateX", "TranslateY")  # fmt: skip
-
-
-def apply_operation(image: Image.Image, operation: str, level: float, sign: int) -> Image.Image:
-    """One operation of RandAugment at level 0..1 ("increasing" variant: a higher level always changes more)."""
-
-    def affine(*matrix: float) -> Image.Image:
-        return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=FILL)
-
-    if operation == "AutoContrast":
-        return ImageOps.autocontrast(image)
-    if operation == "Equalize":
-        return ImageOps.equalize(image)
-    if operation == "Invert":
-        return ImageOps.invert(image)
-    if operation == "Rotate":
-        return image.rotate(sign * 30 * level, Image.Resampling.BICUBIC, fillcolor=FILL)
-    if operation == "Posterize":
-        bits = 4 - int(4 * level)
-        return ImageOps.posterize(image, bits) if bits else Image.new("RGB", image.size)  # recent Pillow refuses 0 bits
-    if operation == "Solarize":
-        return ImageOps.solarize(image, 256 - int(256 * level))
-    if operation == "SolarizeAdd":
-        add = int(110 * level)
-        return image.point([min(255, v + add) if v < 128 else v for v in range(256)] * 3)
-    if operation in ("Color", "Contrast", "Brightness", "Sharpness"):
-        return getattr(ImageEnhance, operation)(image).enhance(1 + sign * 0.9 * level)
-    if operation == "ShearX":
-        return affine(1, sign * 0.3 * level, 0, 0, 1, 0)
-    if operation == "ShearY":
-        return affine(1, 0, 0, sign * 0.3 * level, 1, 0)
-    if operation == "TranslateX":
-        return affine(1, 0, sign * 0.45 * level * image.width, 0, 1, 0)
-    return affine(1, 0, 0, 0, 1, sign * 0.45 * level * image.height)
-
-
-@dataclass(frozen=True)
-class Mix:
-    """One draw: share `lam` of the image itself, and cutmix's box (None: mixup) as (top, bottom, left, right) pixels."""
-
-    lam: float
-    box: tuple[int, int, int, int] | None = None
-
-
-def draw_mix(recipe: Recipe, rng: random.Random) -> Mix:
-    """Cutmix or mixup with equal chances (one of them alone if the other's alpha is 0); lam from Beta(alpha, alpha)."""
-    if not recipe.mixup and not recipe.cutmix:
-        return Mix(1.0)
-    cut = rng.random() < 0.5 if recipe.mixup and recipe.cutmix else bool(recipe.cutmix)
-    alpha = recipe.cutmix if cut else recipe.mixup
-    lam = rng.betavariate(alpha, alpha)
-    if not cut:
-        return Mix(lam)
-    height, width = recipe.img_size
-    return cutmix_box(lam, height, width, rng.randrange(height), rng.randrange(width))
-
-
-def cutmix_box(lam: float, height: int, width: int, cy: int, cx: int) -> Mix:
-    """Box of about (1 - lam) of the area around (cy, cx), clipped to the image; lam becomes what the clipped box leaves.
-
-    An odd side loses a pixel, as in the official code.
-    """
-    half_h, half_w = int(height * math.sqrt(1 - lam)) // 2, int(width * math.sqrt(1 - lam)) // 2
-    top, bottom, left, right = max(cy - half_h, 0), min(cy + half_h, height), max(cx - half_w, 0), min(cx + half_w, width)
-    return Mix(1 - (bottom - top) * (right - left) / (height * width), (top, bottom, left, right))
-
-
-def mix_images(images: torch.Tensor, mixes: list[Mix]) -> torch.Tensor:
-    """(B, 3, H, W) cut into len(mixes) groups; image i of a group is mixed with its image G-1-i by the group's draw."""
-    groups = []
-    for x, mix in zip(images.chunk(len(mixes)), mixes):
-        if mix.box is not None:
-            top, bottom, left, right = mix.box
-            mixed = x.clone()
-            mixed[:, :, top:bottom, left:right] = x.flip(0)[:, :, top:bottom, left:right]
-            x = mixed
-        elif mix.lam != 1:
-            x = x * mix.lam + x.flip(0) * (1 - mix.lam)
-        groups.append(x)
-    return torch.cat(groups)
-
-
-def mix_targets(labels: torch.Tensor, mixes: list[Mix], num_classes: int, smoothing: float) -> torch.Tensor:
-    """Labels (B,) -> soft targets (B, K): lam on the image's own label, 1 - lam on its partner's, both smoothed."""
-    targets = torch.full((len(labels), num_classes), smoothing / num_classes, device=labels.device)
-    targets.scatter_(1, labels[:, None], 1 - smoothing + smoothing / num_classes)
-    return torch.cat([t * mix.lam + t.flip(0) * (1 - mix.lam) for t, mix in zip(targets.chunk(len(mixes)), mixes)])
-
-
-# ---- Loss: section 3.3 -------------------------------------------------------------------------------------------------
+# ---- Loss: section 3.3 -----------------------------------------------------------------------------------------------
 
 
 def distillation_loss(
-    outputs: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
-    targets: torch.Tensor,
-    teacher_logits: torch.Tensor | None,
-    kind: str = "none",
-    alpha: float = 0.5,
-    tau: float = 1.0,
+    outputs: torch.Tensor | tuple[torch.Tensor, torch.Tensor], targets: torch.Tensor,
+    teacher_logits: torch.Tensor | None, kind: str = "none", alpha: float = 0.5, tau: float = 1.0,
 ) -> torch.Tensor:
     """(1 - alpha) CE(class head, targets) + alpha times the teacher's term on the distillation head, averaged over B.
 
@@ -555,8 +345,8 @@ def label_loss(outputs: torch.Tensor | tuple[torch.Tensor, torch.Tensor], target
 
 
 def predict(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Log-probabilities or logits (B, K) for evaluation; of a distilled model (section 3.3, rows of Table 3.3) {"": the
-    late fusion, log of the mean of the two softmax outputs; "class": the class head; "distillation": the distillation head}."""
+    """Logits (B, K) for evaluation; of a distilled model (section 3.3, rows of Table 3.3) "class" and "distillation":
+    those of its heads, and "": the late fusion, the log of the mean of their softmax outputs."""
     if not getattr(model, "distilled", False):
         return {"": model(images)}
     class_logits, dist_logits = model.heads(images)
@@ -564,23 +354,184 @@ def predict(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"": fusion, "class": class_logits, "distillation": dist_logits}
 
 
-# ---- Training: the only user of common ---------------------------------------------------------------------------------
+# ---- Augmentation: Table 3.9 -----------------------------------------------------------------------------------------
+
+
+def random_resized_crop(height: int, width: int, rng: random.Random) -> tuple[int, int, int, int]:
+    """(top, left, crop height, crop width): area 8-100% of the image, aspect 3/4..4/3 (log-uniform), ten attempts; if
+    none fits, the central crop with the aspect ratio clamped to that range."""
+    for _ in range(10):
+        area = rng.uniform(0.08, 1.0) * height * width
+        aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            return rng.randint(0, height - crop_height), rng.randint(0, width - crop_width), crop_height, crop_width
+    crop_height, crop_width = min(height, round(width / (3 / 4))), min(width, round(height * (4 / 3)))
+    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
+
+
+def erasing_box(height: int, width: int, rng: random.Random) -> tuple[int, int, int, int]:
+    """Random erasing's (top, left, box height, box width): area 2-33% of the image, height/width 0.3..1/0.3
+    (log-uniform); ten attempts at a box smaller than the image in both directions, else none: (0, 0, 0, 0)."""
+    for _ in range(10):
+        area = rng.uniform(0.02, 1 / 3) * height * width
+        aspect = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
+        box_height, box_width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if box_height < height and box_width < width:
+            return rng.randint(0, height - box_height), rng.randint(0, width - box_width), box_height, box_width
+    return 0, 0, 0, 0
+
+
+class TrainTransform:
+    """A loader process' part; normalisation, erasing and mixing run on the device, a batch at a time.
+
+    (uint8 image (3, H, W), rng) -> (uint8 (3, *img_size), parameters for `erase`: top, left, height, width of the box,
+    seed of its noise; height 0: nothing is erased).
+    """
+
+    def __init__(self, recipe: Recipe):
+        self.size, self.policy, self.erasing = recipe.img_size, recipe.augment, recipe.erasing
+        self.auto = v2.AutoAugment()
+
+    def __call__(self, image: torch.Tensor, rng: random.Random) -> tuple[torch.Tensor, tuple[float, ...]]:
+        from common import images
+
+        top, left, height, width = random_resized_crop(*image.shape[1:], rng)
+        image = images.resize(image[:, top : top + height, left : left + width], self.size)
+        if rng.random() < 0.5:
+            image = image.flip(-1)
+        if self.policy == "rand":
+            image = images.from_pil(rand_augment(images.to_pil(image), rng))
+        elif self.policy == "auto":  # torchvision's policy draws from torch's global generator: seed it for this image
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(rng.getrandbits(63))
+                image = self.auto(image)
+        box = erasing_box(*self.size, rng) if rng.random() < self.erasing else (0, 0, 0, 0)
+        return image, (*box, rng.getrandbits(24))  # whole numbers up to 2^24 are exact in float32
+
+
+def erase(images: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
+    """Random erasing of normalised images (B, 3, H, W), in place: boxes (B, 5) of TrainTransform, which stay on the
+    host, get standard normal noise. Each has a generator of its own: the noise depends on the image alone."""
+    generator = torch.Generator(images.device)
+    for image, (top, left, height, width, seed) in zip(images, parameters.int().tolist()):
+        if height:
+            noise = torch.randn((3, height, width), generator=generator.manual_seed(seed), device=images.device)
+            image[:, top : top + height, left : left + width] = noise
+    return images
+
+
+FILL = (124, 116, 104)  # round(255 * ImageNet mean)
+
+
+def rand_augment(image: Image.Image, rng: random.Random) -> Image.Image:
+    """RandAugment as DeiT uses it (timm's rand-m9-mstd0.5-inc1): two draws from 15 operations, each applied with
+    probability 0.5 at magnitude N(9, 0.5) clipped to 0..10."""
+    for _ in range(2):
+        operation = rng.choice(OPERATIONS)
+        if rng.random() <= 0.5:
+            level = min(10.0, max(0.0, rng.gauss(9, 0.5))) / 10
+            image = apply_operation(image, operation, level, -1 if rng.random() > 0.5 else 1)
+    return image
+
+
+OPERATIONS = (
+    "AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd", "Color", "Contrast",
+    "Brightness", "Sharpness", "ShearX", "ShearY", "TranslateX", "TranslateY",
+)
+
+
+def apply_operation(image: Image.Image, operation: str, level: float, sign: int) -> Image.Image:
+    """One operation of RandAugment at level 0..1 ("increasing" variant: a higher level always changes more)."""
+
+    def affine(*matrix: float) -> Image.Image:
+        return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=FILL)
+
+    if operation in ("AutoContrast", "Equalize", "Invert"):
+        return getattr(ImageOps, operation.lower())(image)
+    if operation in ("Color", "Contrast", "Brightness", "Sharpness"):
+        return getattr(ImageEnhance, operation)(image).enhance(1 + sign * 0.9 * level)
+    if operation == "Posterize":
+        bits = 4 - int(4 * level)
+        return ImageOps.posterize(image, bits) if bits else Image.new("RGB", image.size)  # recent Pillow refuses 0 bits
+    if operation == "Solarize":
+        return ImageOps.solarize(image, 256 - int(256 * level))
+    if operation == "SolarizeAdd":
+        add = int(110 * level)
+        return image.point([min(255, v + add) if v < 128 else v for v in range(256)] * 3)
+    if operation == "Rotate":
+        return image.rotate(sign * 30 * level, Image.Resampling.BICUBIC, fillcolor=FILL)
+    if operation == "ShearX":
+        return affine(1, sign * 0.3 * level, 0, 0, 1, 0)
+    if operation == "ShearY":
+        return affine(1, 0, 0, sign * 0.3 * level, 1, 0)
+    if operation == "TranslateX":
+        return affine(1, 0, sign * 0.45 * level * image.width, 0, 1, 0)
+    return affine(1, 0, 0, 0, 1, sign * 0.45 * level * image.height)
+
+
+class Mix(NamedTuple):
+    """One draw: the image's own share `lam`, and cutmix's box (top, bottom, left, right) in pixels (None: mixup)."""
+
+    lam: float
+    box: tuple[int, int, int, int] | None = None
+
+
+def draw_mix(recipe: Recipe, rng: random.Random) -> Mix:
+    """Cutmix or mixup with equal chances (one of them alone if the other's alpha is 0); lam from Beta(alpha, alpha)."""
+    if not recipe.mixup and not recipe.cutmix:
+        return Mix(1.0)
+    cut = rng.random() < 0.5 if recipe.mixup and recipe.cutmix else bool(recipe.cutmix)
+    alpha = recipe.cutmix if cut else recipe.mixup
+    lam = rng.betavariate(alpha, alpha)
+    if not cut:
+        return Mix(lam)
+    height, width = recipe.img_size
+    return cutmix_box(lam, height, width, rng.randrange(height), rng.randrange(width))
+
+
+def cutmix_box(lam: float, height: int, width: int, cy: int, cx: int) -> Mix:
+    """Box of about (1 - lam) of the area around (cy, cx), clipped to the image; lam becomes what the clipped box
+    leaves. An odd side loses a pixel, as in the official code."""
+    half_h, half_w = int(height * math.sqrt(1 - lam)) // 2, int(width * math.sqrt(1 - lam)) // 2
+    top, bottom = max(cy - half_h, 0), min(cy + half_h, height)
+    left, right = max(cx - half_w, 0), min(cx + half_w, width)
+    return Mix(1 - (bottom - top) * (right - left) / (height * width), (top, bottom, left, right))
+
+
+def mix_images(images: torch.Tensor, mixes: list[Mix]) -> torch.Tensor:
+    """(B, 3, H, W) cut into len(mixes) groups; image i of a group is mixed with its image G-1-i by the group's draw."""
+    groups = []
+    for x, mix in zip(images.chunk(len(mixes)), mixes):
+        if mix.box is not None:
+            top, bottom, left, right = mix.box
+            mixed = x.clone()
+            mixed[:, :, top:bottom, left:right] = x.flip(0)[:, :, top:bottom, left:right]
+            x = mixed
+        elif mix.lam != 1:
+            x = x * mix.lam + x.flip(0) * (1 - mix.lam)
+        groups.append(x)
+    return torch.cat(groups)
+
+
+def mix_targets(labels: torch.Tensor, mixes: list[Mix], num_classes: int, smoothing: float) -> torch.Tensor:
+    """Labels (B,) -> soft targets (B, K): lam on the image's own label, 1 - lam on its partner's, both smoothed."""
+    targets = torch.full((len(labels), num_classes), smoothing / num_classes, device=labels.device)
+    targets.scatter_(1, labels[:, None], 1 - smoothing + smoothing / num_classes)
+    return torch.cat([t * mix.lam + t.flip(0) * (1 - mix.lam) for t, mix in zip(targets.chunk(len(mixes)), mixes)])
+
+
+# ---- Training: the only user of common -------------------------------------------------------------------------------
 
 
 def parse_args(argv: list[str] | None = None):
     """(arguments, the recipe with the flags given, the paper's recipe)."""
     from common import cli
 
-    parser = cli.make_parser("deit", __doc__, Recipe, RECIPES, model="deit_b", recipe="in1k")
-    cli.add_teacher_flags(parser, TEACHER)
-    args = parser.parse_args(argv)
-    cli.check_names(args, MODELS, RECIPES)
+    parser = cli.make_parser("deit", __doc__, Recipe, RECIPES, model="deit_b", recipe="in1k", teacher=TEACHER)
+    args = cli.parse(parser, argv, [*MODELS, "torchvision/NAME"], RECIPES)
     paper = paper_recipe(args.recipe, args.model, distillation=args.distillation, data=args.data or "")
-    recipe = cli.override(paper, args)
-    if args.lr is None:  # section 3.4.5: in proportion to the batch
-        recipe = dataclasses.replace(recipe, lr=paper.lr * recipe.batch_size / paper.batch_size)
-    cli.check_recipe(recipe)
-    cli.check_teacher(args, recipe.distillation)
+    recipe = cli.override(paper, args, lr_follows_batch=True)  # section 3.4.5
     if recipe.distillation == "none":
         cli.refuse(args, ("alpha", "tau"), "has no effect without a teacher; add --distillation hard or soft")
     if recipe.distillation == "hard":
@@ -600,138 +551,62 @@ def make_model(args, recipe: Recipe, num_classes: int) -> nn.Module:
         raise UserError(f"--img-size: {error}") from None
 
 
-def train(args, recipe: Recipe, paper: Recipe) -> None:
-    """The whole run: data, model, teacher, loop, evaluation after every epoch."""
-    from common.checkpoint import load_pretrained
-    from common.data import TrainingData
-    from common.evaluate import eval_loader, evaluate, normalize
-    from common.models import load_teacher, on_meta
-    from common.optim import EMA, cosine_lr, make_optimizer
-    from common.precision import Precision, check_amp
-    from common.report import describe, save_curves, show_batch
-    from common.run import Run
+def train(run) -> None:
+    """The loop; what it starts from (data, network, teacher, what was saved) is common.script.set_up's."""
+    from common import evaluate, script
+    from common.optim import cosine_lr
 
-    run = Run("deit", args, recipe, paper)
-    check_amp(run.amp, run.device)
-    on_meta(lambda: make_model(args, recipe, 2))  # a size that does not fit is told before the data is scanned
-    teacher = None
-    if recipe.distillation != "none" and not args.show_batch:
-        teacher = run.first(lambda: load_teacher(args.teacher, args.teacher_weights, TEACHER, recipe.img_size, run.say))
-    data = TrainingData(run, recipe, TrainTransform(recipe))
-    num_classes = len(data.classes)
-    if teacher:
-        teacher.check(data.classes)
-        teacher.to(run.device)
+    recipe = run.recipe
 
-    torch.manual_seed(args.seed)
-    model = make_model(args, recipe, num_classes)
-    if args.weights:
-        load_pretrained(model, args, run.method, new_head=True, say=run.say, adapt=fit_resolution)
-    model.to(run.device)
-    optimizer = make_optimizer(recipe.optimizer, model, recipe.lr, recipe.weight_decay)
-    precision = Precision(run.amp, run.device, accumulation=data.accumulation, clip_grad=recipe.clip_grad)
-    ema = EMA(model, recipe.ema) if recipe.ema else None
+    def prepare(batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(images before mixing, images as the network sees them, soft targets) on the device."""
+        mixes = [draw_mix(recipe, run.rng("mix", group)) for group in batch.groups]
+        images = erase(evaluate.normalize(batch.images), batch.parameters)
+        targets = mix_targets(batch.labels, mixes, run.num_classes, recipe.smoothing)
+        return images, mix_images(images, mixes), targets
 
     def lr_at(epochs: float) -> float:
         return cosine_lr(epochs, recipe.epochs, recipe.warmup_epochs, recipe.lr, recipe.min_lr, recipe.warmup_lr)
 
-    def prepare(batch, groups) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(images before mixing, images as the network sees them, soft targets) on the device."""
-        images, parameters, labels, _ = batch
-        mixes = [draw_mix(recipe, random.Random(f"mix-{args.seed}-{run.epoch}-{run.step}-{g}")) for g in groups]
-        images = erase(normalize(images), parameters)
-        return images, mix_images(images, mixes), mix_targets(labels, mixes, num_classes, recipe.smoothing)
-
-    if args.show_batch:
-        if run.rank == 0:
-            show_batch(args.show_batch, data, prepare)
-        return run.say(f"wrote {args.show_batch}")
-
-    run.open_folder()
-    run.say(describe(run, lambda: make_model(args, recipe, num_classes), data))
-    if teacher:
-        run.say(f"teacher  {teacher.identity}")
-    wrapped = run.prepare(model, data.micro_batch)
-    identity = data.identity() | {"teacher": teacher.identity if teacher else None}
-    run.start(model=model, optimizer=optimizer, precision=precision, ema=ema, data=identity)
-    if run.rank == 0 and run.epoch == run.step == 0:
-        show_batch(run.out / "batch.png", data, prepare)
-    run.check_stop()
-    val_loader = data.val and eval_loader(data.val, recipe.img_size, recipe.eval_crop_ratio, data.micro_batch, run)
-
+    data, model, wrapped, optimizer, precision, ema, teacher = script.set_up(
+        run, TrainTransform(recipe), make_model, prepare, adapt=fit_resolution, teacher=TEACHER
+    )
     for epoch in range(run.epoch, recipe.epochs):
-        stream = data.epoch(epoch, run.step)
         wrapped.train()
-        for step in run.steps(data.steps, recipe.batch_size):
-            seen = []
-            for micro in range(data.accumulation):
-                batch = run.wait_for(stream)
-                _, images, targets = prepare(batch, data.batches.groups(micro))
-                run.seed_step(micro)
+        for step in run.steps(data):
+            for batch in data.micro_batches():
+                _, images, targets = prepare(batch)
                 with precision.forward(wrapped):
                     outputs = wrapped(images)
                     if teacher:
-                        loss = distillation_loss(outputs, targets, teacher(images), recipe.distillation, recipe.alpha, recipe.tau)
+                        kind, alpha, tau = recipe.distillation, recipe.alpha, recipe.tau
+                        loss = distillation_loss(outputs, targets, teacher(images), kind, alpha, tau)
                     else:
                         loss = label_loss(outputs, targets)
                 precision.backward(loss)
-                seen.append(batch[3])
             lr = lr_at(epoch + step / data.steps)
             stats, skipped = precision.step(optimizer, lr, asked=run.asked())
             if ema:
                 ema.update(model, skip=skipped)
-            run.after_step(stats, lr, lambda seen=seen: data.names(torch.cat(seen)))
-        record, score = run.end_of_training_epoch() | {"lr": lr_at(epoch + 1)}, None
-        if val_loader is not None:
-            metrics = evaluate(model, val_loader, run.device, precision.autocast, predict=predict, between=run.check_stop)
-            score = metrics["top1"]
-            record |= {f"val_{k}": v for k, v in metrics.items()}
-            if ema:
-                averaged = evaluate(ema.model, val_loader, run.device, precision.autocast, predict=predict, between=run.check_stop)
-                record |= {f"val_ema_{k}": v for k, v in averaged.items()}
-        run.end_of_epoch(record, score)
-    run.finish()
-    if run.rank == 0 and val_loader is not None:
-        save_curves(run.out / "curves.png", run.out / "log.jsonl", [["train_loss", "val_loss"], ["val_top1", "val_top5"]])
-
-
-def evaluate_only(args, recipe: Recipe, paper: Recipe) -> None:
-    """--eval: accuracy of both heads and of each alone, on the validation images, ImageNet-Real's labels, other test sets."""
-    from common.evaluate import evaluate_weights
-    from common.run import Run
-
-    run = Run("deit", args, recipe, paper)
-    evaluate_weights(run, make_model, saved=("img_size", "eval_crop_ratio"), adapt=fit_resolution, predict=predict)
-
-
-def benchmark(args, recipe: Recipe, paper: Recipe) -> None:
-    """--benchmark: images/s and peak memory of training steps (without a teacher) and of inference."""
-    from common import report
-    from common.run import Run
-
-    run = Run("deit", args, recipe, paper)
-    report.benchmark(run, lambda: make_model(args, recipe, 1000), lambda model, images, labels: label_loss(model(images), labels))
+            run.after_step(stats, lr)
+        record = run.end_of_training_epoch(lr_at(epoch + 1)) | evaluate.validate(run, predict)
+        run.end_of_epoch(record, record.get("val_top1"))
+    script.finish(run, ["train_loss", "val_loss"], ["val_top1", "val_top5"])
 
 
 def main() -> None:
-    args, recipe, paper = parse_args()
-    if args.list_models:
-        for name, config in MODELS.items():
-            print(f"{name:20s} " + "  ".join(f"{k} {v}" for k, v in config.items()))
-    elif args.eval or args.eval_data:
-        evaluate_only(args, recipe, paper)
-    elif args.benchmark:
-        benchmark(args, recipe, paper)
-    else:
-        train(args, recipe, paper)
+    from common import script
+
+    script.run_script(
+        "deit", *parse_args(), MODELS, train=train, make_model=make_model,
+        adapt=fit_resolution, predict=predict, loss=lambda model, images, labels: label_loss(model(images), labels),
+    )
 
 
 if __name__ == "__main__":
     try:
         from common.run import launch
     except ModuleNotFoundError as error:
-        if not (error.name or "").startswith("common"):
-            raise
-        print("error: another package named common hides the one that lies beside deit.py; run in the folder of both", file=sys.stderr)
+        print(f"error: {error}; needed: tqdm, and our common/, not another package named common", file=sys.stderr)
         sys.exit(2)
     launch(main)

@@ -1,25 +1,22 @@
 """DeiT III: Revenge of the ViT (Touvron, Cord, Jegou; arXiv:2204.07118; thesis chapter 6).
 
 New: 3-Augment (one of greyscale, solarisation, blur), binary cross-entropy on mixed labels, LAMB, LayerScale for every
-size, simple random crop for ImageNet-21k. With that recipe a plain ViT trained on ImageNet-1k alone reaches 83.1 (ViT-B)
-and 84.2 (ViT-L) top-1 at 224 pixels after 400 epochs (Table 6.4), 85.2 (ViT-H) with low-resolution training (Table 6.6).
+size, simple random crop for ImageNet-21k. A plain ViT trained so on ImageNet-1k alone reaches 83.1 (ViT-B) and 84.2
+(ViT-L) top-1 at 224 pixels after 400 epochs (Table 6.4), 85.2 (ViT-H) with low-resolution training (Table 6.6).
 
     torchrun --nproc_per_node 8 deit3.py --model vit_b --data /imagenet        # the paper's run
     python deit3.py --model vit_nano --recipe shapes                           # minutes on two CPU cores, no download
 
-Checked here: state-dict keys and logits of the official models, the augmentation pixel by pixel, mixup and cutmix, LAMB,
-schedule and weight-decay groups against the official components' numbers (tests/). Not run here: ImageNet.
+Checked here: state-dict keys and logits of the official models, the augmentation pixel by pixel, mixup and cutmix,
+LAMB, schedule and weight-decay groups against the official components' numbers (tests/). Not run here: ImageNet.
 
 Axes: B images, N tokens, C channels, K classes, H x W pixels, p patch side, h heads.
 
 Where the official code differs from what stands here:
-- its learning rate is constant within an epoch and one epoch late; here it follows the formula at every iteration;
-- its mixup draw is one per GPU, hence depends on the number of GPUs; here it is one per `mix_group` images of the global
-  batch, whatever runs them;
-- its kept branches under stochastic depth are computed for all samples and masked; here for the kept ones only;
-- its keys' bias gets a gradient that is rounding noise (softmax cancels that bias); here it gets none;
-- simple random crop: the thesis says the crop is random along the x-axis, the code (followed here) draws both offsets: the
-  short side moves too, by the 8 pixels of the padding.
+- learning rate, mixup draw, the keys' bias: as said in deit.py;
+- stochastic depth masks a binomial number of samples there; here a fixed number is drawn, only these are computed;
+- simple random crop: the thesis says the crop is random along the x-axis, the code (followed here) draws both offsets:
+  the short side moves too, by the 8 pixels of the padding.
 """
 
 from __future__ import annotations
@@ -29,9 +26,8 @@ import math
 import random
 import sys
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -40,37 +36,37 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.transforms import v2
 
-# ---- Recipe: thesis Table 6.1, drop rates Table 6.14 -------------------------------------------------------------------
+# ---- Recipe: thesis Table 6.1, drop rates Table 6.14 -----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Recipe:
     """One column of Table 6.1. The defaults are the column ImageNet-1k."""
 
-    epochs: Annotated[int, "passes over as many images as the data set has"] = 400
-    batch_size: Annotated[int, "images per optimizer step, over all GPUs"] = 2048
+    epochs: Annotated[int, "passes over as many images as the data set has", "1 or more"] = 400
+    batch_size: Annotated[int, "images per optimizer step, over all GPUs", "1 or more"] = 2048
     optimizer: Annotated[str, "lamb, adamw or sgd", ("lamb", "adamw", "sgd")] = "lamb"
-    lr: Annotated[float, "peak learning rate, at that batch size"] = 3e-3
-    min_lr: Annotated[float, "learning rate at the end of the cosine"] = 1e-5  # official code; the thesis gives none
-    warmup_lr: Annotated[float, "learning rate at step 0"] = 1e-6  # official code; the thesis gives none
-    warmup_epochs: Annotated[int, "epochs of linear warm-up"] = 5
-    weight_decay: Annotated[float, "not on biases, norms, LayerScale, class token, position embedding"] = 0.02
-    clip_grad: Annotated[float | None, "largest norm of the whole gradient; none: no clipping"] = 1.0
-    img_size: Annotated[tuple[int, int], "training and test resolution in pixels, S or HxW"] = (224, 224)
-    repeats: Annotated[int, "repeated augmentation: times an image is taken in a row"] = 3
+    lr: Annotated[float, "peak learning rate, at that batch size", "above 0"] = 3e-3
+    min_lr: Annotated[float, "learning rate at the end of the cosine", "0 or more"] = 1e-5  # official code, as the next
+    warmup_lr: Annotated[float, "learning rate at step 0", "0 or more"] = 1e-6  # the thesis gives none
+    warmup_epochs: Annotated[int, "epochs of linear warm-up", "0 or more"] = 5
+    weight_decay: Annotated[float, "not on biases, norms, LayerScale, class token, position", "0 or more"] = 0.02
+    clip_grad: Annotated[float | None, "largest norm of the whole gradient; none: no clipping", "above 0"] = 1.0
+    img_size: Annotated[tuple[int, int], "training and test resolution in pixels, S or HxW", "1 or more"] = (224, 224)
+    repeats: Annotated[int, "repeated augmentation: times an image is taken in a row", "1 or more"] = 3
     crop: Annotated[str, "rrc (random resized crop) or src (simple random crop)", ("rrc", "src")] = "rrc"
     augment: Annotated[str, "3-augment, some of gray+solarize+blur, rand, auto, trivial or none"] = "3-augment"
-    color_jitter: Annotated[float, "strength of brightness, contrast and saturation jitter; 0: off"] = 0.3
-    mixup: Annotated[float, "alpha of mixup's Beta law; 0: off"] = 0.8
-    cutmix: Annotated[float, "alpha of cutmix's Beta law; 0: off"] = 1.0
-    mix_group: Annotated[int, "images that share one mixup or cutmix draw (a GPU's batch in the official runs)"] = 64
+    color_jitter: Annotated[float, "strength of brightness, contrast and saturation jitter; 0: off", "in [0, 1]"] = 0.3
+    mixup: Annotated[float, "alpha of mixup's Beta law; 0: off", "0 or more"] = 0.8
+    cutmix: Annotated[float, "alpha of cutmix's Beta law; 0: off", "0 or more"] = 1.0
+    mix_group: Annotated[int, "images that share one mixup or cutmix draw (officially: a GPU's)", "1 or more"] = 64
     loss: Annotated[str, "bce (on binarised mixed labels) or ce", ("bce", "ce")] = "bce"
-    smoothing: Annotated[float, "label smoothing, with ce only"] = 0.0
-    layer_scale: Annotated[float | None, "LayerScale's initial value; none: no LayerScale"] = 1e-4
-    drop_path: Annotated[float | None, "stochastic depth, the same rate in every block; unset: Table 6.14"] = None
-    trainable: Annotated[str, "all, or attention (attention, head and position embedding: section 6.3.5.1)", ("all", "attention")] = "all"
-    ema: Annotated[float, "decay of the averaged weights; 0: none"] = 0.0
-    eval_crop_ratio: Annotated[float, "share of the resized image that the test crop keeps"] = 1.0
+    smoothing: Annotated[float, "label smoothing, with ce only", "in [0, 1)"] = 0.0
+    layer_scale: Annotated[float | None, "LayerScale's initial value; none: no LayerScale", "0 or more"] = 1e-4
+    drop_path: Annotated[float | None, "stochastic depth, one rate for all; unset: Table 6.14", "in [0, 1)"] = None
+    trainable: Annotated[str, "all, or attention with head and positions (6.3.5.1)", ("all", "attention")] = "all"
+    ema: Annotated[float, "decay of the averaged weights; 0: none", "in [0, 1)"] = 0.0
+    eval_crop_ratio: Annotated[float, "share of the resized image that the test crop keeps", "in (0, 1]"] = 1.0
 
 
 RECIPES = {
@@ -81,64 +77,35 @@ RECIPES = {
     "in21k": Recipe(epochs=90, repeats=1, crop="src", mixup=0.0, loss="ce", smoothing=0.1),
     # Table 6.1, ImNet-21k finetune; 50 epochs: section 6.3.1. At 384: --img-size 384.
     "in21k_to_in1k": Recipe(epochs=50, lr=3e-4, repeats=1, crop="src", mixup=0.0, loss="ce", smoothing=0.1),
-    # Section 6.3.6: lr 1e-5, batch 512, 20 epochs, weight decay 0.1, no repeated augmentation, the rest as in chapter 3's
-    # fine-tuning (AdamW, RandAugment, mixup, cutmix, smoothing: Table 3.9). Erasing stays off, as in all of Table 6.1.
+    # Section 6.3.6; the rest as in chapter 3's fine-tuning (AdamW, RandAugment, mixup, cutmix, smoothing: Table 3.9),
+    # but no erasing, as in all of Table 6.1.
     "finetune": Recipe(
-        epochs=20,
-        batch_size=512,
-        optimizer="adamw",
-        lr=1e-5,
-        weight_decay=0.1,
-        clip_grad=None,
-        repeats=1,
-        augment="rand",
-        loss="ce",
-        smoothing=0.1,
+        epochs=20, batch_size=512, optimizer="adamw", lr=1e-5, weight_decay=0.1, clip_grad=None, repeats=1,
+        augment="rand", loss="ce", smoothing=0.1,
     ),
-    # Section 6.3.5 gives no numbers; CaiT's rule (section 3.7.1.3): the training recipe, learning rate / 10 (Cars, Flowers,
-    # iNaturalist) or / 100 (CIFAR), 1000 epochs (360 on iNaturalist). Flowers: --trainable attention.
+    # Section 6.3.5 gives no numbers; CaiT's rule (section 3.7.1.3): the training recipe, learning rate / 10 (Cars,
+    # Flowers, iNaturalist) or / 100 (CIFAR), 1000 epochs (360 on iNaturalist). Flowers: --trainable attention.
     "transfer": Recipe(epochs=1000, lr=3e-4, min_lr=1e-6),
     # Not of the thesis: the built-in data set in minutes on two CPU cores.
     "shapes": Recipe(
-        epochs=6,
-        batch_size=64,
-        lr=1e-2,
-        warmup_epochs=1,
-        img_size=(48, 48),
-        repeats=1,
-        crop="src",
-        mixup=0.0,
-        cutmix=0.0,
-        mix_group=8,
-        loss="ce",
-        smoothing=0.1,
-        layer_scale=1.0,
+        epochs=6, batch_size=64, lr=1e-2, warmup_epochs=1, img_size=(48, 48), repeats=1, crop="src", mixup=0.0,
+        cutmix=0.0, mix_group=8, loss="ce", smoothing=0.1, layer_scale=1.0,
     ),
 }
 TRANSFER = {  # data set: what `transfer` changes for it
-    "cifar10": dict(lr=3e-5),
-    "cifar100": dict(lr=3e-5),
-    "inat2018": dict(epochs=360),
-    "inat2019": dict(epochs=360),
+    "cifar10": dict(lr=3e-5), "cifar100": dict(lr=3e-5), "inat2018": dict(epochs=360), "inat2019": dict(epochs=360),
 }
-DROP_PATH = {  # Table 6.14: (400 epochs of ImageNet-1k, 90 epochs of ImageNet-21k)
-    "vit_ti": (0.0, 0.0),
-    "vit_s": (0.0, 0.0),
-    "vit_m": (0.0, 0.0),  # not in the table: the rate of its neighbour ViT-S
-    "vit_b": (0.1, 0.1),
-    "vit_l": (0.4, 0.3),
-    "vit_h": (0.5, 0.5),
-    "vit_h52": (0.5, 0.5),  # not in the table: the rate of ViT-H
-    "vit_h26x2": (0.5, 0.5),  # not in the table: the rate of ViT-H
-    "vit_nano": (0.0, 0.0),
+DROP_PATH = {  # Table 6.14: (400 epochs of ImageNet-1k, 90 epochs of ImageNet-21k); M, H-52, H-26x2 are not in it
+    "vit_ti": (0.0, 0.0), "vit_s": (0.0, 0.0), "vit_m": (0.0, 0.0), "vit_b": (0.1, 0.1), "vit_l": (0.4, 0.3),
+    "vit_h": (0.5, 0.5), "vit_h52": (0.5, 0.5), "vit_h26x2": (0.5, 0.5), "vit_nano": (0.0, 0.0),
 }
 
 
 def paper_recipe(name: str, model: str, *, epochs: int | None = None, data: str = "") -> Recipe:
-    """The recipe's row completed for a model, a number of epochs and, for `transfer`, a data set.
+    """The recipe's row completed for a model, a number of epochs that is asked for and, for `transfer`, a data set.
 
-    Longer schedules (section 6.4): on ImageNet-1k weight decay 0.05 beyond 400 epochs and drop rate + 0.05 for every 200
-    more; on ImageNet-21k drop rate + 0.05 for the 240 epochs of Table 6.5.
+    Longer schedules (section 6.4): on ImageNet-1k weight decay 0.05 beyond 400 epochs and drop rate + 0.05 for every
+    200 more; on ImageNet-21k drop rate + 0.05 for the 240 epochs of Table 6.5.
     """
     recipe = RECIPES[name]
     if name == "transfer":
@@ -149,10 +116,10 @@ def paper_recipe(name: str, model: str, *, epochs: int | None = None, data: str 
         recipe = dataclasses.replace(recipe, weight_decay=0.05)
     if name == "in21k" and epochs is not None and epochs >= 240:
         drop_path += 0.05
-    return dataclasses.replace(recipe, epochs=epochs or recipe.epochs, drop_path=round(drop_path, 4))
+    return dataclasses.replace(recipe, drop_path=round(drop_path, 4))
 
 
-# ---- Architecture: thesis section 6.2; sizes: Tables 6.14 and 6.6 ------------------------------------------------------
+# ---- Architecture: thesis section 6.2; sizes: Tables 6.14 and 6.6 ----------------------------------------------------
 
 MODELS = {
     "vit_ti": dict(dim=192, depth=12, heads=3, patch=16),
@@ -169,7 +136,7 @@ MODELS = {
 
 # Copied from deit.py
 class PatchEmbed(nn.Module):
-    """Images (B, 3, H, W) -> tokens (B, H/p * W/p, C): a p x p convolution of stride p, computed as one matrix product."""
+    """Images (B, 3, H, W) -> tokens (B, H/p * W/p, C): a p x p convolution of stride p, as one matrix product."""
 
     def __init__(self, dim: int, patch: int):
         super().__init__()
@@ -195,8 +162,8 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         B, N, C = x.shape
-        # Softmax cancels the keys' bias: its gradient is rounding noise, which Adam and LAMB would blow up to full steps
-        # (and make the result depend on how the batch is cut). It keeps its value and gets no gradient.
+        # Softmax cancels the keys' bias: its gradient is rounding noise, which Adam and LAMB would blow up to full
+        # steps (and make the result depend on how the batch is cut). It keeps its value and gets no gradient.
         bias = torch.cat([self.qkv.bias[:C], self.qkv.bias[C : 2 * C].detach(), self.qkv.bias[2 * C :]])
         qkv = F.linear(x, self.qkv.weight, bias).reshape(B, N, 3, self.heads, C // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, h, N, C/h)
@@ -218,62 +185,63 @@ class MLP(nn.Module):
 
 
 # Copied from cait.py
-@torch.compiler.disable
 def kept_samples(batch: int, drop_rate: float, device: torch.device) -> tuple[torch.Tensor, float]:
-    """Stochastic depth's draw: (indices of the samples that keep the branch, factor on their branch).
-
-    Drawn on the CPU generator: the count is then known to the host and a GPU never has to be waited for.
-    If no sample keeps it, sample 0 is returned with factor 0, so that every parameter still gets its (zero) gradient.
-    """
-    kept = (torch.rand(batch) >= drop_rate).nonzero().flatten()
-    if len(kept) == 0:
-        return torch.zeros(1, dtype=torch.long, device=device), 0.0
-    if device.type == "cuda":
-        kept = kept.pin_memory().to(device, non_blocking=True)
-    return kept, 1 / (1 - drop_rate)
+    """Stochastic depth's draw: (indices of the samples that keep the branch, factor on it). Always round(batch (1 -
+    drop_rate)) of them and at least 1: static shapes, no host waits for a GPU. Each is kept with the same probability,
+    whose inverse is the factor: the expectation is the usual law's."""
+    kept = max(1, round(batch * (1 - drop_rate)))
+    return torch.rand(batch, device=device).topk(kept).indices, batch / kept
 
 
-# Adapted from deit.py: LayerScale, parallel branches, stochastic depth on the kept samples only; no dropout
+def layer_scale(dim: int, value: float | None) -> nn.Parameter | None:
+    """LayerScale's diagonal (thesis Eq. 3.7) at its start; None: no LayerScale."""
+    return None if value is None else nn.Parameter(torch.full((dim,), value))
+
+
+# Adapted from deit.py: LayerScale, stochastic depth on the kept samples only; no dropout
 class Block(nn.Module):
-    """Pre-norm transformer block with LayerScale (thesis Eq. 3.7) and stochastic depth, (B, N, C) -> (B, N, C).
+    """Pre-norm transformer block with LayerScale (gamma) and stochastic depth, (B, N, C) -> (B, N, C)."""
 
-    `branches=2` puts two attentions, then two MLPs, in parallel (ViT-H-26x2 of Table 6.6).
-    Attribute names are the official checkpoints': gamma_1 scales attn, gamma_2 mlp; norm11, attn1, gamma_1_1 (norm21, ...)
-    are the second parallel branch.
-    """
-
-    def __init__(self, dim: int, heads: int, branches: int, layer_scale: float | None, drop_path: float):
+    def __init__(self, dim: int, heads: int, scale: float | None, drop_path: float):
         super().__init__()
-        self.drop_path, self.branches = drop_path, branches
-        names = ("", "1")[:branches]
-        for which in ("1", "2"):
-            for i in names:
-                gamma = None if layer_scale is None else nn.Parameter(torch.full((dim,), layer_scale))
-                self.register_parameter(f"gamma_{which}" + ("_1" if i else ""), gamma)
-        for which, layer in (("1", "attn"), ("2", "mlp")):
-            for i in names:
-                self.add_module(f"norm{which}{i}", nn.LayerNorm(dim, eps=1e-6))
-            for i in names:
-                self.add_module(f"{layer}{i}", Attention(dim, heads) if layer == "attn" else MLP(dim))
+        self.drop_path = drop_path
+        self.gamma_1, self.gamma_2 = (layer_scale(dim, scale) for _ in range(2))
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = MLP(dim)
 
-    def add(self, total: torch.Tensor, x: torch.Tensor, norm: nn.Module, layer: nn.Module, gamma: torch.Tensor | None) -> torch.Tensor:
+    def add(self, total: torch.Tensor, x: torch.Tensor, norm: nn.Module, layer: nn.Module, gamma) -> torch.Tensor:
         """total + gamma * layer(norm(x)), the branch computed only for the samples that stochastic depth keeps."""
-        if not self.training or self.drop_path == 0:
-            branch = layer(norm(x))
-            return total + (branch if gamma is None else gamma * branch)
-        kept, factor = kept_samples(len(x), self.drop_path, x.device)
-        branch = layer(norm(x[kept]))
-        branch = branch if gamma is None else gamma * branch
-        return total.index_add(0, kept, branch.to(total.dtype), alpha=factor)
+        dropping = self.training and self.drop_path > 0
+        if dropping:
+            kept, factor = kept_samples(len(x), self.drop_path, x.device)
+            x = x[kept]
+        branch = layer(norm(x)) if gamma is None else gamma * layer(norm(x))
+        return total.index_add(0, kept, branch.to(total.dtype), alpha=factor) if dropping else total + branch
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.add(x, x, self.norm1, self.attn, self.gamma_1)
+        return self.add(x, x, self.norm2, self.mlp, self.gamma_2)
+
+
+class ParallelBlock(Block):
+    """Two attentions, then two MLPs, side by side (ViT-H-26x2 of Table 6.6); official names, in the official order."""
+
+    def __init__(self, dim: int, heads: int, scale: float | None, drop_path: float):
+        nn.Module.__init__(self)
+        self.drop_path = drop_path
+        self.gamma_1, self.gamma_1_1, self.gamma_2, self.gamma_2_1 = (layer_scale(dim, scale) for _ in range(4))
+        self.norm1, self.norm11 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
+        self.attn, self.attn1 = Attention(dim, heads), Attention(dim, heads)
+        self.norm2, self.norm21 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
+        self.mlp, self.mlp1 = MLP(dim), MLP(dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.add(x, x, self.norm1, self.attn, self.gamma_1)
-        if self.branches == 2:
-            y = self.add(y, x, self.norm11, self.attn1, self.gamma_1_1)
+        y = self.add(y, x, self.norm11, self.attn1, self.gamma_1_1)
         z = self.add(y, y, self.norm2, self.mlp, self.gamma_2)
-        if self.branches == 2:
-            z = self.add(z, y, self.norm21, self.mlp1, self.gamma_2_1)
-        return z
+        return self.add(z, y, self.norm21, self.mlp1, self.gamma_2_1)
 
 
 # Adapted from deit.py: position embedding of the patches only, no distillation token
@@ -281,25 +249,16 @@ class ViT(nn.Module):
     """Vision transformer: images (B, 3, H, W) -> logits (B, K). The position embedding covers the patches only."""
 
     def __init__(
-        self,
-        dim: int,
-        *,
-        depth: int,
-        heads: int,
-        patch: int,
-        branches: int = 1,
-        num_classes: int,
-        img_size: tuple[int, int],
-        layer_scale: float | None,
-        drop_path: float,
+        self, dim: int, *, depth: int, heads: int, patch: int, branches: int = 1, num_classes: int,
+        img_size: tuple[int, int], layer_scale: float | None, drop_path: float,
     ):
         super().__init__()
-        self.grid = (img_size[0] // patch, img_size[1] // patch)
-        self.grad_checkpoint = False
+        self.grid, self.grad_checkpoint = (img_size[0] // patch, img_size[1] // patch), False
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.grid[0] * self.grid[1], dim))
         self.patch_embed = PatchEmbed(dim, patch)
-        self.blocks = nn.ModuleList(Block(dim, heads, branches, layer_scale, drop_path) for _ in range(depth))
+        block = ParallelBlock if branches == 2 else Block
+        self.blocks = nn.ModuleList(block(dim, heads, layer_scale, drop_path) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, num_classes)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
@@ -322,10 +281,7 @@ class ViT(nn.Module):
 
 
 def build_model(
-    name: str,
-    num_classes: int = 1000,
-    img_size: int | tuple[int, int] | None = None,
-    drop_path: float | None = None,
+    name: str, num_classes: int = 1000, img_size: int | tuple[int, int] | None = None, drop_path: float | None = None,
     layer_scale: float | None = 1e-4,
 ) -> nn.Module:
     """A fresh model: a row of MODELS, or "torchvision/NAME" (then only num_classes is used).
@@ -343,21 +299,21 @@ def build_model(
 
 # Copied from deit.py
 def whole_patches(img_size: int | tuple[int, int], patch: int, name: str) -> tuple[int, int]:
-    """(H, W) of an image size S or (H, W); ValueError with the nearest good ones unless it is a multiple of the patch."""
+    """(H, W) of an image size S or (H, W); ValueError with the nearest good ones if patches do not fill it."""
     size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
     if any(s < patch or s % patch for s in size):
         near = " or ".join("x".join(str(max(patch, (s // patch + up) * patch)) for s in size) for up in (0, 1))
-        raise ValueError(f"image size {size[0]}x{size[1]} is not a multiple of {name}'s patch of {patch}; the nearest are {near}")
+        given = f"image size {size[0]}x{size[1]} is not a multiple of {name}'s patch of {patch}"
+        raise ValueError(f"{given}; the nearest are {near}")
     return size
 
 
 # Copied from deit.py
-def resize_pos_embed(pos_embed: torch.Tensor, grid: tuple[int, int], *, old_grid: tuple[int, int] | None = None) -> torch.Tensor:
-    """Position embedding (1, prefix + N, C) for another grid: bicubic (a = -0.75), no antialiasing, prefix tokens untouched.
-
-    old_grid: None for a square one. Section 3.3 says bicubic because it about keeps the vectors' norm. Computed in float32
-    or wider. Unchanged if the grids are equal.
-    """
+def resize_pos_embed(
+    pos_embed: torch.Tensor, grid: tuple[int, int], *, old_grid: tuple[int, int] | None = None
+) -> torch.Tensor:
+    """Position embedding (1, prefix + N, C) for another grid than the old one (None: a square): bicubic (a = -0.75),
+    which about keeps the vectors' norm (section 3.3), not antialiased, in float32 or wider; prefix tokens stay."""
     tokens = pos_embed.shape[1]
     side = math.isqrt(tokens)
     old_grid = old_grid or (side, side)
@@ -387,10 +343,18 @@ def fit_resolution(model: nn.Module, state: dict[str, torch.Tensor], content: di
     state["pos_embed"] = resized
 
 
-# ---- Augmentation: section 6.2.2, 6.2.3 --------------------------------------------------------------------------------
-#
-# A loader process decodes, crops and resizes; flip, 3-Augment, colour jitter, normalisation and mixing run on the device,
-# a batch at a time, with parameters that the loader drew for each image.
+# ---- Loss: section 6.2.1; the other one is F.cross_entropy, which takes soft targets ---------------------------------
+
+
+def bce_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Binary cross-entropy, mean over B and K; every class with a share in the mixed image counts fully."""
+    return F.binary_cross_entropy_with_logits(logits, (targets > 0).to(logits.dtype))
+
+
+LOSSES = {"bce": bce_loss, "ce": F.cross_entropy}  # both take soft targets (B, K)
+
+
+# ---- Augmentation: section 6.2.2, 6.2.3 ------------------------------------------------------------------------------
 
 ORDERS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))  # of brightness, contrast, saturation
 CHOICES = ("gray", "solarize", "blur")
@@ -398,97 +362,84 @@ CHOICES = ("gray", "solarize", "blur")
 
 # Copied from deit.py
 def random_resized_crop(height: int, width: int, rng: random.Random) -> tuple[int, int, int, int]:
-    """(top, left, crop height, crop width): area 8-100% of the image, aspect 3/4..4/3 (log-uniform), ten attempts.
-
-    If none fits: the central crop with the aspect ratio clamped to that range.
-    """
+    """(top, left, crop height, crop width): area 8-100% of the image, aspect 3/4..4/3 (log-uniform), ten attempts; if
+    none fits, the central crop with the aspect ratio clamped to that range."""
     for _ in range(10):
         area = rng.uniform(0.08, 1.0) * height * width
         aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
         crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < crop_width <= width and 0 < crop_height <= height:
             return rng.randint(0, height - crop_height), rng.randint(0, width - crop_width), crop_height, crop_width
-    crop_height, crop_width = height, width
-    if width / height < 3 / 4:
-        crop_height = min(height, max(1, round(width / (3 / 4))))
-    elif width / height > 4 / 3:
-        crop_width = min(width, max(1, round(height * (4 / 3))))
+    crop_height, crop_width = min(height, round(width / (3 / 4))), min(width, round(height * (4 / 3)))
     return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 
 
 def simple_random_crop(image: torch.Tensor, size: tuple[int, int], rng: random.Random) -> torch.Tensor:
-    """uint8 (3, H, W) -> (3, *size): resize so that the image just covers `size`, reflect-pad 4 pixels, crop at random."""
+    """uint8 (3, H, W) -> (3, *size): resize to just cover `size`, reflect-pad 4 pixels, crop at random."""
     from common.images import resize_to_cover
 
-    image = resize_to_cover(image, size)
-    height, width = image.shape[1:]
-    top, left = rng.randint(0, height + 8 - size[0]), rng.randint(0, width + 8 - size[1])
-    rows = _reflect(torch.arange(top - 4, top - 4 + size[0]), height)
-    columns = _reflect(torch.arange(left - 4, left - 4 + size[1]), width)
-    return image.permute(1, 2, 0)[rows][:, columns].permute(2, 0, 1)
-
-
-def _reflect(index: torch.Tensor, length: int) -> torch.Tensor:
-    """Indices outside 0..length-1 mirrored at the edge pixels, which are not repeated."""
-    if length == 1:
-        return torch.zeros_like(index)
-    index = index.abs() % (2 * (length - 1))
-    return torch.minimum(index, 2 * (length - 1) - index)
+    image, windows = resize_to_cover(image, size), []
+    for length, side in zip(image.shape[1:], size):
+        at = (torch.arange(side) + rng.randint(0, length + 8 - side) - 4).abs() % max(1, 2 * (length - 1))
+        windows.append(torch.minimum(at, 2 * (length - 1) - at))  # mirrored at the edge pixels, which are not repeated
+    return image.permute(1, 2, 0)[windows[0]][:, windows[1]].permute(2, 0, 1)
 
 
 # Adapted from deit.py: simple random crop, 3-Augment; no erasing
 class TrainTransform:
-    """The loader's part of the augmentation.
+    """A loader process' part: decoding, cropping and all draws; the rest runs on the device, a batch at a time.
 
     (uint8 image (3, H, W), rng) -> (uint8 (3, *img_size), parameters for `augment`: flip, choice (0 none, 1 gray,
     2 solarize, 3 blur), blur radius, factors of brightness, contrast and saturation, index into ORDERS).
     """
 
     def __init__(self, recipe: Recipe):
-        self.size, self.crop, self.jitter, self.policy = recipe.img_size, recipe.crop, recipe.color_jitter, recipe.augment
+        self.size, self.crop = recipe.img_size, recipe.crop
+        self.jitter, self.policy = recipe.color_jitter, recipe.augment
         names = "+".join(CHOICES) if self.policy == "3-augment" else self.policy
         self.choices = [CHOICES.index(n) + 1 for n in names.split("+") if n in CHOICES]
-        self.learned = v2.AutoAugment() if self.policy == "auto" else v2.TrivialAugmentWide() if self.policy == "trivial" else None
+        self.learned = {"auto": v2.AutoAugment(), "trivial": v2.TrivialAugmentWide()}.get(self.policy)
 
     def __call__(self, image: torch.Tensor, rng: random.Random) -> tuple[torch.Tensor, tuple[float, ...]]:
-        from common.images import from_pil, resize, to_pil
+        from common import images
 
         if self.crop == "rrc":
             top, left, height, width = random_resized_crop(*image.shape[1:], rng)
-            image = resize(image[:, top : top + height, left : left + width], self.size)
+            image = images.resize(image[:, top : top + height, left : left + width], self.size)
         else:
             image = simple_random_crop(image, self.size, rng)
         flip, choice, radius, factors, order = float(rng.random() < 0.5), 0, 0.0, (1.0, 1.0, 1.0), 0
         if self.policy == "rand":
-            image = from_pil(rand_augment(to_pil(image), rng))
+            image = images.from_pil(rand_augment(images.to_pil(image), rng))
         elif self.learned:  # torchvision's policies draw from torch's global generator: seed it for this image
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(rng.getrandbits(63))
                 image = self.learned(image)
         elif self.choices:
             choice, radius = rng.choice(self.choices), rng.uniform(0.1, 2.0)
-        if self.jitter and not (self.learned or self.policy == "rand"):  # as in the official code, no jitter on top of these
+        if self.jitter and not (self.learned or self.policy == "rand"):  # none on top of these, as officially
             factors = tuple(rng.uniform(1 - self.jitter, 1 + self.jitter) for _ in range(3))
             order = rng.randrange(len(ORDERS))
         return image, (flip, choice, radius, *factors, order)
 
 
+def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """On the device, without waiting for the copy."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
 def augment(images: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
     """The device's part: uint8 (B, 3, H, W), parameters (B, 7) of TrainTransform -> float32 with whole values 0..255.
 
-    Flip, one of the three augmentations, colour jitter, rounded at each step as PIL does, hence equal to the official
-    pipeline on 8-bit images. `parameters` stays on the host, where the draws are known without waiting for the device.
+    Flip, one of the three augmentations, colour jitter, rounded at each step as PIL does: equal to the official
+    pipeline on 8-bit images. `parameters` stays on the host, where the draws are known without waiting.
     """
-
     if not images.is_cuda and len(images) > (chunk := max(1, 2**18 // images[0].numel())):  # what fits a core's cache
         pieces = zip(images.split(chunk), parameters.split(chunk))
         return torch.cat([augment(*piece) for piece in pieces])
 
-    def to_device(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.pin_memory().to(images.device, non_blocking=True) if images.is_cuda else tensor
-
-    flip, choice, radius = parameters[:, 0], parameters[:, 1], parameters[:, 2]
-    on_device = to_device(parameters)
+    flip, choice, radius, device = parameters[:, 0], parameters[:, 1], parameters[:, 2], images.device
+    on_device = moved(parameters, device)
     x = images.contiguous()  # planes: several times faster below than the loader's interleaved colours
     x = torch.where(on_device[:, 0].view(-1, 1, 1, 1) > 0, x.flip(-1), x).float() if flip.any() else x.float()
     for number, change in ((1, luma), (2, solarize)):
@@ -496,11 +447,11 @@ def augment(images: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
             x = torch.where(on_device[:, 1].view(-1, 1, 1, 1) == number, change(x), x)
     blurred = (choice == 3).nonzero().flatten()
     if len(blurred):
-        where = to_device(blurred)
+        where = moved(blurred, device)
         blur = gaussian_blur if images.is_cuda else gaussian_blur_by_pil
         x = x.index_copy(0, where, blur(x[where], radius[blurred]))
     if (parameters[:, 3:6] != 1).any():
-        order = to_device(torch.tensor(ORDERS)[parameters[:, 6].long()])
+        order = moved(torch.tensor(ORDERS)[parameters[:, 6].long()], device)
         x = color_jitter(x, on_device[:, 3:6], order)
     return x
 
@@ -517,21 +468,17 @@ def solarize(x: torch.Tensor) -> torch.Tensor:
 
 
 def gaussian_blur(x: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
-    """PIL's GaussianBlur of each image with its own radius (host tensor (B,), at most 2 pixels): three box blurs per axis.
-
-    Not a true Gaussian kernel: a box of fractional width whose three-fold convolution has that standard deviation.
-    """
+    """PIL's GaussianBlur of each image with its own radius (host tensor (B,), at most 2 pixels): per axis three box
+    blurs of fractional width, which together have that standard deviation."""
     variance = radius.double() ** 2 / 3
     whole = ((torch.sqrt(12 * variance + 1) - 1) / 2).floor()
     box = whole + (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
     box, reach = box.float(), box.floor()
-    inner = (2**24 / (2 * box + 1)).floor().double()  # weights in units of 2^-24: PIL's integers, from its float32 division
+    inner = (2**24 / (2 * box + 1)).floor().double()  # units of 2^-24: PIL's integers, from its float32 division
     outer = ((2**24 - (2 * reach + 1) * inner) / 2).floor()
     # Weights of distance 0, 1 and 2: full inside the reach, `outer` just beyond it.
     weights = [torch.where(reach >= d, inner, torch.where(reach + 1 == d, outer, 0.0)) / 2**24 for d in (0, 1, 2)]
-    weights = torch.stack(weights)
-    weights = weights.pin_memory().to(x.device, non_blocking=True) if x.is_cuda else weights
-    w0, w1, w2 = weights.view(3, -1, 1, 1, 1)
+    w0, w1, w2 = moved(torch.stack(weights), x.device).view(3, -1, 1, 1, 1)
     x = x.double()  # float32 would round the products, and with them every tie, another way than PIL's integers
     for axis in (3, 2):
         n = x.shape[axis]
@@ -546,14 +493,15 @@ def gaussian_blur(x: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
 def gaussian_blur_by_pil(x: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
     """The same by PIL itself, which a CPU does five times faster."""
     pixels = x.to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    blurred = [np.array(Image.fromarray(p).filter(ImageFilter.GaussianBlur(r))) for p, r in zip(pixels, radius.tolist())]
-    return torch.from_numpy(np.stack(blurred)).permute(0, 3, 1, 2).float()
+    images = [Image.fromarray(p).filter(ImageFilter.GaussianBlur(r)) for p, r in zip(pixels, radius.tolist())]
+    return torch.stack([v2.functional.pil_to_tensor(image) for image in images]).float()
 
 
 def color_jitter(x: torch.Tensor, factors: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """Brightness, contrast and saturation by `factors` (B, 3), each image in its own `order` (B, 3) of 0, 1, 2.
 
-    Each is PIL's blend of the image with black, with its mean grey, or with its grey version, truncated to whole values.
+    Each is PIL's blend of the image with black, with its mean grey, or with its grey version, truncated to whole
+    values.
     """
     for step in range(3):
         which = order[:, step].view(-1, 1, 1, 1)
@@ -572,7 +520,7 @@ FILL = (124, 116, 104)  # round(255 * ImageNet mean)
 # Copied from deit.py
 def rand_augment(image: Image.Image, rng: random.Random) -> Image.Image:
     """RandAugment as DeiT uses it (timm's rand-m9-mstd0.5-inc1): two draws from 15 operations, each applied with
-    probability 0.5 at magnitude N(9, 0.5) clipped to 0..10. Used by `finetune` and the ablations of Tables 6.3-6.5."""
+    probability 0.5 at magnitude N(9, 0.5) clipped to 0..10."""
     for _ in range(2):
         operation = rng.choice(OPERATIONS)
         if rng.random() <= 0.5:
@@ -582,7 +530,10 @@ def rand_augment(image: Image.Image, rng: random.Random) -> Image.Image:
 
 
 # Copied from deit.py
-OPERATIONS = ("AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd", "Color", "Contrast", "Brightness", "Sharpness", "ShearX", "ShearY", "TranslateX", "TranslateY")  # fmt: skip
+OPERATIONS = (
+    "AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd", "Color", "Contrast",
+    "Brightness", "Sharpness", "ShearX", "ShearY", "TranslateX", "TranslateY",
+)
 
 
 # Copied from deit.py
@@ -592,14 +543,10 @@ def apply_operation(image: Image.Image, operation: str, level: float, sign: int)
     def affine(*matrix: float) -> Image.Image:
         return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=FILL)
 
-    if operation == "AutoContrast":
-        return ImageOps.autocontrast(image)
-    if operation == "Equalize":
-        return ImageOps.equalize(image)
-    if operation == "Invert":
-        return ImageOps.invert(image)
-    if operation == "Rotate":
-        return image.rotate(sign * 30 * level, Image.Resampling.BICUBIC, fillcolor=FILL)
+    if operation in ("AutoContrast", "Equalize", "Invert"):
+        return getattr(ImageOps, operation.lower())(image)
+    if operation in ("Color", "Contrast", "Brightness", "Sharpness"):
+        return getattr(ImageEnhance, operation)(image).enhance(1 + sign * 0.9 * level)
     if operation == "Posterize":
         bits = 4 - int(4 * level)
         return ImageOps.posterize(image, bits) if bits else Image.new("RGB", image.size)  # recent Pillow refuses 0 bits
@@ -608,8 +555,8 @@ def apply_operation(image: Image.Image, operation: str, level: float, sign: int)
     if operation == "SolarizeAdd":
         add = int(110 * level)
         return image.point([min(255, v + add) if v < 128 else v for v in range(256)] * 3)
-    if operation in ("Color", "Contrast", "Brightness", "Sharpness"):
-        return getattr(ImageEnhance, operation)(image).enhance(1 + sign * 0.9 * level)
+    if operation == "Rotate":
+        return image.rotate(sign * 30 * level, Image.Resampling.BICUBIC, fillcolor=FILL)
     if operation == "ShearX":
         return affine(1, sign * 0.3 * level, 0, 0, 1, 0)
     if operation == "ShearY":
@@ -620,9 +567,8 @@ def apply_operation(image: Image.Image, operation: str, level: float, sign: int)
 
 
 # Copied from deit.py
-@dataclass(frozen=True)
-class Mix:
-    """One draw: share `lam` of the image itself, and cutmix's box (None: mixup) as (top, bottom, left, right) pixels."""
+class Mix(NamedTuple):
+    """One draw: the image's own share `lam`, and cutmix's box (top, bottom, left, right) in pixels (None: mixup)."""
 
     lam: float
     box: tuple[int, int, int, int] | None = None
@@ -644,12 +590,11 @@ def draw_mix(recipe: Recipe, rng: random.Random) -> Mix:
 
 # Copied from deit.py
 def cutmix_box(lam: float, height: int, width: int, cy: int, cx: int) -> Mix:
-    """Box of about (1 - lam) of the area around (cy, cx), clipped to the image; lam becomes what the clipped box leaves.
-
-    An odd side loses a pixel, as in the official code.
-    """
+    """Box of about (1 - lam) of the area around (cy, cx), clipped to the image; lam becomes what the clipped box
+    leaves. An odd side loses a pixel, as in the official code."""
     half_h, half_w = int(height * math.sqrt(1 - lam)) // 2, int(width * math.sqrt(1 - lam)) // 2
-    top, bottom, left, right = max(cy - half_h, 0), min(cy + half_h, height), max(cx - half_w, 0), min(cx + half_w, width)
+    top, bottom = max(cy - half_h, 0), min(cy + half_h, height)
+    left, right = max(cx - half_w, 0), min(cx + half_w, width)
     return Mix(1 - (bottom - top) * (right - left) / (height * width), (top, bottom, left, right))
 
 
@@ -677,40 +622,25 @@ def mix_targets(labels: torch.Tensor, mixes: list[Mix], num_classes: int, smooth
     return torch.cat([t * mix.lam + t.flip(0) * (1 - mix.lam) for t, mix in zip(targets.chunk(len(mixes)), mixes)])
 
 
-# ---- Loss: section 6.2.1; the other one is F.cross_entropy, which takes soft targets -----------------------------------
-
-
-def bce_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Binary cross-entropy, mean over B and K; every class with a share in the mixed image counts fully, whatever its lam."""
-    return F.binary_cross_entropy_with_logits(logits, (targets > 0).to(logits.dtype))
-
-
-# ---- Training: the only user of common ---------------------------------------------------------------------------------
+# ---- Training: the only user of common -------------------------------------------------------------------------------
 
 
 def parse_args(argv: list[str] | None = None):
     """(arguments, the recipe with the flags given, the paper's recipe)."""
     from common import cli
 
-    parser = cli.make_parser("deit3", __doc__, Recipe, RECIPES, model="vit_b", recipe="in1k")
-    parser.add_argument(
-        "--grad-checkpoint", action="store_true", help="recompute activations in the backward pass: less memory for one more forward pass"
-    )
-    args = parser.parse_args(argv)
-    cli.check_names(args, MODELS, RECIPES)
+    parser = cli.make_parser("deit3", __doc__, Recipe, RECIPES, model="vit_b", recipe="in1k", grad_checkpoint=True)
+    args = cli.parse(parser, argv, [*MODELS, "torchvision/NAME"], RECIPES)
     paper = paper_recipe(args.recipe, args.model, epochs=args.epochs, data=args.data or "")
     recipe = cli.override(paper, args)
-    cli.check_recipe(recipe)
     if not set(recipe.augment.split("+")) <= set(CHOICES):
         cli.check_choice("--augment", recipe.augment, ("3-augment", "rand", "auto", "trivial", "none", *CHOICES))
     if recipe.loss == "bce" and recipe.smoothing:
-        raise cli.UserError(
-            "--smoothing: binary cross-entropy counts every class with a share, smoothing would switch all of them on; use --smoothing 0 or --loss ce"
-        )
+        reason = "binary cross-entropy counts every class with a share, smoothing would switch all of them on"
+        raise cli.UserError(f"--smoothing: {reason}; use --smoothing 0 or --loss ce")
     if args.model not in MODELS:
-        cli.refuse(args, ("drop_path", "layer_scale", "trainable"), "not for torchvision's models; leave it out")
-    papers_epochs = paper_recipe(args.recipe, args.model, data=args.data or "").epochs
-    return args, recipe, dataclasses.replace(paper, epochs=papers_epochs)
+        cli.refuse(args, ("drop_path", "layer_scale", "trainable", "grad_checkpoint"), "not for torchvision's models")
+    return args, recipe, paper
 
 
 def make_model(args, recipe: Recipe, num_classes: int) -> nn.Module:
@@ -721,141 +651,69 @@ def make_model(args, recipe: Recipe, num_classes: int) -> nn.Module:
         model = build_model(args.model, num_classes, recipe.img_size, recipe.drop_path, recipe.layer_scale)
     except ValueError as error:
         raise UserError(f"--img-size: {error}") from None
-    if args.grad_checkpoint:
-        if not isinstance(model, ViT):
-            raise UserError(f"--grad-checkpoint: not for {args.model}")
-        model.grad_checkpoint = True
+    model.grad_checkpoint = args.grad_checkpoint
     if recipe.trainable == "attention":
         for name, parameter in model.named_parameters():
             parameter.requires_grad = ".attn" in name or name.startswith("head.") or name == "pos_embed"
     return model
 
 
-def train(args, recipe: Recipe, paper: Recipe) -> None:
-    """The whole run: data, model, loop, evaluation after every epoch."""
-    from common.checkpoint import load_pretrained
-    from common.data import TrainingData
-    from common.evaluate import eval_loader, evaluate, normalize
-    from common.models import on_meta
-    from common.optim import EMA, cosine_lr, make_optimizer
-    from common.precision import Precision, check_amp
-    from common.report import describe, save_curves, show_batch
-    from common.run import Run
+def train(run) -> None:
+    """The loop; what it starts from (data, network, what was saved) is common.script.set_up's."""
+    from common import evaluate, script
+    from common.optim import cosine_lr
 
-    run = Run("deit3", args, recipe, paper)
-    check_amp(run.amp, run.device)
-    on_meta(lambda: make_model(args, recipe, 2))  # a size that does not fit is told before the data is scanned
-    data = TrainingData(run, recipe, TrainTransform(recipe))
-    num_classes = len(data.classes)
+    recipe, criterion = run.recipe, LOSSES[run.recipe.loss]
 
-    torch.manual_seed(args.seed)
-    model = make_model(args, recipe, num_classes)
-    if args.weights:
-        load_pretrained(model, args, run.method, new_head=True, say=run.say, adapt=fit_resolution)
-    model.to(run.device)
-    optimizer = make_optimizer(recipe.optimizer, model, recipe.lr, recipe.weight_decay)
-    precision = Precision(run.amp, run.device, accumulation=data.accumulation, clip_grad=recipe.clip_grad)
-    ema = EMA(model, recipe.ema) if recipe.ema else None
-    criterion = bce_loss if recipe.loss == "bce" else F.cross_entropy
+    def prepare(batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(images before mixing, images as the network sees them, soft targets) on the device."""
+        mixes = [draw_mix(recipe, run.rng("mix", group)) for group in batch.groups]
+        images = evaluate.normalize(augment(batch.images, batch.parameters))
+        targets = mix_targets(batch.labels, mixes, run.num_classes, recipe.smoothing)
+        return images, mix_images(images, mixes), targets
 
     def lr_at(epochs: float) -> float:
         return cosine_lr(epochs, recipe.epochs, recipe.warmup_epochs, recipe.lr, recipe.min_lr, recipe.warmup_lr)
 
-    def prepare(batch, groups) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(images before mixing, images as the network sees them, soft targets) on the device."""
-        images, parameters, labels, _ = batch
-        mixes = [draw_mix(recipe, random.Random(f"mix-{args.seed}-{run.epoch}-{run.step}-{g}")) for g in groups]
-        images = normalize(augment(images, parameters))
-        return images, mix_images(images, mixes), mix_targets(labels, mixes, num_classes, recipe.smoothing)
-
-    if args.show_batch:
-        if run.rank == 0:
-            show_batch(args.show_batch, data, prepare)
-        return run.say(f"wrote {args.show_batch}")
-
-    run.open_folder()
-    run.say(describe(run, lambda: make_model(args, recipe, num_classes), data))
-    if recipe.optimizer != "lamb" and paper.optimizer == "lamb" and recipe.lr > 1e-3:
-        run.say(f"warning: {recipe.optimizer} at LAMB's learning rate of {recipe.lr:g} is known to diverge; 1e-3 or less is usual")
-    wrapped = run.prepare(model, data.micro_batch)
-    run.start(model=model, optimizer=optimizer, precision=precision, ema=ema, data=data.identity())
-    if run.rank == 0 and run.epoch == run.step == 0:
-        show_batch(run.out / "batch.png", data, prepare)
-    run.check_stop()
-    val_loader = data.val and eval_loader(data.val, recipe.img_size, recipe.eval_crop_ratio, data.micro_batch, run)
-
+    if recipe.optimizer != "lamb" and run.paper.optimizer == "lamb" and recipe.lr > 1e-3:
+        known = f"{recipe.optimizer} at LAMB's learning rate of {recipe.lr:g} is known to diverge"
+        run.say(f"warning: {known}; 1e-3 or less is usual")
+    data, model, wrapped, optimizer, precision, ema, _ = script.set_up(
+        run, TrainTransform(recipe), make_model, prepare, adapt=fit_resolution
+    )
     for epoch in range(run.epoch, recipe.epochs):
-        stream = data.epoch(epoch, run.step)
         wrapped.train()
-        for step in run.steps(data.steps, recipe.batch_size):
-            seen = []
-            for micro in range(data.accumulation):
-                batch = run.wait_for(stream)
-                _, images, targets = prepare(batch, data.batches.groups(micro))
-                run.seed_step(micro)
+        for step in run.steps(data):
+            for batch in data.micro_batches():
+                _, images, targets = prepare(batch)
                 with precision.forward(wrapped):
                     loss = criterion(wrapped(images), targets)
                 precision.backward(loss)
-                seen.append(batch[3])
             lr = lr_at(epoch + step / data.steps)
             stats, skipped = precision.step(optimizer, lr, asked=run.asked())
             if ema:
                 ema.update(model, skip=skipped)
-            run.after_step(stats, lr, lambda seen=seen: data.names(torch.cat(seen)))
-        record, score = run.end_of_training_epoch() | {"lr": lr_at(epoch + 1)}, None
-        if val_loader is not None:
-            metrics = evaluate(model, val_loader, run.device, precision.autocast, between=run.check_stop)
-            score = metrics["top1"]
-            record |= {f"val_{k}": v for k, v in metrics.items()}
-            if ema:
-                averaged = evaluate(ema.model, val_loader, run.device, precision.autocast, between=run.check_stop)
-                record |= {f"val_ema_{k}": v for k, v in averaged.items()}
-        run.end_of_epoch(record, score)
-    run.finish()
-    if run.rank == 0 and val_loader is not None:
-        save_curves(run.out / "curves.png", run.out / "log.jsonl", [["train_loss", "val_loss"], ["val_top1", "val_top5"]])
-
-
-def evaluate_only(args, recipe: Recipe, paper: Recipe) -> None:
-    """--eval: accuracy on the validation images, on ImageNet-Real's labels and on other test sets."""
-    from common.evaluate import evaluate_weights
-    from common.run import Run
-
-    saved = ("layer_scale", "img_size", "eval_crop_ratio")
-    evaluate_weights(Run("deit3", args, recipe, paper), make_model, saved=saved, adapt=fit_resolution)
-
-
-def benchmark(args, recipe: Recipe, paper: Recipe) -> None:
-    """--benchmark: images/s and peak memory of training steps and of inference."""
-    from common import report
-    from common.run import Run
-
-    def loss(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        targets = mix_targets(labels, [Mix(1.0)], 1000, 0.0)
-        return (bce_loss if recipe.loss == "bce" else F.cross_entropy)(model(images), targets)
-
-    report.benchmark(Run("deit3", args, recipe, paper), lambda: make_model(args, recipe, 1000), loss)
+            run.after_step(stats, lr)
+        record = run.end_of_training_epoch(lr_at(epoch + 1)) | evaluate.validate(run)
+        run.end_of_epoch(record, record.get("val_top1"))
+    script.finish(run, ["train_loss", "val_loss"], ["val_top1", "val_top5"])
 
 
 def main() -> None:
+    from common import script
+
     args, recipe, paper = parse_args()
-    if args.list_models:
-        for name, config in MODELS.items():
-            print(f"{name:10s} " + "  ".join(f"{k} {v}" for k, v in config.items()))
-    elif args.eval or args.eval_data:
-        evaluate_only(args, recipe, paper)
-    elif args.benchmark:
-        benchmark(args, recipe, paper)
-    else:
-        train(args, recipe, paper)
+    criterion = LOSSES[recipe.loss]
+    script.run_script(
+        "deit3", args, recipe, paper, MODELS, train=train, make_model=make_model, adapt=fit_resolution,
+        loss=lambda model, images, labels: criterion(model(images), mix_targets(labels, [Mix(1.0)], 1000, 0.0)),
+    )
 
 
 if __name__ == "__main__":
     try:
         from common.run import launch
     except ModuleNotFoundError as error:
-        if not (error.name or "").startswith("common"):
-            raise
-        print("error: another package named common hides the one that lies beside deit3.py; run in the folder of both", file=sys.stderr)
+        print(f"error: {error}; needed: tqdm, and our common/, not another package named common", file=sys.stderr)
         sys.exit(2)
     launch(main)

@@ -1,41 +1,43 @@
-"""PatchConvNet: Augmenting convolutional networks with attention-based aggregation (Touvron, Cord, El-Nouby, Bojanowski,
-Joulin, Synnaeve, Jegou; arXiv:2112.13692; thesis chapter 5).
+"""PatchConvNet: Augmenting convolutional networks with attention-based aggregation (Touvron, Cord, El-Nouby,
+Bojanowski, Joulin, Synnaeve, Jegou; arXiv:2112.13692; thesis chapter 5).
 
-New: a convnet of one resolution, made of patches from a convolutional stem and a column of identical blocks, topped by one
-attention layer with one head: its single softmax says how much each patch counts, as one map or as one map per class.
-PatchConvNet-S60 reaches 82.1 top-1 on ImageNet at 224 pixels, B120 84.1 (Table 5.1).
+New: a convnet of one resolution, made of patches from a convolutional stem and a column of identical blocks, topped by
+one attention layer with one head: its single softmax says how much each patch counts, as one map or as one map per
+class. PatchConvNet-S60 reaches 82.1 top-1 on ImageNet at 224 pixels, B120 84.1 (Table 5.1).
 
-    torchrun --nproc_per_node 8 patchconvnet.py --model patchconvnet_s60 --data /imagenet      # the paper's run
-    python patchconvnet.py --model patchconvnet_nano --recipe shapes                           # minutes on two CPU cores
-    python patchconvnet.py --model patchconvnet_nano --weights runs/patchconvnet_patchconvnet_nano/last.pt --attention-maps a.jpg --out maps
+    torchrun --nproc_per_node 8 patchconvnet.py --model patchconvnet_s60 --data /imagenet    # the paper's run
+    python patchconvnet.py --model patchconvnet_nano --recipe shapes --out runs/nano         # minutes on two CPU cores
+    python patchconvnet.py --model patchconvnet_nano --weights runs/nano/last.pt --attention-maps a.jpg --out maps
 
-Checked here: state-dict keys and logits of the official models, other resolutions, the pooling against its definition, the
-augmentation by DeiT's numbers (tests/). Not run here: ImageNet.
+Checked here: state-dict keys and logits of the official models, other resolutions, the pooling against its definition,
+the augmentation by DeiT's numbers (tests/). Not run here: ImageNet.
 
 Axes: B images, H x W patches, N = H W, C channels, K classes, T class tokens (1 or K).
 
 Where the official code differs from what stands here:
-- it keeps tokens (B, N, C) and transposes them around every block; here (B, H, W, C) goes through the whole column, 1 x 1
-  convolutions are linear layers on it and the depth-wise ones see it as channels-last: nothing is copied;
+- it keeps tokens (B, N, C) and transposes them around every block; here (B, H, W, C) goes through the whole column,
+  1 x 1 convolutions are linear layers on it and the depth-wise ones see it as channels-last: nothing is copied;
 - its maps must be square; here any size will do;
-- its classifiers of one token per class are K layers, run one after the other; the keys are kept, the work is one product,
-  in pieces of 128 classes, recomputed in the backward pass;
-- the keys' bias gets there a gradient that is rounding noise (softmax cancels it); here it keeps its value and gets none;
-- its kept branches under stochastic depth are computed for all samples and masked; here for the kept ones only;
-- its starting values of LayerScale are 1e-4 for S60 and 1e-6 for S120, B120 and L60; the thesis gives none. Here: 1e-4 for S
-  up to 60 blocks, else 1e-6;
+- its classifiers of one token per class are K layers, run one after the other; the keys are kept, the work is one
+  product, in pieces of 128 classes;
+- its keys' bias gets a gradient that is rounding noise (softmax cancels that bias); here it gets none;
+- stochastic depth masks a binomial number of samples there; here a fixed number is drawn, only these are computed;
+- its starting values of LayerScale are 1e-4 for S60 and 1e-6 for S120, B120 and L60; the thesis gives none. Here: 1e-4
+  for S up to 60 blocks, else 1e-6;
 - learning rate and mixup draw: as said in deit.py.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import math
 import random
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,35 +48,37 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import stochastic_depth
 from torchvision.transforms import v2
 
-# ---- Recipe: thesis section 5.2.3 --------------------------------------------------------------------------------------
+# ---- Recipe: thesis section 5.2.3 ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Section 5.2.3, training on ImageNet-1k; what depends on the model stands in MODELS."""
 
-    epochs: Annotated[int, "passes over as many images as the data set has"] = 400
-    batch_size: Annotated[int, "images per optimizer step, over all GPUs"] = 2048
+    epochs: Annotated[int, "passes over as many images as the data set has", "1 or more"] = 400
+    batch_size: Annotated[int, "images per optimizer step, over all GPUs", "1 or more"] = 2048
     optimizer: Annotated[str, "lamb, adamw or sgd", ("lamb", "adamw", "sgd")] = "lamb"
-    lr: Annotated[float, "peak learning rate, at that batch size"] = 3e-3
-    min_lr: Annotated[float, "learning rate at the end of the cosine"] = 1e-5  # official code; the thesis gives none
-    warmup_lr: Annotated[float, "learning rate at step 0"] = 1e-6  # official code; the thesis gives none
-    warmup_epochs: Annotated[int, "epochs of linear warm-up"] = 5  # chapter 3
-    weight_decay: Annotated[float, "not on biases, norms, LayerScale, class token; wider than S: 0.05"] = 0.01
-    clip_grad: Annotated[float | None, "largest norm of the whole gradient; none: no clipping"] = None
-    img_size: Annotated[tuple[int, int], "training and test resolution in pixels, S or HxW"] = (224, 224)
-    repeats: Annotated[int, "repeated augmentation: times an image is taken in a row"] = 3
+    lr: Annotated[float, "peak learning rate, at that batch size", "above 0"] = 3e-3
+    min_lr: Annotated[float, "learning rate at the end of the cosine", "0 or more"] = 1e-5  # official code, as the next
+    warmup_lr: Annotated[float, "learning rate at step 0", "0 or more"] = 1e-6  # the thesis gives none
+    warmup_epochs: Annotated[int, "epochs of linear warm-up", "0 or more"] = 5  # chapter 3
+    weight_decay: Annotated[float, "not on biases, norms, LayerScale, class token; above S: 0.05", "0 or more"] = 0.01
+    clip_grad: Annotated[float | None, "largest norm of the whole gradient; none: no clipping", "above 0"] = None
+    img_size: Annotated[tuple[int, int], "training and test resolution in pixels, S or HxW", "1 or more"] = (224, 224)
+    repeats: Annotated[int, "repeated augmentation: times an image is taken in a row", "1 or more"] = 3
     augment: Annotated[str, "rand (RandAugment 9/0.5), auto (AutoAugment) or none", ("rand", "auto", "none")] = "rand"
-    mixup: Annotated[float, "alpha of mixup's Beta law; 0: off"] = 0.8
-    cutmix: Annotated[float, "alpha of cutmix's Beta law; 0: off"] = 1.0
-    mix_group: Annotated[int, "images that share one mixup or cutmix draw (a GPU's batch in the official runs)"] = 64
-    smoothing: Annotated[float, "label smoothing"] = 0.1
-    drop_path: Annotated[float | None, "stochastic depth, the same rate in every block; unset: Table 5.8"] = None
+    mixup: Annotated[float, "alpha of mixup's Beta law; 0: off", "0 or more"] = 0.8
+    cutmix: Annotated[float, "alpha of cutmix's Beta law; 0: off", "0 or more"] = 1.0
+    mix_group: Annotated[int, "images that share one mixup or cutmix draw (officially: a GPU's)", "1 or more"] = 64
+    smoothing: Annotated[float, "label smoothing", "in [0, 1)"] = 0.1
+    drop_path: Annotated[float | None, "stochastic depth, one rate in all blocks; unset: Table 5.8", "in [0, 1)"] = None
     stem: Annotated[str, "conv, or linear projection of patches (Table 5.7)", ("conv", "linear")] = "conv"
-    norm: Annotated[str, "of the column's blocks: layernorm or batchnorm (Table 5.8)", ("layernorm", "batchnorm")] = "layernorm"
-    pooling: Annotated[str, "attention (one head), multi-head or average (Table 5.7)", ("attention", "multi-head", "average")] = "attention"
-    class_tokens: Annotated[str, "single, or per_class: one token and one map for each class", ("single", "per_class")] = "single"
-    eval_crop_ratio: Annotated[float, "share of the resized image that the test crop keeps"] = 1.0
+    norm: Annotated[str, "of the blocks: layernorm or batchnorm (Table 5.8)", ("layernorm", "batchnorm")] = "layernorm"
+    pooling: Annotated[
+        str, "attention (one head), multi-head or average (Table 5.7)", ("attention", "multi-head", "average")
+    ] = "attention"
+    class_tokens: Annotated[str, "single, or per_class: a token and map per class", ("single", "per_class")] = "single"
+    eval_crop_ratio: Annotated[float, "share of the resized image that the test crop keeps", "in (0, 1]"] = 1.0
 
 
 RECIPES = {
@@ -90,23 +94,12 @@ RECIPES = {
     "transfer": Recipe(epochs=1000, lr=3e-4, min_lr=1e-6),
     # Not of the thesis: the built-in data set in minutes on two CPU cores.
     "shapes": Recipe(
-        epochs=6,
-        batch_size=64,
-        lr=1e-2,
-        warmup_epochs=1,
-        img_size=(48, 48),
-        repeats=1,
-        augment="none",
-        mixup=0.0,
-        cutmix=0.0,
-        mix_group=8,
+        epochs=6, batch_size=64, lr=1e-2, warmup_epochs=1, img_size=(48, 48), repeats=1, augment="none", mixup=0.0,
+        cutmix=0.0, mix_group=8,
     ),
 }
 TRANSFER = {  # data set: what `transfer` changes for it
-    "cifar10": dict(lr=3e-5),
-    "cifar100": dict(lr=3e-5),
-    "inat2018": dict(epochs=360),
-    "inat2019": dict(epochs=360),
+    "cifar10": dict(lr=3e-5), "cifar100": dict(lr=3e-5), "inat2018": dict(epochs=360), "inat2019": dict(epochs=360),
 }
 
 
@@ -124,7 +117,7 @@ def paper_recipe(name: str, model: str, *, data: str = "") -> Recipe:
     return dataclasses.replace(recipe, drop_path=drop_path)
 
 
-# ---- Architecture: section 5.2.1; drop rates: Table 5.8 ----------------------------------------------------------------
+# ---- Architecture: section 5.2.1; drop rates: Table 5.8 --------------------------------------------------------------
 
 MODELS = {
     "patchconvnet_s20": dict(dim=384, depth=20, drop_path=0.0, layer_scale=1e-4),
@@ -137,19 +130,17 @@ MODELS = {
     "patchconvnet_l60": dict(dim=1024, depth=60, drop_path=0.3, layer_scale=1e-6),  # not in Table 5.8: B60's rate
     "patchconvnet_l120": dict(dim=1024, depth=120, drop_path=0.4, layer_scale=1e-6),  # not in Table 5.8: B120's rate
     "resnet50_attention": dict(dim=2048, layer_scale=1e-4),  # section 5.3.4: this pooling on torchvision's ResNet-50
-    # Not in the thesis: for the built-in data set and for tests; patches of 8 pixels from a stem of three convolutions.
-    "patchconvnet_nano": dict(dim=64, depth=4, drop_path=0.0, layer_scale=0.1, stride=8),
+    "patchconvnet_nano": dict(dim=64, depth=4, drop_path=0.0, layer_scale=0.1, stride=8),  # not in the thesis
 }
 
 
 class ConvStem(nn.Module):
-    """Images (B, 3, H', W') -> patches (B, H, W, C): 3 x 3 convolutions of stride 2, each doubling the channels up to C,
-    with a GELU between them; four of them: H = H'/16."""
+    """Images (B, 3, H', W') -> patches (B, H, W, C): 3 x 3 convolutions of stride 2, each doubling the channels up to
+    C, with a GELU between them; four of them: H = H'/16."""
 
     def __init__(self, dim: int, stride: int):
         super().__init__()
-        steps = stride.bit_length() - 1
-        widths = [3] + [dim >> (steps - 1 - i) for i in range(steps)]
+        widths = [3, *(dim >> i for i in reversed(range(stride.bit_length() - 1)))]
         layers: list[nn.Module] = []
         for a, b in zip(widths, widths[1:]):
             layers += [nn.Sequential(nn.Conv2d(a, b, 3, stride=2, padding=1, bias=False)), nn.GELU()]
@@ -179,7 +170,8 @@ class SqueezeExcitation(nn.Module):
         self.conv_expand = nn.Conv2d(dim // 4, dim, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * torch.sigmoid(pointwise(self.conv_expand, F.relu(pointwise(self.conv_reduce, x.mean(dim=(1, 2), keepdim=True)))))
+        gate = F.relu(pointwise(self.conv_reduce, x.mean(dim=(1, 2), keepdim=True)))
+        return x * torch.sigmoid(pointwise(self.conv_expand, gate))
 
 
 def pointwise(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
@@ -208,19 +200,12 @@ class ConvBranch(nn.Module):
 
 
 # Copied from cait.py
-@torch.compiler.disable
 def kept_samples(batch: int, drop_rate: float, device: torch.device) -> tuple[torch.Tensor, float]:
-    """Stochastic depth's draw: (indices of the samples that keep the branch, factor on their branch).
-
-    Drawn on the CPU generator: the count is then known to the host and a GPU never has to be waited for.
-    If no sample keeps it, sample 0 is returned with factor 0, so that every parameter still gets its (zero) gradient.
-    """
-    kept = (torch.rand(batch) >= drop_rate).nonzero().flatten()
-    if len(kept) == 0:
-        return torch.zeros(1, dtype=torch.long, device=device), 0.0
-    if device.type == "cuda":
-        kept = kept.pin_memory().to(device, non_blocking=True)
-    return kept, 1 / (1 - drop_rate)
+    """Stochastic depth's draw: (indices of the samples that keep the branch, factor on it). Always round(batch (1 -
+    drop_rate)) of them and at least 1: static shapes, no host waits for a GPU. Each is kept with the same probability,
+    whose inverse is the factor: the expectation is the usual law's."""
+    kept = max(1, round(batch * (1 - drop_rate)))
+    return torch.rand(batch, device=device).topk(kept).indices, batch / kept
 
 
 # Adapted from deit.py: one convolutional branch, LayerScale, stochastic depth on the kept samples only
@@ -229,19 +214,19 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, norm: str, layer_scale: float, drop_path: float):
         super().__init__()
-        self.drop_path = drop_path
+        self.drop_path, self.batchnorm = drop_path, norm == "batchnorm"
         self.gamma_1 = nn.Parameter(torch.full((dim,), layer_scale))
-        self.norm1 = nn.BatchNorm2d(dim) if norm == "batchnorm" else nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = nn.BatchNorm2d(dim) if self.batchnorm else nn.LayerNorm(dim, eps=1e-6)
         self.attn = ConvBranch(dim)
 
     def branch(self, x: torch.Tensor) -> torch.Tensor:
-        normalized = self.norm1(x) if isinstance(self.norm1, nn.LayerNorm) else self.norm1(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.gamma_1 * self.attn(normalized)
+        normed = self.norm1(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) if self.batchnorm else self.norm1(x)
+        return self.gamma_1 * self.attn(normed)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or self.drop_path == 0:
             return x + self.branch(x)
-        if not isinstance(self.norm1, nn.LayerNorm):  # BatchNorm's statistics are those of all images
+        if self.batchnorm:  # its statistics are those of all images
             return x + stochastic_depth(self.branch(x), self.drop_path, "row")
         kept, factor = kept_samples(len(x), self.drop_path, x.device)
         return x.index_add(0, kept, self.branch(x[kept]).to(x.dtype), alpha=factor)
@@ -261,7 +246,7 @@ class MLP(nn.Module):
 
 
 class LearnedAggregation(nn.Module):
-    """Cross-attention of class tokens (B, T, C) to the keys and values (B, h, L, C/h) of z (B, L, C): (B, T, C)."""
+    """Cross-attention of class tokens (B, T, C) to keys and values: (B, T, C)."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -276,11 +261,9 @@ class LearnedAggregation(nn.Module):
         """(B, L, C) -> (B, h, L, C/h)"""
         return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
-    def keys(self, z: torch.Tensor) -> torch.Tensor:
-        return self.split(F.linear(z, self.k.weight))
-
-    def values(self, z: torch.Tensor) -> torch.Tensor:
-        return self.split(self.v(z))
+    def keys_and_values(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of z (B, L, C), each (B, h, L, C/h)."""
+        return self.split(F.linear(z, self.k.weight)), self.split(self.v(z))
 
     def weights(self, tokens: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         """How much each of L counts for each token: (B, h, T, L)."""
@@ -292,10 +275,10 @@ class LearnedAggregation(nn.Module):
 
 
 class AggregationBlock(nn.Module):
-    """Attention-based pooling (section 5.2.1): class tokens (B, T, C), patches (B, N, C) -> class tokens, then an FFN.
+    """Attention-based pooling (section 5.2.1): class tokens (B, T, C), keys and values -> class tokens, then an FFN.
 
-    A single token is among the keys, as in CaiT; tokens of classes see the patches only, hence do not see each other and
-    can be worked on in pieces.
+    A single token is among the keys, as in CaiT; tokens of classes see the patches only, hence do not see each other
+    and can be worked on in pieces.
     """
 
     def __init__(self, dim: int, heads: int, layer_scale: float, per_class: bool):
@@ -308,21 +291,38 @@ class AggregationBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = MLP(dim)
 
-    def attended(self, tokens: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
-        return self.norm1(patches if self.per_class else torch.cat([tokens, patches], dim=1))
+    def keys_and_values(self, tokens: torch.Tensor, patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of what tokens (B, T, C) attend to, among it the patches (B, N, C)."""
+        attended = patches if self.per_class else torch.cat([tokens, patches], dim=1)
+        return self.attn.keys_and_values(self.norm1(attended))
 
     def weights(self, tokens: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
         """The share of each patch in the weighted sum, (B, h, T, N)."""
-        k = self.attn.keys(self.attended(tokens, patches))
+        k, _ = self.keys_and_values(tokens, patches)
         return self.attn.weights(self.norm1(tokens), k)[..., -patches.shape[1] :]
 
-    def forward(self, tokens: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
-        z = self.attended(tokens, patches)
-        return self.aggregate(tokens, self.attn.keys(z), self.attn.values(z))
-
-    def aggregate(self, tokens: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         tokens = tokens + self.gamma_1 * self.attn(self.norm1(tokens), k, v)
         return tokens + self.gamma_2 * self.mlp(self.norm2(tokens))
+
+
+@contextlib.contextmanager
+def without_counting(block: nn.Module):
+    """Inside, BatchNorm's running statistics stay as they are: its images have been counted already."""
+    norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.momentum, momentum = 0.0, norm.momentum
+    try:
+        yield  # left by an exception as soon as all that is needed has been computed
+    finally:
+        for norm in norms:
+            norm.momentum = momentum
+            norm.num_batches_tracked -= 1
+
+
+def recomputing(block: nn.Module):
+    """Contexts of a checkpoint's forward pass and of its recomputation, which must not count the images again."""
+    return contextlib.nullcontext(), without_counting(block)
 
 
 class PatchConvNet(nn.Module):
@@ -331,33 +331,21 @@ class PatchConvNet(nn.Module):
     trunk None: the column of `depth` blocks; else a convnet, (B, 3, H', W') -> (B, C, H, W), in its place.
     """
 
-    CLASSES_AT_ONCE = 128  # of per-class tokens: bounds the memory by B x 128 x 3 C, whatever K
+    CLASSES_AT_ONCE = 128  # of per-class tokens: without gradients the memory is that of B x 128 x 3 C, whatever K
 
     def __init__(
-        self,
-        dim: int,
-        *,
-        depth: int = 0,
-        stride: int = 16,
-        trunk: nn.Module | None = None,
-        num_classes: int,
-        drop_path: float = 0.0,
-        layer_scale: float,
-        stem: str,
-        norm: str,
-        pooling: str,
-        class_tokens: str,
+        self, dim: int, *, depth: int = 0, stride: int = 16, trunk: nn.Module | None = None, num_classes: int,
+        drop_path: float = 0.0, layer_scale: float, stem: str, norm: str, pooling: str, class_tokens: str,
     ):
         super().__init__()
-        self.grad_checkpoint, self.per_class = False, class_tokens == "per_class"
+        self.grad_checkpoint, self.per_class, self.trunk = False, class_tokens == "per_class", trunk
+        self.cls_token = None
         if pooling != "average":
             self.cls_token = nn.Parameter(torch.zeros(1, num_classes if self.per_class else 1, dim))
             nn.init.trunc_normal_(self.cls_token, std=0.02)
         if trunk is None:
             self.patch_embed = ConvStem(dim, stride) if stem == "conv" else LinearStem(dim, stride)
             self.blocks = nn.ModuleList(Block(dim, norm, layer_scale, drop_path) for _ in range(depth))
-        else:
-            self.trunk = trunk
         if pooling != "average":
             heads = dim // 48 if pooling == "multi-head" else 1  # CaiT's 48 channels per head
             self.blocks_token_only = nn.ModuleList([AggregationBlock(dim, heads, layer_scale, self.per_class)])
@@ -377,53 +365,46 @@ class PatchConvNet(nn.Module):
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """Patches before the pooling, (B, H, W, C)."""
-        if hasattr(self, "trunk"):
+        if self.trunk is not None:
             return self.trunk(images).permute(0, 2, 3, 1)
-        x = self.patch_embed(images)
+        x = self.patch_embed(images).to(self.norm.weight.dtype)  # under autocast too the stream is not of 16 bits
         for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpoint and self.training else block(x)
+            if self.grad_checkpoint and self.training:
+                contexts = functools.partial(recomputing, block)
+                x = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+            else:
+                x = block(x)
         return x
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         patches = self.features(images).flatten(1, 2)  # (B, N, C)
-        if not hasattr(self, "cls_token"):
+        if self.cls_token is None:
             return self.head(self.norm(patches.mean(dim=1)))
+        pool = self.blocks_token_only[0]
         if not self.per_class:
             tokens = self.cls_token.repeat(len(patches), 1, 1)
-            return self.head(self.norm(self.blocks_token_only[0](tokens, patches))[:, 0])
+            return self.head(self.norm(pool(tokens, *pool.keys_and_values(tokens, patches)))[:, 0])
+        k, v = pool.keys_and_values(self.cls_token, patches)  # of the patches alone: the same for all classes
+
+        def class_logits(tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+            """Logits (B, T) of T classes by their tokens (1, T, C) and classifiers (T, C), (T,)."""
+            x = self.norm(pool(tokens.repeat(len(k), 1, 1), k, v))
+            return torch.einsum("btc,tc->bt", x, weight.to(x.dtype)) + bias
+
         weight, bias = torch.cat([h.weight for h in self.head]), torch.cat([h.bias for h in self.head])  # (K, C), (K,)
         size = self.CLASSES_AT_ONCE
         pieces = zip(self.cls_token.split(size, dim=1), weight.split(size), bias.split(size))
-        pool = self.blocks_token_only[0]
-        z = pool.norm1(patches)
-        k, v = pool.attn.keys(z), pool.attn.values(z)  # of the patches alone: the same for all classes
-        run = (lambda *a: checkpoint(self.class_logits, *a, use_reentrant=False)) if self.training else self.class_logits
-        return torch.cat([run(t, k, v, w, b) for t, w, b in pieces], dim=1)
-
-    def class_logits(
-        self, tokens: torch.Tensor, k: torch.Tensor, v: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
-    ) -> torch.Tensor:
-        """Logits (B, T) of T classes with tokens (1, T, C), each by its own classifier (T, C), (T,)."""
-        x = self.norm(self.blocks_token_only[0].aggregate(tokens.repeat(len(k), 1, 1), k, v))
-        return torch.einsum("btc,tc->bt", x, weight.to(x.dtype)) + bias
+        return torch.cat([class_logits(*piece) for piece in pieces], dim=1)
 
 
 def build_model(
-    name: str,
-    num_classes: int = 1000,
-    img_size: int | tuple[int, int] | None = None,
-    drop_path: float | None = None,
-    *,
-    class_tokens: str = "single",
-    stem: str = "conv",
-    norm: str = "layernorm",
-    pooling: str = "attention",
+    name: str, num_classes: int = 1000, img_size: int | tuple[int, int] | None = None, drop_path: float | None = None,
+    *, class_tokens: str = "single", stem: str = "conv", norm: str = "layernorm", pooling: str = "attention",
 ) -> nn.Module:
     """A fresh model: a row of MODELS, or "torchvision/NAME" (then only num_classes is used).
 
-    img_size is not needed: the model takes any (with stem "linear" multiples of the patch: then it is checked).
-    drop_path None: Table 5.8's. class_tokens, stem, norm, pooling: Table 5.7, see Recipe. Raises KeyError for an unknown
-    name, ValueError for options that do not go together.
+    img_size: any will do, but stem "linear" needs multiples of the patch; drop_path None: Table 5.8's; the rest: Table
+    5.7, see Recipe. Raises KeyError for an unknown name, ValueError for options that do not go together.
     """
     if name.startswith("torchvision/"):
         return torchvision.models.get_model(name.removeprefix("torchvision/"), weights=None, num_classes=num_classes)
@@ -433,51 +414,51 @@ def build_model(
     if name == "resnet50_attention":
         if (stem, norm) != ("conv", "layernorm"):
             raise ValueError("resnet50_attention: stem and norm are ResNet's own")
-        trunk = nn.Sequential(*list(torchvision.models.resnet50(weights=None).children())[:-2])  # without pooling and fc
-        config.update(trunk=trunk)
+        config["trunk"] = nn.Sequential(*list(torchvision.models.resnet50().children())[:-2])  # without pooling and fc
     else:
         config["drop_path"] = config["drop_path"] if drop_path is None else drop_path
         if stem == "linear":
             whole_patches(img_size or 224, config.get("stride", 16), name)
-    return PatchConvNet(**config, num_classes=num_classes, stem=stem, norm=norm, pooling=pooling, class_tokens=class_tokens)
+    options = dict(stem=stem, norm=norm, pooling=pooling, class_tokens=class_tokens)
+    return PatchConvNet(**config, num_classes=num_classes, **options)
 
 
 # Copied from deit.py
 def whole_patches(img_size: int | tuple[int, int], patch: int, name: str) -> tuple[int, int]:
-    """(H, W) of an image size S or (H, W); ValueError with the nearest good ones unless it is a multiple of the patch."""
+    """(H, W) of an image size S or (H, W); ValueError with the nearest good ones if patches do not fill it."""
     size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
     if any(s < patch or s % patch for s in size):
         near = " or ".join("x".join(str(max(patch, (s // patch + up) * patch)) for s in size) for up in (0, 1))
-        raise ValueError(f"image size {size[0]}x{size[1]} is not a multiple of {name}'s patch of {patch}; the nearest are {near}")
+        given = f"image size {size[0]}x{size[1]} is not a multiple of {name}'s patch of {patch}"
+        raise ValueError(f"{given}; the nearest are {near}")
     return size
 
 
 def carry_over(model: nn.Module, state: dict[str, torch.Tensor], content: dict, say) -> None:
-    """Weights of a single-token model for one with a token per class (section 5.2.1, done in a fine-tuning stage).
-
-    Every class starts from the single token and from its own row of the classifier; all else stays. What changes is that
-    the token is no longer among the keys.
-    """
+    """Weights of a single-token model for one with a token per class (section 5.2.1, in a fine-tuning stage): every
+    class starts from the single token, which is no longer among the keys, and from its row of the classifier."""
     from common.errors import UserError
 
     if not getattr(model, "per_class", False) or "head.weight" not in state:
         return
     K, found = model.cls_token.shape[1], len(state["head.weight"])
     if found != K:
-        raise UserError(f"--class-tokens per_class: the weights have {found} classes, the data {K}; train a single token on them first")
-    weight, bias = state.pop("head.weight"), state.pop("head.bias")
+        numbers = f"the weights have {found} classes, the data {K}"
+        raise UserError(f"--class-tokens per_class: {numbers}; train a single token on them first")
     state["cls_token"] = state["cls_token"].repeat(1, K, 1)
-    state.update({f"head.{i}.weight": weight[i : i + 1] for i in range(K)} | {f"head.{i}.bias": bias[i : i + 1] for i in range(K)})
+    for name in ("weight", "bias"):
+        rows = state.pop(f"head.{name}").split(1)
+        state.update({f"head.{i}.{name}": row for i, row in enumerate(rows)})
     say(f"class token and classifier carried over to {K} tokens, one per class")
 
 
-# ---- Analysis: Figures 5.5 and 5.6 -------------------------------------------------------------------------------------
+# ---- Analysis: Figures 5.5 and 5.6 -----------------------------------------------------------------------------------
 
 
 # Adapted from cait.py: one block, its share of every patch, per class where there are such tokens
 @torch.no_grad()
 def attention_maps(model: PatchConvNet, images: torch.Tensor, classes: list[int] | None = None) -> torch.Tensor:
-    """Each patch's share in the pooling, mean over heads: (B, T, H, W), T = 1 or, with per-class tokens, len(classes)."""
+    """Each patch's share in the pooling, mean over heads: (B, T, H, W), T = 1 or, per class, len(classes)."""
     features = model.features(images)
     tokens = model.cls_token if classes is None or not model.per_class else model.cls_token[:, classes]
     weights = model.blocks_token_only[0].weights(tokens.expand(len(images), -1, -1), features.flatten(1, 2))
@@ -498,56 +479,81 @@ def vit_attention_map(vit: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 # Copied from cait.py
 def saliency(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Figure 3.10: the first block's maps (B, h, H/p, W/p) -> (B, *size) in 0..1: mean over heads, upsampled,
-    (x - min) / (max - min)."""
+    """Figure 3.10: the first block's maps (B, h, H/p, W/p) -> (B, *size) in 0..1: head mean, upsampled, (x - min) /
+    (max - min)."""
     x = F.interpolate(maps.mean(dim=1, keepdim=True).float(), size=size, mode="bicubic", align_corners=False)[:, 0]
     low, high = x.amin(dim=(1, 2), keepdim=True), x.amax(dim=(1, 2), keepdim=True)
     return (x - low) / (high - low).clamp(min=1e-12)
 
 
-# ---- Augmentation: section 5.2.3 ---------------------------------------------------------------------------------------
-#
-# A loader process decodes, crops, flips and applies RandAugment; normalisation and mixing run on the device, a batch at a
-# time.
+def write_maps(run) -> None:
+    """--attention-maps: per image the map of the pooling, or those of the three likeliest classes, and a ViT's."""
+    from common import checkpoint, evaluate, images, models, report
+    from common.errors import UserError
+
+    model, recipe, classes = evaluate.trained_model(run, make_model, carry_over)
+    args, size, vit = run.args, recipe.img_size, None
+    if not isinstance(model, PatchConvNet) or model.cls_token is None:
+        raise UserError("--attention-maps: this model has no attention in its pooling")
+    if args.vit:
+        content = checkpoint.load(args.vit, "--vit")
+        if content.get("method") not in ("deit", "deit3"):
+            raise UserError(f"--vit {args.vit}: is no checkpoint of deit.py or deit3.py")
+        vit = models.from_checkpoint(content, f"--vit {args.vit}", size, run.say).to(run.device).eval()
+    for file in args.attention_maps:
+        image = images.eval_transform(evaluate.read_file(file, "--attention-maps"), size, recipe.eval_crop_ratio)
+        x = evaluate.normalize(image[None].to(run.device))
+        with torch.no_grad():
+            shares = model(x)[0].float().softmax(dim=0)
+        best = shares.argsort(descending=True)[:3].tolist()
+        likely = [f"{classes[c]} {shares[c]:.0%}" for c in best]
+        titles = [f"map of {name}" for name in likely] if model.per_class else ["pooling: " + "; ".join(likely)]
+        maps = list(zip(titles, attention_maps(model, x, best).split(1, dim=1)))
+        if vit is not None:
+            maps.append(("a ViT's class token, last block", vit_attention_map(vit, x)[:, None]))
+        grey, rows = (torch.tensor([0.299, 0.587, 0.114]) @ image.float().flatten(1) / 255).view(size), []
+        for title, of_patches in maps:
+            shown = saliency(of_patches, size)[0].cpu()
+            rows.append((title, [images.to_pil(image), report.cividis(shown), report.cividis(grey * shown)]))
+        target = run.out / f"{Path(file).stem}_attention.png"
+        report.save_sheet(target, rows)
+        run.say(f"wrote {target}: {'; '.join(likely)}")
+
+
+# ---- Augmentation: section 5.2.3 -------------------------------------------------------------------------------------
 
 
 # Copied from deit.py
 def random_resized_crop(height: int, width: int, rng: random.Random) -> tuple[int, int, int, int]:
-    """(top, left, crop height, crop width): area 8-100% of the image, aspect 3/4..4/3 (log-uniform), ten attempts.
-
-    If none fits: the central crop with the aspect ratio clamped to that range.
-    """
+    """(top, left, crop height, crop width): area 8-100% of the image, aspect 3/4..4/3 (log-uniform), ten attempts; if
+    none fits, the central crop with the aspect ratio clamped to that range."""
     for _ in range(10):
         area = rng.uniform(0.08, 1.0) * height * width
         aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
         crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < crop_width <= width and 0 < crop_height <= height:
             return rng.randint(0, height - crop_height), rng.randint(0, width - crop_width), crop_height, crop_width
-    crop_height, crop_width = height, width
-    if width / height < 3 / 4:
-        crop_height = min(height, max(1, round(width / (3 / 4))))
-    elif width / height > 4 / 3:
-        crop_width = min(width, max(1, round(height * (4 / 3))))
+    crop_height, crop_width = min(height, round(width / (3 / 4))), min(width, round(height * (4 / 3)))
     return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 
 
 # Adapted from deit.py: no erasing
 class TrainTransform:
-    """The loader's part of the augmentation: (uint8 image (3, H, W), rng) -> (uint8 (3, *img_size), no parameters)."""
+    """A loader process' part, all but mixing: (uint8 image (3, H, W), rng) -> (uint8 (3, *img_size), no parameters)."""
 
     def __init__(self, recipe: Recipe):
         self.size, self.policy = recipe.img_size, recipe.augment
         self.auto = v2.AutoAugment()
 
     def __call__(self, image: torch.Tensor, rng: random.Random) -> tuple[torch.Tensor, tuple[float, ...]]:
-        from common.images import from_pil, resize, to_pil
+        from common import images
 
         top, left, height, width = random_resized_crop(*image.shape[1:], rng)
-        image = resize(image[:, top : top + height, left : left + width], self.size)
+        image = images.resize(image[:, top : top + height, left : left + width], self.size)
         if rng.random() < 0.5:
             image = image.flip(-1)
         if self.policy == "rand":
-            image = from_pil(rand_augment(to_pil(image), rng))
+            image = images.from_pil(rand_augment(images.to_pil(image), rng))
         elif self.policy == "auto":  # torchvision's policy draws from torch's global generator: seed it for this image
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(rng.getrandbits(63))
@@ -572,7 +578,10 @@ def rand_augment(image: Image.Image, rng: random.Random) -> Image.Image:
 
 
 # Copied from deit.py
-OPERATIONS = ("AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd", "Color", "Contrast", "Brightness", "Sharpness", "ShearX", "ShearY", "TranslateX", "TranslateY")  # fmt: skip
+OPERATIONS = (
+    "AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd", "Color", "Contrast",
+    "Brightness", "Sharpness", "ShearX", "ShearY", "TranslateX", "TranslateY",
+)
 
 
 # Copied from deit.py
@@ -582,14 +591,10 @@ def apply_operation(image: Image.Image, operation: str, level: float, sign: int)
     def affine(*matrix: float) -> Image.Image:
         return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=FILL)
 
-    if operation == "AutoContrast":
-        return ImageOps.autocontrast(image)
-    if operation == "Equalize":
-        return ImageOps.equalize(image)
-    if operation == "Invert":
-        return ImageOps.invert(image)
-    if operation == "Rotate":
-        return image.rotate(sign * 30 * level, Image.Resampling.BICUBIC, fillcolor=FILL)
+    if operation in ("AutoContrast", "Equalize", "Invert"):
+        return getattr(ImageOps, operation.lower())(image)
+    if operation in ("Color", "Contrast", "Brightness", "Sharpness"):
+        return getattr(ImageEnhance, operation)(image).enhance(1 + sign * 0.9 * level)
     if operation == "Posterize":
         bits = 4 - int(4 * level)
         return ImageOps.posterize(image, bits) if bits else Image.new("RGB", image.size)  # recent Pillow refuses 0 bits
@@ -598,8 +603,8 @@ def apply_operation(image: Image.Image, operation: str, level: float, sign: int)
     if operation == "SolarizeAdd":
         add = int(110 * level)
         return image.point([min(255, v + add) if v < 128 else v for v in range(256)] * 3)
-    if operation in ("Color", "Contrast", "Brightness", "Sharpness"):
-        return getattr(ImageEnhance, operation)(image).enhance(1 + sign * 0.9 * level)
+    if operation == "Rotate":
+        return image.rotate(sign * 30 * level, Image.Resampling.BICUBIC, fillcolor=FILL)
     if operation == "ShearX":
         return affine(1, sign * 0.3 * level, 0, 0, 1, 0)
     if operation == "ShearY":
@@ -610,9 +615,8 @@ def apply_operation(image: Image.Image, operation: str, level: float, sign: int)
 
 
 # Copied from deit.py
-@dataclass(frozen=True)
-class Mix:
-    """One draw: share `lam` of the image itself, and cutmix's box (None: mixup) as (top, bottom, left, right) pixels."""
+class Mix(NamedTuple):
+    """One draw: the image's own share `lam`, and cutmix's box (top, bottom, left, right) in pixels (None: mixup)."""
 
     lam: float
     box: tuple[int, int, int, int] | None = None
@@ -634,12 +638,11 @@ def draw_mix(recipe: Recipe, rng: random.Random) -> Mix:
 
 # Copied from deit.py
 def cutmix_box(lam: float, height: int, width: int, cy: int, cx: int) -> Mix:
-    """Box of about (1 - lam) of the area around (cy, cx), clipped to the image; lam becomes what the clipped box leaves.
-
-    An odd side loses a pixel, as in the official code.
-    """
+    """Box of about (1 - lam) of the area around (cy, cx), clipped to the image; lam becomes what the clipped box
+    leaves. An odd side loses a pixel, as in the official code."""
     half_h, half_w = int(height * math.sqrt(1 - lam)) // 2, int(width * math.sqrt(1 - lam)) // 2
-    top, bottom, left, right = max(cy - half_h, 0), min(cy + half_h, height), max(cx - half_w, 0), min(cx + half_w, width)
+    top, bottom = max(cy - half_h, 0), min(cy + half_h, height)
+    left, right = max(cx - half_w, 0), min(cx + half_w, width)
     return Mix(1 - (bottom - top) * (right - left) / (height * width), (top, bottom, left, right))
 
 
@@ -667,26 +670,21 @@ def mix_targets(labels: torch.Tensor, mixes: list[Mix], num_classes: int, smooth
     return torch.cat([t * mix.lam + t.flip(0) * (1 - mix.lam) for t, mix in zip(targets.chunk(len(mixes)), mixes)])
 
 
-# ---- Training: the only user of common ---------------------------------------------------------------------------------
-
+# ---- Training --------------------------------------------------------------------------------------------------------
 
 def parse_args(argv: list[str] | None = None):
     """(arguments, the recipe with the flags given, the paper's recipe)."""
     from common import cli
 
-    parser = cli.make_parser("patchconvnet", __doc__, Recipe, RECIPES, model="patchconvnet_s60", recipe="in1k")
-    parser.add_argument(
-        "--grad-checkpoint", action="store_true", help="recompute activations in the backward pass: less memory for one more forward pass"
-    )
-    parser.add_argument(
-        "--attention-maps", nargs="+", metavar="IMAGE", help="write the pooling's maps (Figures 5.5, 5.6) to --out and stop"
-    )
-    parser.add_argument("--vit", metavar="FILE", help="of --attention-maps: also the map of this checkpoint of deit.py or deit3.py")
-    args = parser.parse_args(argv)
-    cli.check_names(args, MODELS, RECIPES)
+    options = dict(model="patchconvnet_s60", recipe="in1k", grad_checkpoint=True)
+    parser = cli.make_parser("patchconvnet", __doc__, Recipe, RECIPES, **options)
+    parser.add_argument("--attention-maps", nargs="+", metavar="IMAGE",
+                        help="write the pooling's maps (Figures 5.5, 5.6) to --out and stop")
+    parser.add_argument("--vit", metavar="FILE",
+                        help="of --attention-maps: also the map of this checkpoint of deit.py or deit3.py")
+    args = cli.parse(parser, argv, [*MODELS, "torchvision/NAME"], RECIPES)
     paper = paper_recipe(args.recipe, args.model, data=args.data or "")
     recipe = cli.override(paper, args)
-    cli.check_recipe(recipe)
     if args.model not in MODELS:
         cli.refuse(args, ("stem", "norm", "pooling", "class_tokens"), "not for torchvision's models; leave it out")
     if "drop_path" not in MODELS.get(args.model, {}):
@@ -705,174 +703,65 @@ def make_model(args, recipe: Recipe, num_classes: int) -> nn.Module:
         model = build_model(args.model, num_classes, recipe.img_size, recipe.drop_path, **options)
     except ValueError as error:
         raise UserError(f"--model {args.model}: {error}") from None
-    if args.grad_checkpoint:
-        if not hasattr(model, "blocks"):
-            raise UserError(f"--grad-checkpoint: not for {args.model}")
-        model.grad_checkpoint = True
+    if args.grad_checkpoint and "depth" not in MODELS.get(args.model, {}):
+        raise UserError(f"--grad-checkpoint: not for {args.model}")
+    model.grad_checkpoint = args.grad_checkpoint
     return model
 
 
-def train(args, recipe: Recipe, paper: Recipe) -> None:
-    """The whole run: data, model, loop, evaluation after every epoch."""
-    from common.checkpoint import load_pretrained
-    from common.data import TrainingData
-    from common.evaluate import eval_loader, evaluate, normalize
-    from common.models import on_meta
-    from common.optim import cosine_lr, make_optimizer
-    from common.precision import Precision, check_amp
-    from common.report import describe, save_curves, show_batch
-    from common.run import Run
+def train(run) -> None:
+    """The loop; what it starts from (data, network, what was saved) is common.script.set_up's."""
+    from common import evaluate, script
+    from common.optim import cosine_lr
 
-    run = Run("patchconvnet", args, recipe, paper)
-    check_amp(run.amp, run.device)
-    on_meta(lambda: make_model(args, recipe, 2))  # a size that does not fit is told before the data is scanned
-    data = TrainingData(run, recipe, TrainTransform(recipe))
-    num_classes = len(data.classes)
+    recipe = run.recipe
 
-    torch.manual_seed(args.seed)
-    model = make_model(args, recipe, num_classes)
-    if args.weights:
-        load_pretrained(model, args, run.method, new_head=True, say=run.say, adapt=carry_over)
-    model.to(run.device)
-    optimizer = make_optimizer(recipe.optimizer, model, recipe.lr, recipe.weight_decay)
-    precision = Precision(run.amp, run.device, accumulation=data.accumulation, clip_grad=recipe.clip_grad)
+    def prepare(batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(images before mixing, images as the network sees them, soft targets) on the device."""
+        mixes = [draw_mix(recipe, run.rng("mix", group)) for group in batch.groups]
+        images = evaluate.normalize(batch.images)
+        targets = mix_targets(batch.labels, mixes, run.num_classes, recipe.smoothing)
+        return images, mix_images(images, mixes), targets
 
     def lr_at(epochs: float) -> float:
         return cosine_lr(epochs, recipe.epochs, recipe.warmup_epochs, recipe.lr, recipe.min_lr, recipe.warmup_lr)
 
-    def prepare(batch, groups) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(images before mixing, images as the network sees them, soft targets) on the device."""
-        images, _, labels, _ = batch
-        mixes = [draw_mix(recipe, random.Random(f"mix-{args.seed}-{run.epoch}-{run.step}-{g}")) for g in groups]
-        images = normalize(images)
-        return images, mix_images(images, mixes), mix_targets(labels, mixes, num_classes, recipe.smoothing)
-
-    if args.show_batch:
-        if run.rank == 0:
-            show_batch(args.show_batch, data, prepare)
-        return run.say(f"wrote {args.show_batch}")
-
-    run.open_folder()
-    run.say(describe(run, lambda: make_model(args, recipe, num_classes), data))
-    wrapped = run.prepare(model, data.micro_batch)
-    run.start(model=model, optimizer=optimizer, precision=precision, data=data.identity())
-    if run.rank == 0 and run.epoch == run.step == 0:
-        show_batch(run.out / "batch.png", data, prepare)
-    run.check_stop()
-    val_loader = data.val and eval_loader(data.val, recipe.img_size, recipe.eval_crop_ratio, data.micro_batch, run)
-
+    data, _, wrapped, optimizer, precision, *_ = script.set_up(
+        run, TrainTransform(recipe), make_model, prepare, adapt=carry_over
+    )
     for epoch in range(run.epoch, recipe.epochs):
-        stream = data.epoch(epoch, run.step)
         wrapped.train()
-        for step in run.steps(data.steps, recipe.batch_size):
-            seen = []
-            for micro in range(data.accumulation):
-                batch = run.wait_for(stream)
-                _, images, targets = prepare(batch, data.batches.groups(micro))
-                run.seed_step(micro)
+        for step in run.steps(data):
+            for batch in data.micro_batches():
+                _, images, targets = prepare(batch)
                 with precision.forward(wrapped):
                     loss = F.cross_entropy(wrapped(images), targets)
                 precision.backward(loss)
-                seen.append(batch[3])
             lr = lr_at(epoch + step / data.steps)
-            stats, skipped = precision.step(optimizer, lr, asked=run.asked())
-            run.after_step(stats, lr, lambda seen=seen: data.names(torch.cat(seen)))
-        record, score = run.end_of_training_epoch() | {"lr": lr_at(epoch + 1)}, None
-        if val_loader is not None:
-            metrics = evaluate(model, val_loader, run.device, precision.autocast, between=run.check_stop)
-            score = metrics["top1"]
-            record |= {f"val_{k}": v for k, v in metrics.items()}
-        run.end_of_epoch(record, score)
-    run.finish()
-    if run.rank == 0 and val_loader is not None:
-        save_curves(run.out / "curves.png", run.out / "log.jsonl", [["train_loss", "val_loss"], ["val_top1", "val_top5"]])
-
-
-SAVED = ("img_size", "eval_crop_ratio", "stem", "norm", "pooling", "class_tokens")  # what an evaluation takes from the checkpoint
-
-
-def evaluate_only(args, recipe: Recipe, paper: Recipe) -> None:
-    """--eval: accuracy on the validation images, on ImageNet-Real's labels and on other test sets."""
-    from common.evaluate import evaluate_weights
-    from common.run import Run
-
-    evaluate_weights(Run("patchconvnet", args, recipe, paper), make_model, saved=SAVED, adapt=carry_over)
-
-
-def benchmark(args, recipe: Recipe, paper: Recipe) -> None:
-    """--benchmark: images/s and peak memory of training steps and of inference."""
-    from common import report
-    from common.run import Run
-
-    run = Run("patchconvnet", args, recipe, paper)
-    report.benchmark(run, lambda: make_model(args, recipe, 1000), lambda model, images, labels: F.cross_entropy(model(images), labels))
-
-
-def write_maps(args, recipe: Recipe, paper: Recipe) -> None:
-    """--attention-maps: per image the map of the pooling over the image, per class for the three likeliest; a ViT's map."""
-    from common import checkpoint
-    from common.errors import UserError
-    from common.evaluate import normalize, read_image, trained_model
-    from common.models import from_checkpoint
-    from common.report import cividis, save_sheet
-    from common.run import Run
-
-    run = Run("patchconvnet", args, recipe, paper)
-    model, recipe, classes = trained_model(run, make_model, saved=SAVED, adapt=carry_over)
-    if not isinstance(model, PatchConvNet) or recipe.pooling == "average":
-        raise UserError("--attention-maps: this model has no attention in its pooling")
-    vit = None
-    if args.vit:
-        content = checkpoint.load(args.vit, "--vit")
-        if content.get("method") not in ("deit", "deit3"):
-            raise UserError(f"--vit {args.vit}: is no checkpoint of deit.py or deit3.py")
-        vit = from_checkpoint(content, f"--vit {args.vit}", recipe.img_size, run.say).to(run.device).eval()
-    for file in args.attention_maps:
-        image = read_image(file, recipe.img_size, recipe.eval_crop_ratio, "--attention-maps")
-        x = normalize(image[None].to(run.device))
-        with torch.no_grad():
-            shares = model(x)[0].float().softmax(dim=0)
-        best = shares.argsort(descending=True)[:3].tolist()
-        maps = attention_maps(model, x, best)
-        picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-        titles = [f"{classes[c]} {shares[c]:.0%}" for c in best]
-        grey = torch.tensor([0.299, 0.587, 0.114]) @ image.float().flatten(1) / 255
-        rows = []
-        for i in range(maps.shape[1]):
-            shown = saliency(maps[:, i : i + 1], recipe.img_size)[0].cpu()
-            title = f"map of {titles[i]}" if model.per_class else "pooling: " + "; ".join(titles)
-            rows.append((title, [picture, cividis(shown), cividis(grey.view(recipe.img_size) * shown)]))
-        if vit is not None:
-            shown = saliency(vit_attention_map(vit, x)[:, None], recipe.img_size)[0].cpu()
-            rows.append(("a ViT's class token, last block", [picture, cividis(shown), cividis(grey.view(recipe.img_size) * shown)]))
-        target = run.out / f"{Path(file).stem}_attention.png"
-        save_sheet(target, rows)
-        run.say(f"wrote {target}: {'; '.join(titles)}")
+            stats, _ = precision.step(optimizer, lr, asked=run.asked())
+            run.after_step(stats, lr)
+        record = run.end_of_training_epoch(lr_at(epoch + 1)) | evaluate.validate(run)
+        run.end_of_epoch(record, record.get("val_top1"))
+    script.finish(run, ["train_loss", "val_loss"], ["val_top1", "val_top5"])
 
 
 def main() -> None:
+    from common import script
+    from common.run import Run
+
     args, recipe, paper = parse_args()
-    if args.list_models:
-        for name, config in MODELS.items():
-            print(f"{name:20s} " + "  ".join(f"{k} {v}" for k, v in config.items()))
-    elif args.attention_maps:
-        write_maps(args, recipe, paper)
-    elif args.eval or args.eval_data:
-        evaluate_only(args, recipe, paper)
-    elif args.benchmark:
-        benchmark(args, recipe, paper)
-    else:
-        train(args, recipe, paper)
+    if args.attention_maps:
+        return write_maps(Run("patchconvnet", args, recipe, paper))
+    script.run_script(
+        "patchconvnet", args, recipe, paper, MODELS, train=train, make_model=make_model, adapt=carry_over,
+        loss=lambda model, images, labels: F.cross_entropy(model(images), labels),
+    )
 
 
 if __name__ == "__main__":
     try:
         from common.run import launch
     except ModuleNotFoundError as error:
-        if not (error.name or "").startswith("common"):
-            raise
-        print(
-            "error: another package named common hides the one that lies beside patchconvnet.py; run in the folder of both", file=sys.stderr
-        )
+        print(f"error: {error}; needed: tqdm, and our common/, not another package named common", file=sys.stderr)
         sys.exit(2)
     launch(main)

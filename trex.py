@@ -1,30 +1,30 @@
 """t-ReX: Improving the generalization of supervised models (Sariyildiz, Kalantidis, Alahari, Larlus; arXiv:2206.15369).
 
-New: supervised training that transfers. Multi-crop augmentation, a projector that is thrown away after training, and class
-prototypes, computed on the fly from a memory of features (OCM), in place of learned class weights. Two models with a
-ResNet-50: t-ReX, 78.0 top-1 on ImageNet with the best transfer (mean log odds 1.357 over 13 data sets), and t-ReX*, 80.2 top-1
-(log odds 1.078), after 100 epochs.
+New: supervised training that transfers. Multi-crop augmentation, a projector that is thrown away after training, and
+class prototypes, computed on the fly from a memory of features (OCM), in place of learned class weights. Two models
+with a ResNet-50: t-ReX, 78.0 top-1 on ImageNet with the best transfer (mean log odds 1.357 over 13 data sets), and
+t-ReX*, 80.2 top-1 (log odds 1.078), after 100 epochs.
 
-    torchrun --nproc_per_node 8 trex.py --model resnet50 --data /imagenet                          # t-ReX
-    torchrun --nproc_per_node 8 trex.py --model resnet50 --data /imagenet --recipe trex_star       # t-ReX*
-    python trex.py --model resnet_nano --recipe shapes                                             # minutes on two CPU cores
-    python trex.py --model resnet50 --weights runs/trex_resnet50/last.pt --export trex_resnet50.pth  # the encoder, for torchvision
+    torchrun --nproc_per_node 8 trex.py --model resnet50 --data /imagenet                    # t-ReX
+    torchrun --nproc_per_node 8 trex.py --model resnet50 --data /imagenet --recipe trex_star # t-ReX*
+    python trex.py --model resnet_nano --recipe shapes                                       # minutes on two CPU cores
+    python trex.py --model resnet50 --weights runs/trex_resnet50/last.pt --export trex.pth   # encoder for torchvision
 
-Checked here: state-dict keys, encoder features, projector outputs and logits of the official models, memory and prototypes,
-schedule, weight-decay groups and each augmentation against the official components' numbers (tests/). Not run here: ImageNet.
+Checked here: state-dict keys, encoder features, projector outputs and logits of the official models, memory and
+prototypes, schedule, weight-decay groups and each augmentation against the official components' numbers (tests/). Not
+run here: ImageNet.
 
 Axes: B images, D embedding, M memory, K classes, H x W pixels; crops of an image: one global, then eight local.
 
-Written from the paper's description and from figures; the official code, whose licence forbids commercial use, differs in:
+Written from the paper's text and from figures; the official code, whose licence forbids commercial use, differs in:
 - a batch that does not fit the end of its memory is cut off there, and the rest lost; here the memory is a ring;
 - its crops are decoded nine times; here once;
-- its learning rate's warm-up includes both ends (followed here: the last step of the warm-up has the peak rate already).
+- its learning rate's warm-up includes both ends (followed here: its last step has the peak rate already).
 """
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 import random
 import sys
@@ -39,33 +39,33 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.transforms.v2 import functional as adjust
 
-# ---- Recipe ------------------------------------------------------------------------------------------------------------
+# ---- Recipe ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Recipe:
     """The training of all models; the defaults are t-ReX."""
 
-    epochs: Annotated[int, "passes over the data set"] = 100
-    batch_size: Annotated[int, "images (not crops) per optimizer step, over all GPUs"] = 256
+    epochs: Annotated[int, "passes over the data set", "1 or more"] = 100
+    batch_size: Annotated[int, "images (not crops) per optimizer step, over all GPUs", "1 or more"] = 256
     optimizer: Annotated[str, "sgd (momentum 0.9)", ("sgd",)] = "sgd"
-    lr: Annotated[float, "peak learning rate; unset: 0.1 x batch size / 256"] = 0.1
-    min_lr: Annotated[float, "what the cosine approaches"] = 1e-6
-    warmup_lr: Annotated[float, "learning rate at step 0"] = 0.0
-    warmup_epochs: Annotated[int, "epochs of linear warm-up"] = 10
-    weight_decay: Annotated[float, "not on biases and BatchNorm"] = 1e-4
-    clip_grad: Annotated[float | None, "largest norm of the whole gradient; none: no clipping"] = None
-    img_size: Annotated[tuple[int, int], "global crops and test images in pixels, S or HxW"] = (224, 224)
-    local_size: Annotated[tuple[int, int], "local crops in pixels, S or HxW"] = (96, 96)
-    local_crops: Annotated[int, "local crops per image; 0: none"] = 8
-    global_scale: Annotated[float, "least share of the image's area in the global crop (up to 1)"] = 0.25
-    local_scale: Annotated[float, "largest share of the image's area in a local crop (from 0.05)"] = 0.25
-    hidden_layers: Annotated[int, "hidden layers of the projector"] = 3
-    memory_size: Annotated[int, "features in the memory; 0: learned class weights instead (plain variant)"] = 8192
-    temperature: Annotated[float, "of the cosine softmax"] = 0.1
-    momentum: Annotated[float, "of the averaged network that fills the memory"] = 0.999
-    repeats: Annotated[int, "repeated augmentation: times an image is taken in a row"] = 1
-    eval_crop_ratio: Annotated[float, "share of the resized image that the test crop keeps"] = 0.875
+    lr: Annotated[float, "peak learning rate; unset: 0.1 x batch size / 256", "above 0"] = 0.1
+    min_lr: Annotated[float, "what the cosine approaches", "0 or more"] = 1e-6
+    warmup_lr: Annotated[float, "learning rate at step 0", "0 or more"] = 0.0
+    warmup_epochs: Annotated[int, "epochs of linear warm-up", "0 or more"] = 10
+    weight_decay: Annotated[float, "not on biases and BatchNorm", "0 or more"] = 1e-4
+    clip_grad: Annotated[float | None, "largest norm of the whole gradient; none: no clipping", "above 0"] = None
+    img_size: Annotated[tuple[int, int], "global crops and test images in pixels, S or HxW", "1 or more"] = (224, 224)
+    local_size: Annotated[tuple[int, int], "local crops in pixels, S or HxW", "1 or more"] = (96, 96)
+    local_crops: Annotated[int, "local crops per image; 0: none", "0 or more"] = 8
+    global_scale: Annotated[float, "least share of the image's area in the global crop (up to 1)", "in (0, 1]"] = 0.25
+    local_scale: Annotated[float, "largest share of the image's area in a local crop, from 0.05", "in [0.05, 1]"] = 0.25
+    hidden_layers: Annotated[int, "hidden layers of the projector", "0 or more"] = 3
+    memory_size: Annotated[int, "features in the memory; 0: learned class weights (plain variant)", "0 or more"] = 8192
+    temperature: Annotated[float, "of the cosine softmax", "above 0"] = 0.1
+    momentum: Annotated[float, "of the averaged network that fills the memory", "in [0, 1)"] = 0.999
+    repeats: Annotated[int, "repeated augmentation: times an image is taken in a row", "1 or more"] = 1
+    eval_crop_ratio: Annotated[float, "share of the resized image that the test crop keeps", "in (0, 1]"] = 0.875
 
 
 RECIPES = {
@@ -74,28 +74,20 @@ RECIPES = {
     # The same with learned class weights instead of the memory.
     "trex_plain": Recipe(memory_size=0),
     "trex_star_plain": Recipe(global_scale=0.4, local_scale=0.4, hidden_layers=1, memory_size=0),
-    # Fine-tuning on other data sets, which the paper does not do (it fits linear classifiers: common/transfer.py): the settings
-    # of thesis section 2.4.6 for a ResNet-50, and a cosine softmax on the encoder in place of projector and memory.
+    # Fine-tuning on other data sets, which the paper does not do (it fits linear classifiers: common/transfer.py): the
+    # settings of thesis section 2.4.6 for a ResNet-50; a cosine softmax on the encoder replaces projector and memory.
     "transfer": Recipe(
-        epochs=240, batch_size=512, lr=0.01, warmup_epochs=0, local_crops=0, global_scale=0.08, hidden_layers=0, memory_size=0
+        epochs=240, batch_size=512, lr=0.01, warmup_epochs=0, local_crops=0, global_scale=0.08, hidden_layers=0,
+        memory_size=0,
     ),
     # Not of the paper: the built-in data set in minutes on two CPU cores.
     "shapes": Recipe(
-        epochs=2,
-        batch_size=32,
-        lr=0.05,
-        warmup_epochs=1,
-        img_size=(48, 48),
-        local_size=(32, 32),
-        local_crops=2,
-        global_scale=0.4,
-        local_scale=0.4,
-        hidden_layers=1,
-        memory_size=512,
+        epochs=2, batch_size=32, lr=0.05, warmup_epochs=1, img_size=(48, 48), local_size=(32, 32), local_crops=2,
+        global_scale=0.4, local_scale=0.4, hidden_layers=1, memory_size=512,
     ),
 }
 
-# ---- Architecture ------------------------------------------------------------------------------------------------------
+# ---- Architecture ----------------------------------------------------------------------------------------------------
 
 MODELS = {  # encoders of torchvision's, with the width of their features
     "resnet18": 512,
@@ -145,7 +137,8 @@ class Network(nn.Module):
 
     def __init__(self, name: str, hidden_layers: int):
         super().__init__()
-        self.encoder = ResNet(BasicBlock, [1, 1, 1, 1]) if name == "resnet_nano" else torchvision.models.get_model(name, weights=None)
+        nano = name == "resnet_nano"
+        self.encoder = ResNet(BasicBlock, [1, 1, 1, 1]) if nano else torchvision.models.get_model(name, weights=None)
         self.encoder.fc = nn.Identity()
         self.head = Projector(MODELS[name], hidden_layers)
 
@@ -161,7 +154,7 @@ class Network(nn.Module):
 
 
 class MemoryBank(nn.Module):
-    """Online class prototypes (OCM): the last `size` projections of the averaged network, as they are, and their labels."""
+    """Online class prototypes (OCM): the averaged network's last `size` projections, as they are, and their labels."""
 
     def __init__(self, dim: int, size: int, num_classes: int):
         super().__init__()
@@ -171,20 +164,22 @@ class MemoryBank(nn.Module):
         self.register_buffer("ptr", torch.zeros(1, dtype=torch.long))
 
     def prototypes(self) -> torch.Tensor:
-        """(K, D): the sum of each class' features, L2-normalised; 0 for a class that is not in the memory. No gradient."""
+        """(K, D): the sum of each class' features, L2-normalised; 0 for a class not in the memory. No gradient."""
         with torch.no_grad():
             of_class = F.one_hot(self.labels, self.num_classes).to(self.features.dtype)  # (M, K)
             return F.normalize(of_class.T @ self.features, dim=1)
 
     @torch.no_grad()
-    def update(self, features: torch.Tensor, labels: torch.Tensor) -> None:
-        """Writes (B, D) features and (B,) labels over the oldest ones, around the end; of more than M the last M."""
+    def update(self, features: torch.Tensor, labels: torch.Tensor, skip: torch.Tensor | None = None) -> None:
+        """Writes (B, D) features and (B,) labels over the oldest ones, around the end; of more than M the last M. skip
+        (0-dim, 1 or 0): change nothing where it is 1, decided on the device."""
         size = len(self.labels)
-        features, labels = features[-size:], labels[-size:]
+        features, labels = features[-size:].to(self.features.dtype), labels[-size:]
         where = (self.ptr + torch.arange(len(labels), device=labels.device)) % size
-        self.features[where] = features.to(self.features.dtype)
-        self.labels[where] = labels
-        self.ptr.copy_((self.ptr + len(labels)) % size)
+        end = (self.ptr + len(labels)) % size
+        changes = (self.features, where, features), (self.labels, where, labels), (self.ptr, ..., end)
+        for buffer, index, new in changes:
+            buffer[index] = new if skip is None else torch.where(skip > 0, buffer[index], new)
 
 
 class ClassWeights(nn.Module):
@@ -199,7 +194,7 @@ class ClassWeights(nn.Module):
 
 
 class TReX(nn.Module):
-    """The whole training model: images (B, 3, H, W), or a list of crop batches -> logits (crops x B, K), crop after crop.
+    """The training model: images (B, 3, H, W), or a list of crop batches -> logits (crops x B, K), crop after crop.
 
     With a memory, `model_ema` is the averaged copy of `model` that fills it. Logits are cosines over the temperature.
     """
@@ -213,6 +208,7 @@ class TReX(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        self.memory = None
         if memory_size:
             self.memory = MemoryBank(256, memory_size, num_classes)
             self.model_ema = copy.deepcopy(self.model).requires_grad_(False)
@@ -221,8 +217,9 @@ class TReX(nn.Module):
 
     def forward(self, crops: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
         z = self.model([crops] if isinstance(crops, torch.Tensor) else crops)
-        with torch.autocast("cuda" if z.is_cuda else "cpu", enabled=False):  # cosines over 0.1 in 16 bits would be steps of 0.04
-            prototypes = (self.memory if hasattr(self, "memory") else self.clf).prototypes()
+        # In 16 bits cosines over 0.1 would be steps of 0.04.
+        with torch.autocast("cuda" if z.is_cuda else "cpu", enabled=False):
+            prototypes = (self.clf if self.memory is None else self.memory).prototypes()
             return F.normalize(z.float(), dim=1) @ prototypes.float().T / self.temperature
 
     def transfer_features(self, images: torch.Tensor) -> torch.Tensor:
@@ -236,13 +233,8 @@ class TReX(nn.Module):
 
 
 def build_model(
-    name: str,
-    num_classes: int = 1000,
-    img_size: int | tuple[int, int] | None = None,
-    drop_path: float | None = None,
-    *,
-    hidden_layers: int = 3,
-    memory_size: int = 8192,
+    name: str, num_classes: int = 1000, img_size: int | tuple[int, int] | None = None, drop_path: float | None = None,
+    *, hidden_layers: int = 3, memory_size: int = 8192,
 ) -> nn.Module:
     """A fresh training model on one of torchvision's encoders in MODELS. memory_size 0: plain variant.
 
@@ -260,40 +252,32 @@ def encoder_weights(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
-# ---- Augmentation: multi-crop ------------------------------------------------------------------------------------------
-#
-# All of it runs in the loader's processes, on the crops: an image is decoded once for its nine.
+# ---- Augmentation: multi-crop ----------------------------------------------------------------------------------------
 
 
 # Adapted from deit.py: the range of the area is given
-def random_resized_crop(height: int, width: int, rng: random.Random, scale: tuple[float, float]) -> tuple[int, int, int, int]:
-    """(top, left, crop height, crop width): area of the image in the range `scale`, aspect 3/4..4/3 (log-uniform), ten attempts.
-
-    If none fits: the central crop with the aspect ratio clamped to that range.
-    """
+def random_resized_crop(
+    height: int, width: int, rng: random.Random, scale: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """(top, left, crop height, crop width): area of the image in the range `scale`, aspect 3/4..4/3 (log-uniform), ten
+    attempts; if none fits, the central crop with the aspect ratio clamped to that range."""
     for _ in range(10):
         area = rng.uniform(*scale) * height * width
         aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
         crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < crop_width <= width and 0 < crop_height <= height:
             return rng.randint(0, height - crop_height), rng.randint(0, width - crop_width), crop_height, crop_width
-    crop_height, crop_width = height, width
-    if width / height < 3 / 4:
-        crop_height = min(height, max(1, round(width / (3 / 4))))
-    elif width / height > 4 / 3:
-        crop_width = min(width, max(1, round(height * (4 / 3))))
+    crop_height, crop_width = min(height, round(width / (3 / 4))), min(width, round(height * (4 / 3)))
     return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 
 
 def colours(image: Image.Image, rng: random.Random, blur: float, solarize: float) -> Image.Image:
-    """Jitter (brightness 0.4, contrast 0.4, saturation 0.2, hue 0.1, in random order) with probability 0.8, grey with 0.2,
-    blur of radius 0.1..2 and solarisation above 128 with the given probabilities."""
+    """Jitter (brightness 0.4, contrast 0.4, saturation 0.2, hue 0.1, in random order) with probability 0.8, grey with
+    0.2, blur of radius 0.1..2 and solarisation above 128 with the given probabilities."""
     if rng.random() < 0.8:
         steps = [
-            (adjust.adjust_brightness, rng.uniform(0.6, 1.4)),
-            (adjust.adjust_contrast, rng.uniform(0.6, 1.4)),
-            (adjust.adjust_saturation, rng.uniform(0.8, 1.2)),
-            (adjust.adjust_hue, rng.uniform(-0.1, 0.1)),
+            (adjust.adjust_brightness, rng.uniform(0.6, 1.4)), (adjust.adjust_contrast, rng.uniform(0.6, 1.4)),
+            (adjust.adjust_saturation, rng.uniform(0.8, 1.2)), (adjust.adjust_hue, rng.uniform(-0.1, 0.1)),
         ]
         rng.shuffle(steps)
         for step, amount in steps:
@@ -309,33 +293,36 @@ def colours(image: Image.Image, rng: random.Random, blur: float, solarize: float
 
 # Adapted from deit.py: multi-crop, colour augmentation
 class TrainTransform:
-    """(uint8 image (3, H, W), rng) -> ((global crop (1, 3, *img_size), local crops (n, 3, *local_size)), no parameters)."""
+    """(uint8 image (3, H, W), rng) -> ((global crop (1, 3, *img_size), local crops (n, 3, *local_size)), no
+    parameters), all in the loader's processes: an image is decoded once for its nine crops."""
 
-    def __init__(self, recipe: Recipe):
-        self.crops = [(1, recipe.img_size, (recipe.global_scale, 1.0), 0.2, 0.2)]  # number, size, scale, blur, solarisation
+    def __init__(self, recipe: Recipe):  # crops: number, size, scale, blur, solarisation
+        self.crops = [(1, recipe.img_size, (recipe.global_scale, 1.0), 0.2, 0.2)]
         if recipe.local_crops:
             self.crops.append((recipe.local_crops, recipe.local_size, (0.05, recipe.local_scale), 0.5, 0.0))
 
     def __call__(self, image: torch.Tensor, rng: random.Random) -> tuple[tuple[torch.Tensor, ...], tuple]:
-        from common.images import from_pil, resize, to_pil
+        from common import images
 
         batches = []
         for number, size, scale, blur, solarize in self.crops:
             crops = []
             for _ in range(number):
                 top, left, height, width = random_resized_crop(*image.shape[1:], rng, scale)
-                crop = resize(image[:, top : top + height, left : left + width], size)
+                crop = images.resize(image[:, top : top + height, left : left + width], size)
                 if rng.random() < 0.5:
                     crop = crop.flip(-1)
-                crops.append(from_pil(colours(to_pil(crop), rng, blur, solarize)))
+                crops.append(images.from_pil(colours(images.to_pil(crop), rng, blur, solarize)))
             batches.append(torch.stack(crops))
         return tuple(batches), ()
 
 
-# ---- Schedule ----------------------------------------------------------------------------------------------------------
+# ---- Schedule --------------------------------------------------------------------------------------------------------
 
 
-def learning_rate(step: int, total: int, warmup: int, peak: float, min_lr: float = 1e-6, warmup_lr: float = 0.0) -> float:
+def learning_rate(
+    step: int, total: int, warmup: int, peak: float, min_lr: float = 1e-6, warmup_lr: float = 0.0
+) -> float:
     """Of optimizer step `step` of `total`: linear over the `warmup` first ones, both ends included, then a cosine that
     approaches min_lr."""
     if step < warmup:
@@ -343,7 +330,7 @@ def learning_rate(step: int, total: int, warmup: int, peak: float, min_lr: float
     return min_lr + 0.5 * (peak - min_lr) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
-# ---- Training: the only user of common ---------------------------------------------------------------------------------
+# ---- Training: the only user of common -------------------------------------------------------------------------------
 
 
 def parse_args(argv: list[str] | None = None):
@@ -351,131 +338,74 @@ def parse_args(argv: list[str] | None = None):
     from common import cli
 
     parser = cli.make_parser("trex", __doc__, Recipe, RECIPES, model="resnet50", recipe="trex")
-    parser.add_argument("--export", metavar="FILE", help="write the encoder of --weights with torchvision's names and stop")
-    args = parser.parse_args(argv)
-    cli.check_choice("--model", args.model, MODELS)
-    cli.check_names(args, MODELS, RECIPES)
-    paper = RECIPES[args.recipe]
-    recipe = cli.override(paper, args)
-    if args.lr is None:
-        recipe = dataclasses.replace(recipe, lr=paper.lr * recipe.batch_size / paper.batch_size)
-    cli.check_recipe(recipe)
-    return args, recipe, paper
+    parser.add_argument("--export", metavar="FILE",
+                        help="write the encoder of --weights with torchvision's names and stop")
+    args = cli.parse(parser, argv, MODELS, RECIPES)
+    return args, cli.override(RECIPES[args.recipe], args, lr_follows_batch=True), RECIPES[args.recipe]
 
 
-def make_model(args, recipe: Recipe, num_classes: int) -> nn.Module:
-    """build_model for a command line."""
+def make_model(args, recipe: Recipe, num_classes: int) -> TReX:
+    """The training model of a command line."""
     return TReX(args.model, num_classes, recipe.hidden_layers, recipe.memory_size, recipe.temperature)
 
 
 def take_encoder(model: nn.Module, state: dict, content: dict, say) -> None:
-    """Fits --weights to the model: the encoder is taken, also in torchvision's form; what else has another name or shape starts
-    afresh."""
-    from common.checkpoint import take_part
+    """Fits --weights to the model: the encoder is taken, also in torchvision's form; what else has another name or
+    shape starts afresh."""
+    from common import checkpoint
 
-    fresh = take_part(model, state, "model.encoder.")
+    fresh = checkpoint.take_part(model, state, "model.encoder.")
     for key in (k for k in fresh if k.startswith("model_ema.")):  # the averaged network starts as a copy
         state[key] = state[key.replace("model_ema.", "model.", 1)]
     if fresh:
-        say(f"encoder taken from the checkpoint; new: {', '.join(sorted({'.'.join(k.split('.')[:2]) for k in fresh}))}")
+        parts = sorted({".".join(k.split(".")[:2]) for k in fresh})
+        say(f"encoder taken from the checkpoint; new: {', '.join(parts)}")
 
 
-def train(args, recipe: Recipe, paper: Recipe) -> None:
-    """The whole run: data, model, loop, evaluation by the prototypes after every epoch."""
-    from common.checkpoint import load_pretrained
-    from common.data import TrainingData
-    from common.evaluate import eval_loader, evaluate, normalize
-    from common.optim import make_optimizer
-    from common.precision import Precision, check_amp
-    from common.report import describe, save_curves, show_crops
-    from common.run import Run
+def train(run) -> None:
+    """The loop; what it starts from (data, network, what was saved) is common.script.set_up's."""
+    from common import evaluate, script
 
-    run = Run("trex", args, recipe, paper)
-    check_amp(run.amp, run.device)
-    data = TrainingData(run, recipe, TrainTransform(recipe))
-    torch.manual_seed(args.seed)
-    model = make_model(args, recipe, len(data.classes))
-    if args.weights:
-        load_pretrained(model, args, run.method, new_head=True, say=run.say, adapt=take_encoder)
-    model.to(run.device)
-    optimizer = make_optimizer(recipe.optimizer, model, recipe.lr, recipe.weight_decay)
-    precision = Precision(run.amp, run.device, accumulation=data.accumulation, clip_grad=recipe.clip_grad)
+    recipe = run.recipe
+    data, model, wrapped, optimizer, precision, *_ = script.set_up(
+        run, TrainTransform(recipe), make_model, adapt=take_encoder
+    )
     total, warmup = recipe.epochs * data.steps, recipe.warmup_epochs * data.steps
 
     def lr_at(step: int) -> float:
         return learning_rate(step, total, warmup, recipe.lr, recipe.min_lr, recipe.warmup_lr)
 
-    def crops_of(images: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
-        """[(B, n, 3, h, w), ...] of the loader -> one normalised batch (B, 3, h, w) per crop, the global one first."""
-        return [normalize(crop) for batch in images for crop in batch.unbind(1)]
-
-    if args.show_batch:
-        if run.rank == 0:
-            show_crops(args.show_batch, data)
-        return run.say(f"wrote {args.show_batch}")
-
-    run.open_folder()
-    run.say(describe(run, lambda: make_model(args, recipe, len(data.classes)), data))
-    wrapped = run.prepare(model, data.micro_batch)
-    run.start(model=model, optimizer=optimizer, precision=precision, data=data.identity())
-    if run.rank == 0 and run.epoch == run.step == 0:
-        show_crops(run.out / "batch.png", data)
-    run.check_stop()
-    val_loader = data.val and eval_loader(data.val, recipe.img_size, recipe.eval_crop_ratio, data.micro_batch, run)
-
     for epoch in range(run.epoch, recipe.epochs):
-        stream = data.epoch(epoch, run.step)
         wrapped.train()
-        for step in run.steps(data.steps, recipe.batch_size):
+        for step in run.steps(data):
             if recipe.memory_size:
                 model.average(recipe.momentum)
-            seen, averaged, labels = [], [], []
-            for _ in range(data.accumulation):
-                batch = run.wait_for(stream)
-                crops = crops_of(batch[0])
+            features, labels = [], []  # for the memory
+            for batch in data.micro_batches():
+                crops = [evaluate.normalize(c) for images in batch.images for c in images.unbind(1)]  # global first
                 with precision.forward(wrapped):
-                    logits = wrapped(crops)
-                    loss = F.cross_entropy(logits, batch[2].repeat(len(crops)))
+                    loss = F.cross_entropy(wrapped(crops), batch.labels.repeat(len(crops)))
                 precision.backward(loss)
                 if recipe.memory_size:
                     with torch.no_grad(), precision.autocast():
-                        averaged.append(model.model_ema(crops[:1]).float())
-                labels.append(batch[2])
-                seen.append(batch[3])
+                        features.append(model.model_ema(crops[:1]).float())
+                    labels.append(batch.labels)
             lr = lr_at(epoch * data.steps + step)
-            stats, _ = precision.step(optimizer, lr, asked=run.asked())
+            stats, skipped = precision.step(optimizer, lr, asked=run.asked())
             if recipe.memory_size:  # after the step: the batch is not among its own prototypes
-                model.memory.update(run.gather(torch.cat(averaged)), run.gather(torch.cat(labels)))
-            run.after_step(stats, lr, lambda seen=seen: data.names(torch.cat(seen)))
-        record, score = run.end_of_training_epoch() | {"lr": lr_at((epoch + 1) * data.steps - 1)}, None
-        if val_loader is not None:
-            metrics = evaluate(model, val_loader, run.device, precision.autocast, between=run.check_stop)
-            score = metrics["top1"]
-            record |= {f"val_{k}": v for k, v in metrics.items()}
-        run.end_of_epoch(record, score)
-    run.finish()
-    if run.rank == 0 and val_loader is not None:
-        save_curves(run.out / "curves.png", run.out / "log.jsonl", [["train_loss", "val_loss"], ["val_top1", "val_top5"]])
+                model.memory.update(run.gather(torch.cat(features)), run.gather(torch.cat(labels)), skip=skipped)
+            run.after_step(stats, lr)
+        record = run.end_of_training_epoch(lr_at((epoch + 1) * data.steps - 1)) | evaluate.validate(run)
+        run.end_of_epoch(record, record.get("val_top1"))
+    script.finish(run, ["train_loss", "val_loss"], ["val_top1", "val_top5"])
 
 
-SAVED = ("img_size", "eval_crop_ratio", "hidden_layers", "memory_size", "temperature")  # what an evaluation takes from the checkpoint
-
-
-def evaluate_only(args, recipe: Recipe, paper: Recipe) -> None:
-    """--eval: accuracy by the prototypes, on the validation images, ImageNet-Real's labels and other test sets."""
-    from common.evaluate import evaluate_weights
-    from common.run import Run
-
-    evaluate_weights(Run("trex", args, recipe, paper), make_model, saved=SAVED, adapt=None)
-
-
-def export(args, recipe: Recipe, paper: Recipe) -> None:
+def export(run) -> None:
     """--export: the encoder in the form that torchvision's ResNets load."""
     from common import checkpoint
     from common.errors import UserError
-    from common.run import Run
 
-    run = Run("trex", args, recipe, paper)
+    args = run.args
     file = args.weights or str(run.out / "last.pt")
     weights = encoder_weights(checkpoint.weights(checkpoint.load(file, "--weights")))
     if not weights:
@@ -487,36 +417,23 @@ def export(args, recipe: Recipe, paper: Recipe) -> None:
     run.say(f"wrote {args.export}: load with strict=False, fc.weight and fc.bias are left out")
 
 
-def benchmark(args, recipe: Recipe, paper: Recipe) -> None:
-    """--benchmark: images/s and peak memory of training steps on one crop of the test resolution, and of inference."""
-    from common import report
+def main() -> None:
+    from common import script
     from common.run import Run
 
-    run = Run("trex", args, recipe, paper)
-    report.benchmark(run, lambda: make_model(args, recipe, 1000), lambda model, images, labels: F.cross_entropy(model(images), labels))
-
-
-def main() -> None:
     args, recipe, paper = parse_args()
-    if args.list_models:
-        for name, width in MODELS.items():
-            print(f"{name:10s} features {width}")
-    elif args.export:
-        export(args, recipe, paper)
-    elif args.eval or args.eval_data:
-        evaluate_only(args, recipe, paper)
-    elif args.benchmark:
-        benchmark(args, recipe, paper)
-    else:
-        train(args, recipe, paper)
+    if args.export:
+        return export(Run("trex", args, recipe, paper))
+    script.run_script(
+        "trex", args, recipe, paper, MODELS, train=train, make_model=make_model,
+        loss=lambda model, images, labels: F.cross_entropy(model(images), labels),
+    )
 
 
 if __name__ == "__main__":
     try:
         from common.run import launch
     except ModuleNotFoundError as error:
-        if not (error.name or "").startswith("common"):
-            raise
-        print("error: another package named common hides the one that lies beside trex.py; run in the folder of both", file=sys.stderr)
+        print(f"error: {error}; needed: tqdm, and our common/, not another package named common", file=sys.stderr)
         sys.exit(2)
     launch(main)

@@ -1,1 +1,0 @@
-"""What every training loop here calls alike and no one paper is about."""

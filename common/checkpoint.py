@@ -1,9 +1,5 @@
-"""Checkpoints: written so that a crash cannot lose the last good one, read so that a bad file cannot pass for a good one.
-
-A file holds plain types and tensors only and loads with torch.load(weights_only=True) in a process without this code.
-"""
-
-from __future__ import annotations
+"""Checkpoints: written so that a crash cannot lose the last good one, read so that a bad one cannot pass for good. They
+hold plain types and tensors only and load with torch.load(weights_only=True) in a process without this code."""
 
 import argparse
 import contextlib
@@ -15,20 +11,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.utils._pytree import tree_leaves
 
-from common.errors import RunError, UserError
+from common.errors import RunError, UserError, one_line
 
 FORMAT = 1
+HEADS = ("head.", "head_dist.", "fc.", "classifier.", "heads.")  # classifiers: of the methods, of torchvision's models
 
 
 def save(checkpoint: dict, path: Path, *, keep: Path | None = None) -> None:
-    """Writes `path` atomically: temporary file, fsync, read back with CRC, rename, fsync of the folder.
-
-    The file that `path` was becomes `keep`. Raises RunError and leaves the old files alone if the disk is full or a
-    tensor is not finite.
-    """
+    """Writes `path` atomically: temporary file, fsync, read back with CRC, rename, fsync of the folder; what it was
+    becomes `keep`. RunError, with the old files left alone, if the disk is full or a tensor is not finite."""
     checkpoint = plain({**checkpoint, "format": FORMAT})
-    _refuse_broken(checkpoint["model"], path)
+    broken = [k for k, v in checkpoint["model"].items() if not torch.isfinite(v).all()]
+    if broken:
+        raise RunError(f"{path} not written: {len(broken)} tensors are not finite, e.g. {broken[0]}; "
+                       "the previous checkpoint is intact")
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,24 +44,24 @@ def save(checkpoint: dict, path: Path, *, keep: Path | None = None) -> None:
     except (OSError, RuntimeError, zipfile.BadZipFile) as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        need = sum(t.numel() * t.element_size() for t in _tensors(checkpoint))
+        need = sum(t.nbytes for t in tree_leaves(checkpoint) if isinstance(t, torch.Tensor))
         free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
-        reason = " ".join(str(error).split())
-        raise RunError(
-            f"cannot write {path}: {reason} (needs about {need} bytes, {free} are free); the previous checkpoint is intact"
-        ) from None
+        raise RunError(f"cannot write {path}: {one_line(error)} (needs about {need} bytes, {free} are free); "
+                       "the previous checkpoint is intact") from None
 
 
 def save_copy(path: Path, copy: Path) -> None:
-    """`copy` becomes the same file as `path`, atomically, without writing it again where links are possible."""
-    _link(path, copy)
-    _sync_folder(copy.parent)
+    """`copy` becomes the same file as `path`, atomically, by a link where there are links; RunError if it cannot be."""
+    try:
+        _link(path, copy)
+        _sync_folder(copy.parent)
+    except OSError as error:
+        raise RunError(f"cannot write {copy}: {error.strerror}; {path} is intact") from None
 
 
 def _link(path: Path, target: Path) -> None:
     temporary = target.with_name(target.name + ".tmp")
-    with contextlib.suppress(FileNotFoundError):
-        temporary.unlink()
+    temporary.unlink(missing_ok=True)
     try:
         os.link(path, temporary)
     except OSError:  # a file system without hard links
@@ -73,116 +71,88 @@ def _link(path: Path, target: Path) -> None:
 
 def _sync_folder(folder: Path) -> None:
     fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    os.fsync(fd)
+    os.close(fd)
 
 
 def load(path: str | Path, flag: str) -> dict:
-    """The checkpoint's content on the CPU. UserError, naming `flag`, for a missing, damaged or unsafe file.
-
-    A .safetensors file is a bare state dict; reading it needs that package.
-    """
-    path = Path(path)
+    """The checkpoint's content on the CPU, of a .safetensors file its bare state dict. UserError, naming `flag`, for a
+    missing, damaged or unsafe file."""
+    path, where = Path(path), f"{flag} {path}"
     if not path.is_file():
-        raise UserError(f"{flag} {path}: " + ("is a folder; name the checkpoint file" if path.is_dir() else "no such file"))
-    if path.suffix == ".safetensors":
-        return _load_safetensors(path, flag)
-    damaged = UserError(f"{flag}: damaged checkpoint {path}; use another one (previous.pt and best.pt lie beside last.pt)")
+        raise UserError(f"{where}: " + ("is a folder; name the checkpoint file" if path.is_dir() else "no such file"))
     try:
+        if path.suffix == ".safetensors":
+            import safetensors.torch
+
+            return safetensors.torch.load_file(path)
         if zipfile.is_zipfile(path):  # torch.load itself does not notice a flipped byte
             with zipfile.ZipFile(path) as z:
                 if z.testzip() is not None:
-                    raise damaged
+                    raise zipfile.BadZipFile
         # The official DeiT and t-ReX files carry their command line; nothing else beyond plain types is let in.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "GLOBAL" in str(error) or "global" in str(error):
-            raise UserError(f"{flag} {path}: refused, the file holds more than tensors and plain types and could run code") from None
-        raise damaged from None
-    except (EOFError, RuntimeError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError, zipfile.BadZipFile):
-        raise damaged from None
+    except ImportError:
+        raise UserError(f"{where}: reading this kind of file needs a package: pip install safetensors") from None
+    except Exception as error:  # which one depends on where the damage is
+        if isinstance(error, pickle.UnpicklingError) and "global" in str(error).lower():
+            held = "the file holds more than tensors and plain types and could run code"
+            raise UserError(f"{where}: refused, {held}") from None
+        hint = "use another one (previous.pt and best.pt lie beside last.pt)"
+        raise UserError(f"{flag}: damaged checkpoint {path}; {hint}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{flag} {path}: holds a {type(content).__name__}, not a checkpoint")
+        raise UserError(f"{where}: holds a {type(content).__name__}, not a checkpoint")
     if content.get("format", FORMAT) != FORMAT:
-        raise UserError(f"{flag} {path}: checkpoint format {content['format']}, this version reads {FORMAT}; use the version that wrote it")
+        raise UserError(f"{where}: checkpoint format {content['format']}, this version reads {FORMAT}; "
+                        "use the version that wrote it")
     return content
 
 
-def _load_safetensors(path: Path, flag: str) -> dict:
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError:
-        raise UserError(f"{flag} {path}: reading this kind of file needs a package: pip install safetensors") from None
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"{flag}: damaged checkpoint {path} ({' '.join(str(error).split())[:120]})") from None
-
-
-PREFIXES = ("module.", "_orig_mod.", "model.")
-
-
 def weights(checkpoint: dict, *, ema: bool = False) -> dict[str, torch.Tensor]:
-    """The state dict inside a checkpoint of ours, an official one, or a bare one; wrappers' prefixes removed.
-
-    ema: the averaged weights; UserError if there are none.
-    """
+    """The state dict inside a checkpoint of ours, an official one, or a bare one; wrappers' prefixes removed. ema: the
+    averaged weights; UserError if there are none."""
     names = ("ema", "model_ema") if ema else ("model", "state_dict")
-    state = next((checkpoint[n] for n in names if isinstance(checkpoint.get(n), dict)), None)
-    if state is None and ema:
+    state = next((checkpoint[n] for n in names if isinstance(checkpoint.get(n), dict)), None if ema else checkpoint)
+    if state is None:
         raise UserError("--use-ema: this checkpoint holds no averaged weights")
-    state = checkpoint if state is None else state
     state = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
-    for _ in range(3):
-        for prefix in PREFIXES:
-            if state and all(k.startswith(prefix) for k in state):
-                state = {k[len(prefix) :]: v for k, v in state.items()}
+    while {k.partition(".")[0] for k in state} in ({"module"}, {"_orig_mod"}, {"model"}):
+        state = {k.partition(".")[2]: v for k, v in state.items()}
     return state
+
+
+def recipe_of(content: dict) -> dict:
+    """The fields of the recipe that a checkpoint of ours was trained by; {} of an official or bare one."""
+    return content["recipe"] if isinstance(content.get("recipe"), dict) else {}
+
+
+def classes_of(content: dict) -> list[str]:
+    """Names of the classes that a checkpoint tells apart, numbers where it does not say; [] without a classifier."""
+    if isinstance(content.get("data"), dict):
+        return content["data"]["classes"]
+    heads = [v for k, v in weights(content).items() if k.startswith(HEADS) and k.endswith(".weight") and v.ndim > 1]
+    one_each = len(heads) > 1 and all(len(v) == 1 for v in heads)  # a classifier of its own for every class
+    return [str(i) for i in range(len(heads) if one_each else len(heads[-1]) if heads else 0)]
 
 
 def load_weights(model: torch.nn.Module, state: dict[str, torch.Tensor], where: str) -> None:
     """Strict load into a model of any precision; UserError with counts and examples if keys or shapes do not fit."""
     own = model.state_dict()
-    missing, unexpected = sorted(set(own) - set(state)), sorted(set(state) - set(own))
-    shapes = [f"{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}" for k in own if k in state and state[k].shape != own[k].shape]
-    problems = [
-        f"{len(found)} {what}, e.g. {', '.join(found[:5])}"
-        for what, found in (("keys missing", missing), ("keys not known", unexpected), ("shapes differ", shapes))
-        if found
-    ]
+    differ = [k for k in own if k in state and state[k].shape != own[k].shape]
+    kinds = {"keys missing": sorted(own.keys() - state.keys()), "keys not known": sorted(state.keys() - own.keys()),
+             "shapes differ": [f"{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}" for k in differ]}
+    problems = [f"{len(found)} {kind}, e.g. {', '.join(found[:5])}" for kind, found in kinds.items() if found]
     if problems:
         raise UserError(f"{where}: does not fit the model: {'; '.join(problems)}")
     model.load_state_dict(state)
 
 
-HEADS = ("head.", "head_dist.", "fc.", "classifier.", "heads.")  # classifiers: of the methods, of torchvision's models
-
-
-def load_pretrained(
-    model: torch.nn.Module,
-    args,
-    method: str,
-    *,
-    new_head: bool,
-    say: Callable[[str], None],
-    adapt: Callable | None = None,
-    content: dict | None = None,
-) -> None:
-    """--weights into the model; a classifier for other classes is left fresh (only if new_head).
-
-    adapt(model, state, content, say) changes the state dict in place to fit the model's resolution; content is the whole file,
-    read here unless it is given.
-    """
-    content = load(args.weights, "--weights") if content is None else content
-    if isinstance(content.get("model_name"), str) and content["model_name"] != args.model:
-        raise UserError(
-            f"--weights {args.weights}: holds {content.get('method')} {content['model_name']}, you asked for {method} {args.model}"
-        )
-    state = weights(content, ema=args.use_ema)
+def fit(model: torch.nn.Module, content: dict, where: str, say: Callable, *, ema: bool = False,
+        adapt: Callable | None = None, new_head: bool = False) -> None:
+    """A checkpoint's weights (ema: its averaged ones) into the model; UserError, naming `where`, if they do not fit.
+    adapt(model, state, content, say) fits the state dict first, in place; new_head: another one starts anew."""
+    state = weights(content, ema=ema)
     narrow = {v.dtype for v in state.values()} & {torch.float16, torch.bfloat16}
     if narrow:
         say(f"weights in {', '.join(str(d).removeprefix('torch.') for d in narrow)} loaded into float32")
@@ -190,22 +160,29 @@ def load_pretrained(
         adapt(model, state, content, say)
     own = model.state_dict()
     heads = [k for k in own if k in state and k.startswith(HEADS) and state[k].shape != own[k].shape]
-    if heads and new_head:
-        say(f"new head: the checkpoint has {len(state[heads[0]])} classes, the data {len(own[heads[0]])}")
+    if heads:
+        numbers = f"{len(state[heads[0]])} classes, the data {len(own[heads[0]])}"
+        if not new_head:
+            raise UserError(f"{where}: has {numbers}; evaluation needs the same")
+        say(f"new head: the checkpoint has {numbers}")
         state.update({k: own[k] for k in heads})
-    elif heads:
-        raise UserError(
-            f"--weights {args.weights}: has {len(state[heads[0]])} classes, the data {len(own[heads[0]])}; evaluation needs the same"
-        )
-    load_weights(model, state, f"--weights {args.weights}")
+    load_weights(model, state, where)
+
+
+def of_run(run) -> dict:
+    """The content of --weights (last.pt of --out without it); UserError if it is another model's."""
+    args = run.args
+    args.weights = args.weights or str(run.out / "last.pt")
+    content = load(args.weights, "--weights")
+    if isinstance(content.get("model_name"), str) and content["model_name"] != args.model:
+        held = f"{content.get('method')} {content['model_name']}"
+        raise UserError(f"--weights {args.weights}: holds {held}, you asked for {run.method} {args.model}")
+    return content
 
 
 def take_part(model: torch.nn.Module, state: dict[str, torch.Tensor], prefix: str) -> list[str]:
-    """Fits a state dict, in place, to a model that takes its part `prefix` (a trunk); returns the keys that start afresh.
-
-    A state dict without that prefix is taken for the part alone, in torchvision's form. Of all else, what has the same name
-    and shape is taken too; the rest is the model's own. The part itself must fit: load_weights says where it does not.
-    """
+    """Fits a state dict (one without `prefix`: the part alone, in torchvision's form) in place to a model that takes
+    the part `prefix`, and of all else what has the same name and shape; returns the keys that start afresh."""
     if not any(k.startswith(prefix) for k in state):
         for key in list(state):
             state[prefix + key] = state.pop(key)
@@ -218,7 +195,7 @@ def take_part(model: torch.nn.Module, state: dict[str, torch.Tensor], prefix: st
 
 
 def plain(value):
-    """`value` with tensors on the CPU in storage of their own and all else plain; TypeError for what a file may not hold."""
+    """`value` with tensors on the CPU in storage of their own, all else plain; TypeError for what may not be."""
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu()
         return value.clone() if value.untyped_storage().nbytes() != value.numel() * value.element_size() else value
@@ -229,20 +206,3 @@ def plain(value):
     if value is None or type(value) in (bool, int, float, str, bytes):
         return value
     raise TypeError(f"a checkpoint may not hold a {type(value).__name__}: {value!r}")
-
-
-def _tensors(value):
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for v in value.values():
-            yield from _tensors(v)
-    elif isinstance(value, (list, tuple)):
-        for v in value:
-            yield from _tensors(v)
-
-
-def _refuse_broken(state: dict, path: Path) -> None:
-    broken = [k for k, v in state.items() if v.is_floating_point() and not torch.isfinite(v).all()]
-    if broken:
-        raise RunError(f"{path} not written: {len(broken)} tensors are not finite, e.g. {broken[0]}; the previous checkpoint is intact")

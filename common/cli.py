@@ -1,7 +1,5 @@
 """The command line every script shares: run flags by hand, one flag per Recipe field, errors in one line."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import difflib
@@ -33,103 +31,111 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def make_parser(method: str, doc: str, recipe_class: type, recipes, *, model: str, recipe: str) -> Parser:
-    """The flags of every script: model and recipe (with these defaults), what a run needs, one flag per recipe field."""
+def make_parser(method: str, doc: str, recipe_class: type, recipes, *, model: str, recipe: str,
+                teacher: str | None = None, grad_checkpoint: bool = False) -> Parser:
+    """The flags of every script: model and recipe (with these defaults), what a run needs, one flag per recipe field.
+    teacher: the default one (None: the method does not distill); grad_checkpoint: models can recompute activations."""
     parser = Parser(prog=f"{method}.py", description=doc.split("\n\nChecked")[0])
-    parser.add_argument("--model", default=model, metavar="NAME", help=f"see --list-models; default: {model}")
-    parser.add_argument("--recipe", default=recipe, metavar="NAME", help=f"{', '.join(recipes)}; default: {recipe}")
-    parser.add_argument("--list-models", action="store_true", help="print the models and stop")
-    parser.add_argument("--show-batch", metavar="FILE", help="write what the network is fed as a PNG and stop")
-    parser.add_argument("--benchmark", action="store_true", help="measure images/s and peak memory of training and inference and stop")
+    flag = parser.add_argument
+    flag("--model", default=model, metavar="NAME", help=f"see --list-models; default: {model}")
+    flag("--recipe", default=recipe, metavar="NAME", help=f"{', '.join(recipes)}; default: {recipe}")
+    flag("--list-models", action="store_true", help="print the models and stop")
+    flag("--show-batch", metavar="FILE", help="write what the network is fed as a PNG and stop")
+    flag("--benchmark", action="store_true", help="measure images/s and peak memory of training and inference and stop")
+    if teacher:
+        flag("--teacher", metavar="NAME", help=f"a classifier of torchvision's; default: {teacher}, as in the thesis")
+        weights = "of that classifier, or a checkpoint of any script here; default: torchvision's weights"
+        flag("--teacher-weights", metavar="FILE", help=weights)
+    if grad_checkpoint:
+        memory = "recompute activations in the backward pass: less memory for one more forward pass"
+        flag("--grad-checkpoint", action="store_true", default=None, help=memory)
     _add_run_flags(parser)
     _add_recipe_flags(parser, recipe_class)
     return parser
 
 
-def add_teacher_flags(parser: Parser, default: str) -> None:
-    parser.add_argument("--teacher", metavar="NAME", help=f"a classifier of torchvision's; default: {default}, as in the thesis")
-    parser.add_argument(
-        "--teacher-weights", metavar="FILE", help="of that classifier, or a checkpoint of any script here; default: torchvision's weights"
-    )
-
-
 def _add_run_flags(parser: Parser) -> None:
-    data = parser.add_argument_group("data")
-    data.add_argument("--data", metavar="DATA", help="shapes, FOLDER, FILE.tar or NAME:FOLDER (see common/sources.py); default: shapes")
-    data.add_argument(
-        "--val-data", metavar="PATH", help="validation images, if not in --data: folder or tar of class folders; none: train without"
-    )
-    data.add_argument("--coarse-labels", metavar="FILE", help="JSON, class name to coarse class; then --data DATA@coarse trains on those")
-    data.add_argument(
-        "--workers", type=int, metavar="N", help="loader processes per rank; default: the cores shared among the ranks, at most 16"
-    )
-    run = parser.add_argument_group("run")
-    run.add_argument("--out", metavar="FOLDER", help="checkpoints and log go here; default: runs/METHOD_MODEL")
-    run.add_argument(
-        "--resume",
-        nargs="?",
-        const="auto",
-        metavar="FILE",
-        help="go on from a checkpoint; auto (or no value): the newest good one in --out, if any",
-    )
-    run.add_argument("--allow-changes", action="store_true", help="let --resume go on although recipe or data differ from the checkpoint's")
-    run.add_argument("--weights", metavar="FILE", help="start from these weights (ours or the official ones), with a fresh optimizer")
-    run.add_argument("--save-steps", type=int, default=0, metavar="N", help="write last.pt every N steps too, besides at every epoch's end")
-    run.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, order, augmentation and mixing; default: 0")
-    run.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
-    run.add_argument(
-        "--amp", choices=("bf16", "fp16", "fp32"), help="precision of forward and backward; default: bf16 on CUDA, fp32 on the CPU"
-    )
-    run.add_argument(
-        "--micro-batch", type=int, metavar="N", help="images per rank and forward pass; default: as many as --batch-size gives, at most 256"
-    )
-    run.add_argument("--compile", action="store_true", help="torch.compile the model")
-    run.add_argument(
-        "--timeout", type=int, default=600, metavar="SECONDS", help="how long ranks wait for each other before the run stops; default: 600"
-    )
-    run.add_argument("--tensorboard", action="store_true", help="also write TensorBoard events to --out")
-    run.add_argument("--debug", action="store_true", help="show tracebacks of expected errors")
-    evaluation = parser.add_argument_group("evaluation")
-    evaluation.add_argument("--eval", action="store_true", help="evaluate --weights (or last.pt of --out) on --data instead of training")
-    evaluation.add_argument(
-        "--eval-data", nargs="+", metavar="PATH", help="evaluate on these folders or tars of class folders (ImageNet-V2, ...) too"
-    )
-    evaluation.add_argument("--real-labels", metavar="FILE", help="ImageNet-Real's real.json: also report accuracy against these labels")
-    evaluation.add_argument("--use-ema", action="store_true", help="evaluate, or start from, the averaged weights of --weights")
+    flag = parser.add_argument_group("data").add_argument
+    flag("--data", metavar="DATA", help="shapes (default), FOLDER, FILE.tar or NAME:FOLDER: see common/sources.py")
+    flag("--val-data", metavar="PATH", help="validation images not in --data: folder or tar; none: train without")
+    flag("--coarse-labels", metavar="FILE", help="JSON, class name to coarse class; trained on by --data DATA@coarse")
+    flag("--workers", type=int, metavar="N", help="loader processes per rank; default: its share of the cores, <= 16")
+    flag = parser.add_argument_group("run").add_argument
+    flag("--out", metavar="FOLDER", help="checkpoints and log go here; default: runs/METHOD_MODEL")
+    resume = "go on from a checkpoint; auto (or no value): the newest good one in --out, if any"
+    flag("--resume", nargs="?", const="auto", metavar="FILE", help=resume)
+    flag("--allow-changes", action="store_true", help="let --resume go on though recipe or data differ")
+    flag("--weights", metavar="FILE", help="start from these weights (ours or official ones), with a fresh optimizer")
+    flag("--save-steps", type=int, default=0, metavar="N", help="write last.pt every N steps, besides at epochs' ends")
+    flag("--seed", type=int, default=0, metavar="N", help="of weights, order, augmentation and mixing; default: 0")
+    flag("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
+    flag("--amp", choices=("bf16", "fp16", "fp32"), help="precision; default: bf16 on CUDA, fp32 on the CPU")
+    flag("--micro-batch", type=int, metavar="N", help="images per rank and forward pass; default: at most 256")
+    flag("--compile", action="store_true", help="torch.compile the model")
+    flag("--timeout", type=int, default=600, metavar="SECONDS", help="how long ranks wait for each other; default: 600")
+    flag("--tensorboard", action="store_true", help="also write TensorBoard events to --out")
+    flag("--debug", action="store_true", help="show tracebacks of expected errors")
+    flag = parser.add_argument_group("evaluation").add_argument
+    flag("--eval", action="store_true", help="evaluate --weights (or last.pt of --out) on --data instead of training")
+    flag("--eval-data", nargs="+", metavar="PATH", help="evaluate on these folders or tars (ImageNet-V2, ...) too")
+    flag("--real-labels", metavar="FILE", help="ImageNet-Real's real.json: also report accuracy against these labels")
+    flag("--use-ema", action="store_true", help="evaluate, or start from, the averaged weights of --weights")
 
 
 def _add_recipe_flags(parser: Parser, recipe_class: type) -> None:
-    """One flag per field of the Recipe dataclass, each Annotated[type, help] or Annotated[type, help, choices]."""
+    """One flag per field of the Recipe dataclass, Annotated[type, help] or [type, help, rule of check_recipe]."""
     group = parser.add_argument_group("recipe (unset: the paper's value)")
     for name, hint in typing.get_type_hints(recipe_class, include_extras=True).items():
-        kind, help_text = typing.get_args(hint)[:2]
-        group.add_argument("--" + name.replace("_", "-"), type=converter(kind), metavar="X", help=help_text.replace("%", "%%"))
+        kind, text = typing.get_args(hint)[:2]
+        flag = "--" + name.replace("_", "-")
+        group.add_argument(flag, type=converter(kind), metavar="X", help=text.replace("%", "%%"))
 
 
 def converter(kind):
     """str -> value of the annotated type; None is written "none", a size "224" or "224x160"."""
-    options = typing.get_args(kind) or (kind,)
+    options = [o for o in typing.get_args(kind) or (kind,) if o is not type(None)]
 
     def convert(text: str):
-        if type(None) in options and text.lower() == "none":
+        if type(None) in typing.get_args(kind) and text.lower() == "none":
             return None
         if kind == tuple[int, int]:
-            sides = [int(s) for s in text.split("x")]
-            if len(sides) not in (1, 2):
+            sides = [int(side) for side in text.split("x")]
+            if len(sides) > 2:
                 raise ValueError
-            return (sides[0], sides[-1])
-        if kind is bool:
-            return {"true": True, "false": False}[text.lower()]
-        return next(o for o in options if o is not type(None))(text)
+            return sides[0], sides[-1]
+        return {"true": True, "false": False}[text.lower()] if kind is bool else options[0](text)
 
     convert.__name__ = "size" if kind == tuple[int, int] else getattr(kind, "__name__", "number")
     return convert
 
 
-def override(recipe, args: argparse.Namespace):
-    """The recipe with the flags that were given."""
-    fields = [f.name for f in dataclasses.fields(recipe)]
-    return dataclasses.replace(recipe, **{f: getattr(args, f) for f in fields if getattr(args, f) is not None})
+def parse(parser: Parser, argv: list[str] | None, models, recipes) -> argparse.Namespace:
+    """The arguments; UserError unless --model and --recipe are among those given ("torchvision/NAME" stands for all of
+    torchvision's classifiers)."""
+    args = parser.parse_args(argv)
+    if args.model.startswith("torchvision/") and "torchvision/NAME" in models:
+        check_torchvision("--model torchvision/", args.model.removeprefix("torchvision/"))
+    else:
+        check_choice("--model", args.model, models)
+    check_choice("--recipe", args.recipe, recipes)
+    if args.data is None and not args.eval_data:
+        args.data = "shapes"
+    return args
+
+
+def override(paper, args: argparse.Namespace, *, lr_follows_batch: bool = False):
+    """The paper's recipe with the flags that were given; UserError for values that cannot be. lr_follows_batch: without
+    --lr the learning rate changes in proportion to the batch size."""
+    names = [f.name for f in dataclasses.fields(paper)]
+    recipe = dataclasses.replace(paper, **{n: getattr(args, n) for n in names if getattr(args, n) is not None})
+    if lr_follows_batch and args.lr is None:
+        recipe = dataclasses.replace(recipe, lr=paper.lr * recipe.batch_size / paper.batch_size)
+    check_recipe(recipe)
+    if getattr(recipe, "distillation", None) == "none":
+        refuse(args, ("teacher", "teacher_weights"), "has no effect without a teacher; add --distillation hard")
+    elif getattr(args, "teacher", None) is not None:
+        check_torchvision("--teacher", args.teacher)
+    return recipe
 
 
 def differences(recipe, paper) -> list[str]:
@@ -138,74 +144,33 @@ def differences(recipe, paper) -> list[str]:
     return [f"{name} {mine} (paper: {theirs})" for name, mine, theirs in pairs if mine != theirs]
 
 
-# field: (allowed, in words); fields a recipe does not have are skipped
-RANGES = {
-    "epochs": (lambda v: v >= 1, "1 or more"),
-    "batch_size": (lambda v: v >= 1, "1 or more"),
-    "mix_group": (lambda v: v >= 1, "1 or more"),
-    "lr": (lambda v: 0 < v < math.inf, "above 0"),
-    "min_lr": (lambda v: 0 <= v < math.inf, "0 or more"),
-    "warmup_lr": (lambda v: 0 <= v < math.inf, "0 or more"),
-    "weight_decay": (lambda v: 0 <= v < math.inf, "0 or more"),
-    "warmup_epochs": (lambda v: 0 <= v, "0 or more, and less than --epochs"),
-    "drop_path": (lambda v: v is None or 0 <= v < 1, "in [0, 1)"),
-    "smoothing": (lambda v: 0 <= v < 1, "in [0, 1)"),
-    "mixup": (lambda v: 0 <= v < math.inf, "0 (off) or more"),
-    "cutmix": (lambda v: 0 <= v < math.inf, "0 (off) or more"),
-    "repeats": (lambda v: v >= 1, "1 or more"),
-    "clip_grad": (lambda v: v is None or 0 < v < math.inf, "none or above 0"),
-    "color_jitter": (lambda v: 0 <= v <= 1, "in [0, 1]"),
-    "layer_scale": (lambda v: v is None or 0 <= v < math.inf, "none, or 0 or more"),
-    "ema": (lambda v: 0 <= v < 1, "0 (off), or below 1"),
-    "dropout": (lambda v: 0 <= v < 1, "in [0, 1)"),
-    "erasing": (lambda v: 0 <= v <= 1, "in [0, 1]"),
-    "alpha": (lambda v: 0 <= v <= 1, "in [0, 1]"),
-    "memory_size": (lambda v: v >= 0, "0 (none) or more"),
-    "hidden_layers": (lambda v: v >= 0, "0 or more"),
-    "local_crops": (lambda v: v >= 0, "0 (none) or more"),
-    "local_size": (lambda v: min(v) >= 1, "1 or more"),
-    "global_scale": (lambda v: 0 < v <= 1, "in (0, 1]"),
-    "local_scale": (lambda v: 0.05 <= v <= 1, "in [0.05, 1]"),
-    "temperature": (lambda v: 0 < v < math.inf, "above 0"),
-    "momentum": (lambda v: 0 <= v < 1, "in [0, 1)"),
-    "views": (lambda v: v >= 2, "2 or more"),
-    "sigma": (lambda v: 0 < v < math.inf, "above 0"),
-    "instance_weight": (lambda v: 0 <= v < math.inf, "0 or more"),
-    "target_decay": (lambda v: 0 <= v <= 1, "in [0, 1]"),
-    "proj_dim": (lambda v: v >= 1, "1 or more"),
-    "tau": (lambda v: 0 < v < math.inf, "above 0"),
-    "eval_crop_ratio": (lambda v: 0 < v <= 1, "in (0, 1]"),
-    "img_size": (lambda v: min(v) >= 1, "1 or more"),
+RULES = {  # in a Recipe field's annotation: which numbers it may have
+    "2 or more": lambda v: v >= 2,
+    "1 or more": lambda v: v >= 1,
+    "0 or more": lambda v: 0 <= v < math.inf,
+    "above 0": lambda v: 0 < v < math.inf,
+    "in [0, 1)": lambda v: 0 <= v < 1,
+    "in [0, 1]": lambda v: 0 <= v <= 1,
+    "in (0, 1]": lambda v: 0 < v <= 1,
+    "in [0.05, 1]": lambda v: 0.05 <= v <= 1,
 }
 
 
 def check_recipe(recipe) -> None:
-    """UserError naming the first flag whose value is out of range, not among its choices, or does not go with another one."""
+    """UserError naming the first flag whose value breaks its field's rule or does not go with another one. A rule is a
+    tuple of choices or a key of RULES; of a size it holds for both sides, None is always allowed."""
     for name, hint in typing.get_type_hints(type(recipe), include_extras=True).items():
-        choices = typing.get_args(hint)[2:]
-        if choices:
-            check_choice(f"--{name.replace('_', '-')}", getattr(recipe, name), choices[0])
-    for name, (allowed, words) in RANGES.items():
-        if hasattr(recipe, name) and not allowed(getattr(recipe, name)):
-            raise UserError(f"--{name.replace('_', '-')} {getattr(recipe, name)}: must be {words}")
+        value, flag = getattr(recipe, name), f"--{name.replace('_', '-')}"
+        for rule in typing.get_args(hint)[2:]:
+            if isinstance(rule, tuple):
+                check_choice(flag, value, rule)
+            elif value is not None and not RULES[rule](min(value) if isinstance(value, tuple) else value):
+                raise UserError(f"{flag} {value}: must be {rule}")
     if recipe.warmup_epochs >= recipe.epochs:
         raise UserError(f"--warmup-epochs {recipe.warmup_epochs}: must be less than --epochs {recipe.epochs}")
-    if recipe.min_lr > recipe.lr or recipe.warmup_lr > recipe.lr:
-        low = "min-lr" if recipe.min_lr > recipe.lr else "warmup-lr"
-        raise UserError(
-            f"--lr {recipe.lr}: is below --{low} {getattr(recipe, low.replace('-', '_'))}, the rate would rise; lower --{low} too"
-        )
-
-
-def check_names(args: argparse.Namespace, models, recipes) -> None:
-    """UserError unless --model is one of `models` or torchvision/NAME, and --recipe one of `recipes`; completes --data."""
-    if args.model.startswith("torchvision/"):
-        check_choice("--model torchvision/", args.model.removeprefix("torchvision/"), torchvision.models.list_models(torchvision.models))
-    else:
-        check_choice("--model", args.model, [*models, "torchvision/NAME"])
-    check_choice("--recipe", args.recipe, recipes)
-    if args.data is None and not args.eval_data:
-        args.data = "shapes"
+    for flag, low in (("--min-lr", recipe.min_lr), ("--warmup-lr", recipe.warmup_lr)):
+        if low > recipe.lr:
+            raise UserError(f"--lr {recipe.lr}: is below {flag} {low}, the rate would rise; lower {flag} too")
 
 
 def refuse(args: argparse.Namespace, flags: tuple[str, ...], why: str) -> None:
@@ -215,17 +180,14 @@ def refuse(args: argparse.Namespace, flags: tuple[str, ...], why: str) -> None:
             raise UserError(f"--{flag.replace('_', '-')}: {why}")
 
 
-def check_teacher(args: argparse.Namespace, distillation: str) -> None:
-    """UserError for an unknown --teacher, or for its flags where there is no distillation."""
-    if distillation == "none":
-        refuse(args, ("teacher", "teacher_weights"), "has no effect without a teacher; add --distillation hard")
-    elif args.teacher is not None:
-        check_choice("--teacher", args.teacher, torchvision.models.list_models(torchvision.models))
-
-
 def check_choice(flag: str, value: str, choices) -> None:
     """UserError with the nearest names and the full list, unless value is one of choices."""
     if value not in choices:
         near = difflib.get_close_matches(value, choices, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise UserError(f"{flag} {value}: unknown; {hint}all: {', '.join(choices)}")
+
+
+def check_torchvision(flag: str, name: str) -> None:
+    """UserError unless torchvision has a classifier of that name."""
+    check_choice(flag, name, torchvision.models.list_models(torchvision.models))

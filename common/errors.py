@@ -7,3 +7,8 @@ class UserError(Exception):
 
 class RunError(Exception):
     """A failure while running (a damaged image, a full disk, a loss that is not finite). Exit status 1."""
+
+
+def one_line(error: Exception, limit: int = 120) -> str:
+    """What a library's error says, for use in a message of ours."""
+    return " ".join(str(error).split())[:limit]

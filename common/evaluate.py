@@ -1,13 +1,9 @@
 """Evaluation: top-1, top-5 and loss, exact over any number of ranks; ImageNet-Real's labels; fixed features."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json
-import math
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,26 +16,28 @@ from tqdm import tqdm
 
 from common import checkpoint
 from common.data import Samples, eval_batches, make_loader, to_device
-from common.errors import RunError, UserError
+from common.errors import RunError, UserError, one_line
 from common.images import decode, eval_transform
-from common.precision import Precision, check_amp
+from common.precision import Precision
 from common.run import Run
 from common.sources import Source, open_data, open_images
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in 0..1, RGB
+NEIGHBOURS = (10, 15, 20, 25, 30)  # k of the kNN classifier is chosen among these (thesis section 2.4.3)
+SCORES = 2**27  # of queries against a collection, computed at a time: half a GiB
+Predict = Callable[[torch.nn.Module, torch.Tensor], dict[str, torch.Tensor]]
 
 
-@functools.lru_cache
+@functools.lru_cache  # kept on the device: making them anew would cost a synchronising copy per batch
 def _mean_and_scale(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    # Kept on the device: making them anew would cost a synchronising copy per batch.
-    mean = torch.tensor([255 * m for m in MEAN], device=device).view(1, 3, 1, 1)
-    return mean, torch.tensor([1 / (255 * s) for s in STD], device=device).view(1, 3, 1, 1)
+    values = torch.tensor([[255 * m for m in MEAN], [1 / (255 * s) for s in STD]], device=device)
+    return values.view(2, 1, 3, 1, 1).unbind()
 
 
 def normalize(images: torch.Tensor) -> torch.Tensor:
     """(B, 3, H, W) with values 0..255 -> float32, ImageNet mean and deviation removed."""
     mean, scale = _mean_and_scale(images.device)
-    # Colour planes, as the networks read them, and in place: three times faster than on the loader's interleaved colours.
+    # Colour planes, as the networks read them, in place: three times faster than on interleaved colours.
     return images.to(torch.float32, memory_format=torch.contiguous_format, copy=True).sub_(mean).mul_(scale)
 
 
@@ -49,114 +47,98 @@ def denormalize(images: torch.Tensor) -> torch.Tensor:
     return images / scale + mean
 
 
+def _prepared(image: torch.Tensor, _rng, size: tuple[int, int], crop_ratio: float) -> tuple[torch.Tensor, tuple]:
+    return eval_transform(image, size, crop_ratio), ()
+
+
 def eval_loader(source: Source, size: tuple[int, int], crop_ratio: float, batch_size: int, run: Run) -> DataLoader:
     """This rank's share of `source`, resized and centre-cropped, as uint8 batches."""
-
-    def transform(image: torch.Tensor, _rng) -> tuple[torch.Tensor, tuple]:
-        return eval_transform(image, size, crop_ratio), ()
-
+    samples = Samples(source, functools.partial(_prepared, size=size, crop_ratio=crop_ratio), 0)
     batches = eval_batches(len(source), batch_size, run.world, run.rank)
-    return make_loader(Samples(source, transform, 0), batches, run.workers, run.device, persistent=False)
+    return make_loader(samples, batches, run.workers, run.device, persistent=False)
 
 
-Predict = Callable[[torch.nn.Module, torch.Tensor], dict[str, torch.Tensor]]
-
-
-def _logits(model: torch.nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
+def logits_of(model: torch.nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"": model(images)}
 
 
 @torch.no_grad()
-def evaluate(
-    model: torch.nn.Module,
-    loader,
-    device: torch.device,
-    autocast: Callable,
-    *,
-    predict: Predict = _logits,
-    real: list[list[int]] | None = None,
-    between: Callable[[], None] | None = None,
-) -> dict[str, float]:
-    """{"top1", "top5", "loss"} over all ranks' images (each rank brings its own loader), and "real" with `real` labels.
-
-    predict(model, images) -> {"": logits, ...}; entries of another name N (a second head) give "top1_N", "top5_N", ...
-    real: the labels that count as right per image index; images without any are left out of that figure.
-    between: called every 8 batches, by all ranks equally often. Accuracies in percent, loss the mean cross-entropy.
-    """
+def evaluate(model: torch.nn.Module, loader, device: torch.device, autocast: Callable, *, predict: Predict = logits_of,
+             real: list[list[int]] | None = None, between: Callable[[], None] | None = None) -> dict[str, float]:
+    """{"top1", "top5" (percent), "loss" (mean cross-entropy)} over all ranks' loaders; "real" by `real`, the labels
+    that count as right per image index (an image without any is left out). predict(model, images) -> {"": logits, ...};
+    another name N (a second head) gives "top1_N", ...; between() is called every 8 batches, by all ranks equally
+    often."""
     training = model.training
     model.eval()
     sums: dict[str, torch.Tensor] = {}  # name: top-1, top-5, loss, images, Real right, Real images
-    rounds = torch.tensor([len(loader)], device=device)
+    rounds, batches = torch.tensor([len(loader)], device=device), to_device(loader, device)
     if dist.is_initialized():
         dist.all_reduce(rounds, op=dist.ReduceOp.MAX)
-    batches = to_device(loader, device)
     for round_ in range(int(rounds)):
         if between is not None and round_ % 8 == 0:
             between()
-        batch = next(batches, None)
-        if batch is None:
+        if (batch := next(batches, None)) is None:
             continue
         images, _, labels, indices = batch
         with autocast():
             outputs = predict(model, normalize(images))
         for name, logits in outputs.items():
-            total = sums.setdefault(name, torch.zeros(6, dtype=torch.float64, device=device))
             logits = logits.float()
             right = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-            total[0] += right[:, 0].sum()
-            total[1] += right.sum()
-            total[2] += F.cross_entropy(logits, labels, reduction="sum")
-            total[3] += len(labels)
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            found = [right[:, 0].sum(), right.sum(), loss, torch.full((), len(labels), device=device)]
             if real is not None:
-                for index, answer in zip(indices.tolist(), logits.argmax(1).tolist()):
-                    total[4] += answer in real[index]
-                    total[5] += len(real[index]) > 0
+                answers = zip(indices.tolist(), logits.argmax(1).tolist())
+                hits = [(answer in real[index], len(real[index]) > 0) for index, answer in answers]
+                found += torch.tensor(hits, device=device).sum(0).unbind()
+            sums[name] = sums.get(name, 0) + torch.stack([x.double() for x in found])
     model.train(training)
-    names = list(sums)
-    if dist.is_initialized():  # a rank that had no image does not know the names
-        of_ranks: list = [None] * dist.get_world_size()
-        dist.all_gather_object(of_ranks, names)
-        names = max(of_ranks, key=len)
+    of_ranks = [sums]
+    if dist.is_initialized():
+        of_ranks = [None] * dist.get_world_size()
+        dist.all_gather_object(of_ranks, {name: total.cpu() for name, total in sums.items()})
     result = {}
-    for name in names:
-        total = sums.get(name, torch.zeros(6, dtype=torch.float64, device=device))
-        if dist.is_initialized():
-            dist.all_reduce(total)
-        top1, top5, loss, count, real_right, real_count = total.tolist()
+    for name in max(of_ranks, key=len):  # a rank that had no image does not know the names
+        top1, top5, loss, count, *hits = sum(s[name] for s in of_ranks if name in s).tolist()
         found = {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count}
-        if real is not None:
-            found["real"] = 100 * real_right / max(real_count, 1)
+        if hits:
+            found["real"] = 100 * hits[0] / max(hits[1], 1)
         result |= {f"{key}_{name}" if name else key: value for key, value in found.items()}
     return result
 
 
-def _as_trained(recipe, content: dict, args, saved: tuple[str, ...]):
-    """The recipe with the checkpoint's values of the fields `saved`, unless a flag says otherwise."""
-    before = content["recipe"] if isinstance(content.get("recipe"), dict) else {}
-    before = {k: before[k] for k in saved if getattr(args, k) is None and k in before}
-    return dataclasses.replace(recipe, **{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in before.items()})
+def accuracy(run: Run, model: torch.nn.Module, recipe, source: Source, predict: Predict,
+             real: list[list[int]] | None = None) -> dict[str, float]:
+    """evaluate() on all images of a source, sized and cropped as the recipe says."""
+    loader = eval_loader(source, recipe.img_size, recipe.eval_crop_ratio, run.args.micro_batch or 64, run)
+    return evaluate(model, loader, run.device, Precision(run.amp, run.device).autocast, predict=predict, real=real)
 
 
-def trained_model(run: Run, make_model: Callable, *, saved: tuple[str, ...], adapt: Callable) -> tuple[torch.nn.Module, object, list[str]]:
-    """(model of --weights in eval mode on the device, recipe as it was trained, class names) for pictures and analyses.
+def validate(run: Run, predict: Predict = logits_of) -> dict[str, float]:
+    """The end of an epoch: val_* of evaluate() for the model, val_ema_* for its average; {} without --val-data."""
+    record, models = {}, {"val": run.parts["model"], "val_ema": run.parts["ema"]}
+    for title, model in models.items():
+        if run.val_loader is not None and model is not None:
+            autocast = run.parts["scaler"].autocast
+            metrics = evaluate(model, run.val_loader, run.device, autocast, predict=predict, between=run.check_stop)
+            record |= {f"{title}_{k}": v for k, v in metrics.items()}
+    return record
 
-    Without --weights last.pt of --out is taken. Arguments: see evaluate_weights. Classes of an official checkpoint are
-    named by their numbers.
-    """
-    args = run.args
-    args.weights = args.weights or str(run.out / "last.pt")
-    content = checkpoint.load(args.weights, "--weights")
-    recipe = _as_trained(run.recipe, content, args, saved)
-    if isinstance(content.get("data"), dict):
-        classes = content["data"]["classes"]
-    else:
-        heads = [v for k, v in checkpoint.weights(content).items() if k.startswith(checkpoint.HEADS) and k.endswith(".weight")]
-        if not heads:
-            raise UserError(f"--weights {args.weights}: holds no classifier")
-        one_each = len(heads) > 1 and all(len(v) == 1 for v in heads)  # a classifier of its own for every class
-        classes = [str(i) for i in range(len(heads) if one_each else len(heads[-1]))]
+
+def trained_model(run: Run, make_model: Callable, adapt: Callable | None = None, content: dict | None = None,
+                  classes: list[str] | None = None) -> tuple[torch.nn.Module, object, list[str]]:
+    """(model of --weights, or last.pt of --out, in eval mode on the device; recipe as it was trained; class names).
+    make_model(args, recipe, num_classes) builds it by the checkpoint's recipe, less the flags that are given; adapt:
+    see checkpoint.fit; content: the file's, if it has been read; classes: the model's, if not the checkpoint's own."""
+    content, args = content or checkpoint.of_run(run), run.args
+    before = {k: v for k, v in checkpoint.recipe_of(content).items() if getattr(args, k, 0) is None}
+    recipe, where = dataclasses.replace(run.recipe, **before), f"--weights {args.weights}"
+    classes = classes or checkpoint.classes_of(content)
+    if not classes:
+        raise UserError(f"{where}: holds no classifier")
     model = make_model(args, recipe, len(classes))
-    checkpoint.load_pretrained(model, args, run.method, new_head=False, say=run.say, adapt=adapt, content=content)
+    checkpoint.fit(model, content, where, run.say, ema=args.use_ema, adapt=adapt)
     return model.to(run.device).eval(), recipe, classes
 
 
@@ -165,61 +147,38 @@ def read_file(file: str, flag: str) -> torch.Tensor:
     try:
         return decode(Path(file).read_bytes())
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise UserError(f"{flag} {file}: {reason}") from None
+        raise UserError(f"{flag} {file}: {getattr(error, 'strerror', None) or one_line(error)}") from None
 
 
-def read_image(file: str, size: tuple[int, int], crop_ratio: float, flag: str) -> torch.Tensor:
-    """An image file as the network is tested on it: uint8 (3, *size). UserError, naming `flag`, if it cannot be read."""
-    return eval_transform(read_file(file, flag), size, crop_ratio)
-
-
-def evaluate_weights(run: Run, make_model: Callable, *, saved: tuple[str, ...], adapt: Callable, predict: Predict = _logits) -> None:
-    """--eval: accuracy of --weights (or last.pt of --out) on --data's validation images and on each of --eval-data.
-
-    make_model(args, recipe, num_classes) builds the model; recipe fields named in `saved` are taken from the checkpoint
-    unless a flag sets them; adapt: see checkpoint.load_pretrained. Without --data, --eval-data is all that is evaluated.
-    """
-    args, recipe = run.args, run.recipe
-    check_amp(run.amp, run.device)
-    args.weights = args.weights or str(run.out / "last.pt")
-    content = checkpoint.load(args.weights, "--weights")
-    classes = content["data"]["classes"] if isinstance(content.get("data"), dict) else None
-    sources = {}
+def evaluate_weights(run: Run, make_model: Callable, adapt: Callable | None, predict: Predict = logits_of) -> None:
+    """--eval: accuracy of --weights (or last.pt of --out) on --data's validation images, if given, and --eval-data."""
+    args, content, sources = run.args, checkpoint.of_run(run), {}
+    classes = checkpoint.classes_of(content) if isinstance(content.get("data"), dict) else None
     if args.data:
-        options = dict(val_data=args.val_data, coarse_labels=args.coarse_labels, classes=classes, splits=("val",), say=run.say)
-        sources[args.data] = run.first(lambda: open_data(args.data, **options))["val"]
-        if classes is not None and classes != sources[args.data].classes:
-            raise UserError(
-                f"--data: its {len(sources[args.data].classes)} classes are not the {len(classes)} that {args.weights} was trained on"
-            )
-        classes = sources[args.data].classes
+        where = dict(val_data=args.val_data, coarse_labels=args.coarse_labels, classes=classes)
+        source = run.first(lambda: open_data(args.data, **where, splits=("val",), say=run.say))["val"]
+        if classes not in (None, source.classes):
+            numbers = f"its {len(source.classes)} classes are not the {len(classes)}"
+            raise UserError(f"--data: {numbers} that {args.weights} was trained on")
+        sources[args.data], classes = source, source.classes
     for path in args.eval_data or []:
         sources[path] = run.first(lambda path=path: open_images(path, "--eval-data", classes, run.say))
-    real = real_labels(args.real_labels, next(iter(sources.values()))) if args.real_labels else None
-    recipe = _as_trained(recipe, content, args, saved)
-    state = checkpoint.weights(content, ema=args.use_ema)
-    head = next((v for k, v in state.items() if k in ("head.weight", "fc.weight")), None)
     first = next(iter(sources.values()))
-    model = make_model(args, recipe, len(first.classes) if head is None or args.data else len(head))
-    checkpoint.load_pretrained(model, args, run.method, new_head=False, say=run.say, adapt=adapt, content=content)
-    model.to(run.device)
-    autocast = Precision(run.amp, run.device).autocast
+    real = real_labels(args.real_labels, first) if args.real_labels else None
+    classes = classes or checkpoint.classes_of(content) or first.classes
+    model, recipe, _ = trained_model(run, make_model, adapt, content, classes)
+    size = "{} x {}".format(*recipe.img_size)
     for name, source in sources.items():
-        loader = eval_loader(source, recipe.img_size, recipe.eval_crop_ratio, args.micro_batch or 64, run)
-        metrics = evaluate(model, loader, run.device, autocast, predict=predict, real=real if source is first else None)
-        size = recipe.img_size
-        run.say(f"{name}: {len(source)} images at {size[0]} x {size[1]}, crop ratio {recipe.eval_crop_ratio:g}")
-        for head_name in dict.fromkeys(k.partition("_")[2] for k in metrics):
-            own = {k.partition("_")[0]: v for k, v in metrics.items() if k.partition("_")[2] == head_name}
-            run.say("  ".join([*[head_name] * bool(head_name), *[f"{k} {v:.5g}" for k, v in own.items()]]))
+        metrics = accuracy(run, model, recipe, source, predict, real if source is first else None)
+        run.say(f"{name}: {len(source)} images at {size}, crop ratio {recipe.eval_crop_ratio:g}")
+        for head in dict.fromkeys(k.partition("_")[2] for k in metrics):
+            own = [f"{k.partition('_')[0]} {v:.5g}" for k, v in metrics.items() if k.partition("_")[2] == head]
+            run.say("  ".join([head, *own] if head else own))
 
 
 def real_labels(file: str, source: Source) -> list[list[int]]:
-    """Per image of `source` (ImageNet's validation files), the labels of ImageNet-Real's real.json (arXiv:2006.07159).
-
-    The JSON is a list in the order of the official file numbers, ILSVRC2012_val_00000001 first.
-    """
+    """Per image of `source`, ImageNet's validation files, the labels of ImageNet-Real (arXiv:2006.07159); its real.json
+    is a list in the order of the official file numbers, ILSVRC2012_val_00000001 first."""
     try:
         labels = json.loads(Path(file).read_text())
     except (OSError, ValueError) as error:
@@ -229,193 +188,129 @@ def real_labels(file: str, source: Source) -> list[list[int]]:
         match = re.search(r"ILSVRC2012_val_(\d{8})", source.name(i))
         number = int(match[1]) - 1 if match else -1
         if not isinstance(labels, list) or not 0 <= number < len(labels):
-            raise UserError(f"--real-labels {file}: no entry for {source.name(i)}; files must keep their names ILSVRC2012_val_NNNNNNNN")
+            hint = "files must keep their names ILSVRC2012_val_NNNNNNNN"
+            raise UserError(f"--real-labels {file}: no entry for {source.name(i)}; {hint}")
         found.append(labels[number])
     return found
 
 
-# ---- Fixed features: kNN, retrieval, linear classifier -----------------------------------------------------------------
-
-
 @torch.no_grad()
-def extract(
-    embed: Callable[[torch.Tensor], torch.Tensor],
-    source: Source,
-    size: tuple[int, int],
-    crop_ratio: float,
-    run: Run,
-    *,
-    batch_size: int = 64,
-    title: str = "features",
-) -> torch.Tensor:
-    """embed(normalised images (B, 3, *size)) -> (B, D) of every image of `source`, in its order: float32 (N, D), on all ranks.
-
-    Each rank computes its share; whoever calls puts the network into eval mode. A signal is answered every 8 batches.
-    """
+def extract(embed: Callable[[torch.Tensor], torch.Tensor], source: Source, size: tuple[int, int], crop_ratio: float,
+            run: Run, *, batch_size: int = 64, title: str = "features") -> torch.Tensor:
+    """embed(normalised images (B, 3, *size)) -> (B, D) of every image of `source`, in order: float32 (N, D) on all
+    ranks, each of which computes a share. Whoever calls puts the network into eval mode; signals are answered."""
     if len(source) < run.world:
         raise UserError(f"{len(source)} images are too few for {run.world} ranks; start fewer")
-    loader, parts = eval_loader(source, size, crop_ratio, batch_size, run), []
-    autocast = Precision(run.amp, run.device).autocast
-    most = -(-len(source) // run.world)
-    batches = to_device(loader, run.device)
-    with tqdm(total=len(source), desc=title, unit="img", leave=False, disable=run.rank > 0 or not sys.stderr.isatty()) as bar:
+    most, parts, autocast = -(-len(source) // run.world), [], Precision(run.amp, run.device).autocast
+    batches = to_device(eval_loader(source, size, crop_ratio, batch_size, run), run.device)
+    with tqdm(total=len(source), desc=title, unit="img", leave=False, disable=run.rank > 0 or None) as bar:  # or no tty
         for round_ in range(-(-most // batch_size)):  # as many on every rank, though one may have a batch less
             if round_ % 8 == 0:
                 run.check_stop()
-            batch = next(batches, None)
-            if batch is None:
-                continue
-            with autocast():
-                parts.append(embed(normalize(batch[0])).float())
-            bar.update(len(batch[0]) * run.world)
+            if (batch := next(batches, None)) is not None:
+                with autocast():
+                    parts.append(embed(normalize(batch[0])).float())
+                bar.update(len(batch[0]) * run.world)
     mine = torch.cat(parts)
     shares = run.gather(F.pad(mine, (0, 0, 0, most - len(mine)))).view(run.world, most, -1)
     if not torch.isfinite(shares).all():
-        raise RunError(f"{title}: features are not finite; the network has diverged, or overflows in 16 bits (--amp fp32)")
-    return shares.transpose(0, 1).reshape(run.world * most, -1)[: len(source)]  # rank r holds every world-th image from r on
-
-
-def _rows(collection: int) -> int:
-    """Queries that are compared with a collection at a time: 2^27 scores, half a GiB."""
-    return max(1, 2**27 // max(1, collection))
+        reason = "the network has diverged, or overflows in 16 bits (--amp fp32)"
+        raise RunError(f"{title}: features are not finite; {reason}")
+    return shares.transpose(0, 1).reshape(run.world * most, -1)[: len(source)]  # rank r has every world-th image
 
 
 @torch.no_grad()
-def nearest(queries: torch.Tensor, keys: torch.Tensor, k: int, chunk: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(cosines, indices), each (B, k), of the k nearest of keys (M, D) to queries (B, D), nearest first.
-
-    Nothing needs to be normalised; memory is bounded by chunk x M numbers.
-    """
+def nearest(queries: torch.Tensor, keys: torch.Tensor, k: int, chunk: int | None = None) -> tuple[torch.Tensor, ...]:
+    """(cosines, indices), each (B, k), of the k nearest of keys (M, D) to queries (B, D), nearest first. Nothing needs
+    to be normalised; memory is bounded by chunk x M numbers."""
     keys = F.normalize(keys, dim=1)
-    parts = F.normalize(queries, dim=1).split(chunk or _rows(len(keys)))
+    parts = F.normalize(queries, dim=1).split(chunk or max(1, SCORES // max(1, len(keys))))
     found = [(part @ keys.T).topk(min(k, len(keys)), dim=1) for part in parts]
     return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
 
 
 def vote(cosines: torch.Tensor, labels: torch.Tensor, sigma: float, num_classes: int) -> torch.Tensor:
-    """Class probabilities (B, C) by the neighbours' cosines and labels, both (B, k): weights exp(cos / sigma), thesis Eq. 2.6."""
+    """Class probabilities (B, C) by neighbours' cosines and labels, both (B, k), weighted exp(cos / sigma): Eq. 2.6."""
     weights = (cosines / sigma).softmax(dim=1)  # the same as exponentials over their sum, without their size
     return weights.new_zeros(len(weights), num_classes).scatter_add_(1, labels, weights)
 
 
-NEIGHBOURS = (10, 15, 20, 25, 30)  # k is chosen among these (thesis section 2.4.3)
-
-
 def knn_answers(cosines: torch.Tensor, labels: torch.Tensor, sigma: float, num_classes: int) -> dict[int, torch.Tensor]:
-    """{k: answers (B,)} of the kNN classifier for each k of NEIGHBOURS, from the nearest ones' cosines and labels, (B, 30)."""
-    parts = list(zip(cosines.split(1024), labels.split(1024)))  # votes are as wide as there are classes
-    return {k: torch.cat([vote(c[:, :k], y[:, :k], sigma, num_classes).argmax(1) for c, y in parts]) for k in NEIGHBOURS}
+    """{k: answers (B,)} of the kNN classifier for each k of NEIGHBOURS, by the nearest's cosines and labels (B, 30)."""
+    parts, answers = list(zip(cosines.split(1024), labels.split(1024))), {}  # votes are as wide as there are classes
+    for k in NEIGHBOURS:
+        answers[k] = torch.cat([vote(c[:, :k], y[:, :k], sigma, num_classes).argmax(1) for c, y in parts])
+    return answers
 
 
 @torch.no_grad()
-def knn_probabilities(
-    queries: torch.Tensor, keys: torch.Tensor, labels: torch.Tensor, k: int, sigma: float, num_classes: int, chunk: int | None = None
-) -> torch.Tensor:
-    """Class probabilities of queries (B, D) by their k nearest of keys (M, D) with labels (M,): (B, C), thesis Eq. 2.6.
-
-    Neighbours by cosine, each with weight exp(cos / sigma); a class without a neighbour gets exactly 0. Nothing needs to
-    be normalised; memory is bounded by chunk x M numbers.
-    """
+def knn_probabilities(queries: torch.Tensor, keys: torch.Tensor, labels: torch.Tensor, k: int, sigma: float,
+                      num_classes: int, chunk: int | None = None) -> torch.Tensor:
+    """Class probabilities (B, C) of queries (B, D) by their k nearest of keys (M, D) with labels (M,): Eq. 2.6."""
     cosines, indices = nearest(queries, keys, k, chunk)
     return vote(cosines, labels[indices], sigma, num_classes)
 
 
 @torch.no_grad()
-def mean_average_precision(
-    queries: torch.Tensor,
-    query_labels: torch.Tensor,
-    gallery: torch.Tensor,
-    gallery_labels: torch.Tensor,
-    chunk: int | None = None,
-    *,
-    offsets: torch.Tensor | None = None,
-    groups: torch.Tensor | None = None,
-) -> float:
-    """Mean over queries (B, D) of the average precision of the gallery (M, D) ranked by cosine, in 0..1; exact.
-
-    offsets (B, G) and groups (M,), numbers below G: offsets[query, group of the item] is added to the cosine.
-
-    AP: mean over the relevant items (same label) of the precision at their rank; of equal scores the last rank counts, as
-    in scikit-learn. Queries without a relevant item are left out. The gallery is not put in order: only the ranks of the
-    relevant items are looked up. Memory is bounded by chunk x M numbers.
-    """
+def mean_average_precision(queries: torch.Tensor, query_labels: torch.Tensor, gallery: torch.Tensor,
+                           gallery_labels: torch.Tensor, chunk: int | None = None, *,
+                           scores: Callable[[torch.Tensor, slice], torch.Tensor] | None = None) -> float:
+    """Mean over queries (B, D) of the average precision of the gallery (M, D) ranked by cosine, or by scores(cosines
+    (b, M), slice of the queries they are of); in 0..1, exact. AP: mean over the relevant items (same label) of the
+    precision at their rank; of equal scores the last rank counts, as in scikit-learn; queries without a relevant item
+    are left out. Memory is bounded by chunk x M numbers."""
     by_label = gallery_labels.argsort(stable=True)  # one slice per class
     gallery, sorted_labels = F.normalize(gallery, dim=1), gallery_labels[by_label]
-    first = torch.searchsorted(sorted_labels, query_labels).tolist()
-    last = torch.searchsorted(sorted_labels, query_labels, right=True).tolist()
-    total, count, M, at = 0.0, 0, len(gallery), 0
-    cuda = queries.is_cuda
-    for part in F.normalize(queries, dim=1).split(chunk or (_rows(4 * M) if cuda else min(128, _rows(M)))):
-        scores = part @ gallery.T
-        if offsets is not None:
-            scores += offsets[at : at + len(part)][:, groups]
-        ranked = scores.sort(dim=1).values if cuda else scores  # on a GPU one sort for all queries
-        for row, ascending, a, b in zip(scores, ranked, first[at : at + len(part)], last[at : at + len(part)]):
-            if a == b:
-                continue
-            relevant = row[by_label[a:b]].sort().values
-            ranks = M - torch.searchsorted(ascending, relevant) if cuda else torch.from_numpy(_ranks(row.numpy(), relevant.numpy()))
-            found = (b - a) - torch.searchsorted(relevant, relevant)  # relevant ones among them
-            total += (found.double() / ranks).mean().item()
-            count += 1
+    first, last = (torch.searchsorted(sorted_labels, query_labels, right=r).tolist() for r in (False, True))
+    precisions, M, cuda, at = [], len(gallery), queries.is_cuda, 0
+    rows = max(1, SCORES // max(1, 4 * M)) if cuda else min(128, max(1, SCORES // max(1, M)))
+    for part in F.normalize(queries, dim=1).split(chunk or rows):
+        found = part @ gallery.T
+        if scores is not None:
+            found = scores(found, slice(at, at + len(part)))
+        ranked = found.sort(dim=1).values if cuda else found  # a GPU sorts for all queries, a CPU what one needs
+        for row, ascending, a, b in zip(found, ranked, first[at:], last[at:]):
+            if a < b:
+                relevant = row[by_label[a:b]].sort().values
+                if cuda:
+                    ranks = M - torch.searchsorted(ascending, relevant)
+                else:
+                    ranks = torch.from_numpy(_ranks(row.numpy(), relevant.numpy()))
+                of_them = (b - a) - torch.searchsorted(relevant, relevant)  # that are relevant
+                precisions.append((of_them.double() / ranks).mean().item())
         at += len(part)
-    return total / max(count, 1)
+    return sum(precisions) / max(len(precisions), 1)
 
 
 def _ranks(scores: np.ndarray, relevant: np.ndarray) -> np.ndarray:
-    """How many of scores (M,) are at least as high as each of `relevant`, some of them in ascending order; exact.
-
-    Scores are counted in bins of equal width; only those that share a bin with a relevant one are sorted.
-    """
-    lowest = relevant[0]
-    scores = scores[scores >= lowest]
-    bins = min(2**16, max(256, len(scores) // 4))
-    scale = bins / max(scores.max() - lowest, np.float32(1e-30))
-
-    def bin_of(x: np.ndarray) -> np.ndarray:  # in 0..bins, and never lower for a higher score, whatever rounding does
-        return ((x - lowest) * scale).astype(np.int32)
-
-    of_scores, of_relevant = bin_of(scores), bin_of(relevant)
-    shared = np.zeros(bins + 2, bool)
-    shared[of_relevant] = True
-    close = np.sort(scores[shared[of_scores]])
-    counts = np.bincount(of_scores, minlength=bins + 2)
-    counts[shared] = 0
-    in_higher_bins = counts[::-1].cumsum()[::-1]
-    return len(close) - np.searchsorted(close, relevant) + in_higher_bins[of_relevant]
+    """How many of scores (M,) are at least as high as each of `relevant`, some of them in ascending order; exact."""
+    ascending = np.sort(scores[scores >= relevant[0]])  # by vector instructions
+    return len(ascending) - np.searchsorted(ascending, relevant)
 
 
-def logistic_regression(
-    features: torch.Tensor, labels: torch.Tensor, num_classes: int, C: float = 1.0, max_steps: int = 2000
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(weight (num_classes, D), bias (num_classes,)) at the minimum of C sum_i CE_i + ||weight||^2 / 2, features (M, D).
-
-    scikit-learn's objective for more than two classes (for two it fits one vector: its optimum at C is this one's at C / 2):
-    the bias is not penalised, the losses are summed. By L-BFGS in float64, until no step improves; of bias, unique up to a constant, the one whose mean is 0 is returned.
-    """
-    x, D = features.double(), features.shape[1]
-    parameters = torch.zeros(num_classes, D + 1, dtype=torch.float64, device=x.device, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [parameters], max_iter=max_steps, max_eval=2 * max_steps, history_size=20, tolerance_grad=1e-9, tolerance_change=1e-14, line_search_fn="strong_wolfe"
-    )  # fmt: skip
-    scale = 1 / (C * len(x))  # the mean form, whose size depends on neither C nor M
+def logistic_regression(features: torch.Tensor, labels: torch.Tensor, num_classes: int, C: float = 1.0,
+                        max_steps: int = 2000) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weight (K, D), bias (K,)) for K classes at the minimum of C sum_i CE_i + ||weight||^2 / 2 for features (M, D):
+    scikit-learn's objective (which for two classes fits one vector: its optimum at C is this one's at C / 2): losses
+    are summed, the bias is not penalised. By L-BFGS in float64 until no step improves; the bias has mean 0."""
+    x, scale = features.double(), 1 / (C * len(features))  # the mean form, whose size depends on neither C nor M
+    shapes = (num_classes, features.shape[1]), (num_classes,)
+    weight, bias = (torch.zeros(s, dtype=torch.float64, device=x.device, requires_grad=True) for s in shapes)
+    limits = dict(max_iter=max_steps, max_eval=2 * max_steps, tolerance_grad=1e-9, tolerance_change=1e-14)
+    optimizer = torch.optim.LBFGS([weight, bias], **limits, history_size=20, line_search_fn="strong_wolfe")
 
     def objective() -> torch.Tensor:
         optimizer.zero_grad()
-        weight, bias = parameters[:, :D], parameters[:, D]
         loss = F.cross_entropy(x @ weight.T + bias, labels) + 0.5 * scale * weight.square().sum()
         loss.backward()
         return loss
 
     optimizer.step(objective)
-    weight, bias = parameters.detach()[:, :D], parameters.detach()[:, D]
-    return weight.to(features.dtype), (bias - bias.mean()).to(features.dtype)
+    return weight.detach().to(features.dtype), (bias - bias.mean()).detach().to(features.dtype)
 
 
 def log_odds(accuracy: float) -> float:
-    """log(p / (1 - p)) of an accuracy p in 0..1 (Kornblith et al.); infinite at 0 and 1."""
+    """log(p / (1 - p)) of an accuracy p in 0..1 (Kornblith et al.); infinite at 0 and 1. ValueError outside."""
     if not 0 <= accuracy <= 1:
         raise ValueError(f"accuracy {accuracy}: must lie in 0..1")
-    if accuracy in (0, 1):
-        return math.copysign(math.inf, accuracy - 0.5)
-    return math.log(accuracy / (1 - accuracy))
+    return torch.tensor(accuracy, dtype=torch.float64).logit().item()

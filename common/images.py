@@ -1,11 +1,11 @@
-"""Bytes to pixels: decoding, resizing and cropping on uint8 tensors.
+"""Bytes to pixels: decoding, resizing and cropping on uint8 tensors (3, H, W), RGB, in channels-last memory as the JPEG
+decoder leaves it: torch's antialiased resize is several times faster on that layout than on planes, and agrees with
+PIL's to about 50 dB or better. EXIF orientation is not applied (the papers' numbers were measured without it) and of
+animations the first frame counts."""
 
-Images are uint8 tensors (3, H, W) in RGB whose memory is channels-last, as the JPEG decoder leaves them: torch's
-antialiased resize is several times faster on that layout than on planes, and agrees with PIL's to about 50 dB or better.
-EXIF orientation is not applied (the papers' numbers were measured without it) and of animations the first frame counts.
-"""
-
+import contextlib
 import io
+import struct
 import warnings
 
 import numpy as np
@@ -18,54 +18,41 @@ MAX_PIXELS = 178_956_970  # Pillow's limit for a decompression bomb; JPEGs decod
 
 
 def decode(data: bytes) -> torch.Tensor:
-    """Encoded image (any format Pillow reads) -> uint8 (3, H, W), RGB.
-
-    Raises OSError or ValueError, with a reason, for anything that is not a whole image of 8 bits per channel or 16-bit grey.
-    """
-    if data[:2] == b"\xff\xd8":
-        height, width, channels, bits = _jpeg_header(data)
-        if height * width > MAX_PIXELS:
-            raise ValueError(f"image of {width} x {height} pixels is larger than the limit of {MAX_PIXELS}")
-        # CMYK and 12-bit JPEGs go to Pillow, whose conversion to RGB is the reference.
-        if channels in (1, 3) and bits == 8 and data.rstrip(b"\0").endswith(b"\xff\xd9"):
-            try:
-                return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
-            except RuntimeError:
-                pass  # Pillow decides, and its message is the clearer one
-    return _decode_with_pillow(data)
-
-
-def _jpeg_header(data: bytes) -> tuple[int, int, int, int]:
-    """(height, width, channels, bits per channel) from the first start-of-frame marker; zeros if there is none."""
-    at = 2
-    while at + 10 <= len(data) and data[at] == 0xFF:
-        marker = data[at + 1]
-        if marker == 0xFF:  # padding before a marker
-            at += 1
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            height, width = int.from_bytes(data[at + 5 : at + 7], "big"), int.from_bytes(data[at + 7 : at + 9], "big")
-            return height, width, data[at + 9], data[at + 4]
-        else:
-            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return 0, 0, 0, 0
-
-
-def _decode_with_pillow(data: bytes) -> torch.Tensor:
+    """Encoded image (any format Pillow reads) -> uint8 (3, H, W), RGB. OSError or ValueError, with a reason, for what
+    is not a whole image of 8 bits per channel or 16-bit grey."""
+    bits, height, width, channels = _jpeg_header(data)
+    if height * width > MAX_PIXELS:
+        raise ValueError(f"image of {width} x {height} pixels is larger than the limit of {MAX_PIXELS}")
+    # CMYK and 12-bit JPEGs go to Pillow, whose conversion to RGB is the reference.
+    if channels in (1, 3) and bits == 8 and data.rstrip(b"\0").endswith(b"\xff\xd9"):
+        with contextlib.suppress(RuntimeError):  # Pillow decides, and its message is the clearer one
+            return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # corrupt EXIF, unusual palettes: the pixels are what counts
         try:
             image = Image.open(io.BytesIO(data))
-            if image.mode.startswith("I;16"):
-                # convert("RGB") would clip 16-bit values to white instead of scaling them.
+            if image.mode.startswith("I;16"):  # convert("RGB") would clip 16-bit values to white, not scale them
                 grey = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
                 return from_numpy(np.repeat(grey[:, :, None], 3, axis=2))
             if image.mode in ("I", "F"):
-                raise ValueError(f"image of mode {image.mode} (32 bits per channel) has no defined conversion to 8 bits")
+                mode = f"mode {image.mode} (32 bits per channel)"
+                raise ValueError(f"image of {mode} has no defined conversion to 8 bits")
             return from_pil(image)
         except Image.DecompressionBombError as error:
             raise ValueError(str(error)) from None
-        except (SyntaxError, EOFError, IndexError, TypeError) as error:  # what Pillow's parsers raise on damaged headers
+        except (SyntaxError, EOFError, IndexError, TypeError) as error:  # Pillow's parsers, on damaged headers
             raise OSError(f"cannot read image: {error}") from None
+
+
+def _jpeg_header(data: bytes) -> tuple[int, int, int, int]:
+    """(bits per channel, height, width, channels) from the first start-of-frame marker; zeros if there is none."""
+    at = 2 if data[:2] == b"\xff\xd8" else len(data)
+    while at + 10 <= len(data) and data[at] == 0xFF:
+        marker, length = struct.unpack_from(">BH", data, at + 1)
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return struct.unpack_from(">BHHB", data, at + 4)
+        at += 1 if marker == 0xFF else 2 + length  # 0xFF: padding before a marker
+    return 0, 0, 0, 0
 
 
 def from_numpy(array: np.ndarray) -> torch.Tensor:
@@ -92,10 +79,7 @@ def resize(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def resize_to_cover(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Smallest resize that keeps the aspect ratio and covers `size`; for a square, torchvision's Resize(int).
-
-    The longer side is truncated, as torchvision does.
-    """
+    """Smallest resize that keeps the aspect ratio and covers `size`; for a square, torchvision's Resize(int)."""
     height, width = image.shape[1:]
     if height * size[1] <= width * size[0]:
         return resize(image, (size[0], max(size[1], int(size[0] * width / height))))

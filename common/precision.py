@@ -1,77 +1,50 @@
-"""One path for fp32, bf16 and fp16: autocast, accumulation, loss scaling, clipping, and the guard against broken numbers.
-
-Nothing here makes the host wait for the device: whether a step is applied is decided by a flag on the device, which the
-host reads a few steps later (common.run).
-"""
-
-from __future__ import annotations
+"""One path for fp32, bf16 and fp16: autocast, accumulation, loss scaling, clipping, the guard against broken numbers.
+The host never waits for the device: a flag there decides if a step is applied, which common.run reads steps later."""
 
 import contextlib
-from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import nn, optim
 from torch.nn.parallel import DistributedDataParallel
 
-from common.errors import UserError
 from common.optim import global_norm
 
 AMP = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SCALE_GROWTH_STEPS = 2000  # steps without overflow after which fp16's loss scale doubles (torch.amp.GradScaler's default)
-
-
-def check_amp(amp: str, device: torch.device) -> None:
-    """UserError if `device` cannot compute in `amp`."""
-    if device.type == "cuda" and amp == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise UserError(f"--amp bf16: {torch.cuda.get_device_name(device)} has no bf16 units; use --amp fp16 or fp32")
-    if device.type == "cpu" and amp == "fp16":
-        raise UserError("--amp fp16: not for the CPU; use --amp fp32")
+SCALE_GROWTH_STEPS = 2000  # steps without overflow after which fp16's loss scale doubles, as torch's GradScaler does
 
 
 class Precision:
-    """Runs one optimizer step of `accumulation` micro-batches in a given precision.
-
-    The gradient is the mean over the global batch. A step whose loss or gradient is not finite on any rank changes no
-    parameter and no optimizer state on any rank; in fp32 and bf16 all later steps are withheld too, because the run is
-    about to be stopped; in fp16 only that step is skipped and the loss scale halved.
-    """
+    """Optimizer steps of `accumulation` micro-batches; the gradient is the mean over the global batch. A step with loss
+    or gradient not finite on any rank changes no parameter and no optimizer state on any rank; in fp32 and bf16 all
+    later ones are withheld too, because the run is about to be stopped; in fp16 the loss scale is halved."""
 
     def __init__(self, amp: str, device: torch.device, *, accumulation: int = 1, clip_grad: float | None = None):
         self.amp, self.device, self.accumulation, self.clip_grad = amp, device, accumulation, clip_grad
         self.scale = torch.tensor(2.0**16 if amp == "fp16" else 1.0, device=device)
-        self.good_steps = torch.zeros((), device=device)
-        self.broken = torch.zeros((), device=device)
-        self.loss = torch.zeros((), device=device)
+        self.good_steps, self.broken, self.loss = (torch.zeros((), device=device) for _ in range(3))
         self.micro_batch = 0
-        self.unsynchronised = contextlib.ExitStack()
 
     def autocast(self):
         return torch.autocast(self.device.type, dtype=AMP[self.amp], enabled=self.amp != "fp32")
 
     @contextlib.contextmanager
-    def forward(self, model: nn.Module) -> Iterator[None]:
-        """For forward and loss of one micro-batch, to be followed by backward(): autocast, and gradients exchanged between
-        ranks only with the step's last micro-batch."""
+    def forward(self, model: nn.Module):
+        """Around a micro-batch's forward and loss, before its backward(); ranks exchange gradients once per step."""
         self.micro_batch += 1
-        if isinstance(model, DistributedDataParallel) and self.micro_batch < self.accumulation:
-            self.unsynchronised.enter_context(model.no_sync())
-        with self.autocast():
+        alone = isinstance(model, DistributedDataParallel) and self.micro_batch < self.accumulation
+        with self.autocast(), model.no_sync() if alone else contextlib.nullcontext():
             yield
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the micro-batch's share of the gradient of the global batch's mean loss."""
         (loss.float() * (self.scale / self.accumulation)).backward()
-        self.unsynchronised.close()
         self.loss += loss.detach().float() / self.accumulation
 
-    def step(self, optimizer: torch.optim.Optimizer, lr: float, asked: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Clip, apply, clear. Returns (stats, skipped), tensors on the device.
-
-        stats (3,): mean loss over all ranks, number of ranks whose loss or gradient is not finite, sum of what the
-        ranks were asked. skipped: 1.0 if the step changed nothing, else 0.0.
-        """
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    def step(self, optimizer: optim.Optimizer, lr: float, asked: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Clip, apply, clear: (stats, skipped) on the device. stats (3,): mean loss over all ranks, how many ranks have
+        a loss or gradient that is not finite, sum of their `asked`; skipped: 1.0 if nothing was changed, else 0.0."""
+        gradients = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
         norm = global_norm(gradients) / self.scale
         bad = ~(torch.isfinite(norm) & torch.isfinite(self.loss))
         stats = torch.stack([self.loss, bad.float(), torch.full((), asked, device=self.device)])
@@ -80,21 +53,18 @@ class Precision:
             stats[0] /= dist.get_world_size()
         skipped = (stats[1] > 0).float()
         if self.amp != "fp16":
-            self.broken = torch.maximum(self.broken, skipped)
-            skipped = self.broken
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        # Division by this one number inside the fused kernel is both the unscaling and the clipping. LAMB's definition of
-        # the latter (Apex): divide by max(1, norm / clip), with no epsilon.
+            skipped = self.broken = torch.maximum(self.broken, skipped)
+        # The fused kernel divides by one number: unscaling, and clipping as LAMB (Apex) defines it, without epsilon.
         clip = 1.0 if self.clip_grad is None else (norm / self.clip_grad).clamp(min=1.0)
         optimizer.grad_scale, optimizer.found_inf = self.scale * clip, skipped
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if self.amp == "fp16":
-            self.good_steps = (self.good_steps + 1) * (1 - skipped)
-            grown = self.good_steps == SCALE_GROWTH_STEPS
-            self.scale = torch.where(skipped > 0, self.scale / 2, torch.where(grown, self.scale * 2, self.scale))
-            self.good_steps = torch.where(grown, 0.0, self.good_steps)
+            self.good_steps = (self.good_steps + 1) * (1 - skipped) % SCALE_GROWTH_STEPS
+            grown = torch.where(self.good_steps == 0, 2.0, 1.0)
+            self.scale = self.scale * torch.where(skipped > 0, 0.5, grown)
         self.loss, self.micro_batch = torch.zeros_like(self.loss), 0
         return stats, skipped
 

@@ -275,18 +275,15 @@ class Result:
 @pytest.fixture
 def launched(capfd, monkeypatch):
     """launched(main, ARGV): main() in this process under that command line; returns exit status and what it printed."""
-    from common.run import launch
+    from common.run import outcome
 
     handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
 
     def run(main, argv) -> Result:
         monkeypatch.setattr(sys, "argv", list(map(str, argv)))
         capfd.readouterr()
-        status = 0
         try:
-            launch(main)
-        except SystemExit as end:
-            status = end.code
+            status = outcome(main)
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)

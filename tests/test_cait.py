@@ -35,10 +35,10 @@ from common.sources import Shapes
 
 MODELS = reference("cait")
 slow = pytest.mark.slow
-ALL = [pytest.param(v, marks=slow) if v.startswith("m") else v for v in MODELS]  # the large ones: logits in the slow run
+ALL = [pytest.param(v, marks=slow) if v.startswith("m") else v for v in MODELS]  # large ones: logits in the slow run
 
 
-# ---- Architecture ------------------------------------------------------------------------------------------------------
+# ---- Architecture ----------------------------------------------------------------------------------------------------
 
 
 def on_meta(case: dict) -> torch.nn.Module:
@@ -61,29 +61,46 @@ def test_logits_equal_the_official_ones(variant):
     check_logits(logits, case["logits"], case["logits_norm"])
 
 
-@pytest.mark.parametrize("name", cait.TABLE_3_15)
+TABLE_3_15 = {  # parameters (millions), FLOPs (billions, multiply-adds) at 224 and at 384
+    "cait_xxs24": (12.0, 2.5, 9.5),
+    "cait_xxs36": (17.3, 3.8, 14.2),
+    "cait_xs24": (26.6, 5.4, 19.3),
+    "cait_xs36": (38.6, 8.1, 28.8),
+    "cait_s24": (46.9, 9.4, 32.2),
+    "cait_s36": (68.2, 13.9, 48.0),
+    "cait_s48": (89.5, 18.6, 63.8),
+    "cait_m24": (185.9, 36.0, 116.1),
+    "cait_m36": (270.9, 53.7, 173.3),
+}
+
+
+@pytest.mark.parametrize("name", TABLE_3_15)
 def test_parameters_and_flops_of_table_3_15(name):
-    millions, at_224, at_384 = cait.TABLE_3_15[name]
+    millions, at_224, at_384 = TABLE_3_15[name]
     parameters, gmacs = count(lambda: cait.build_model(name, img_size=224), (224, 224))
     assert parameters / 1e6 == pytest.approx(millions, rel=0.005)
     assert gmacs == pytest.approx(at_224, rel=0.02)
     assert count(lambda: cait.build_model(name, img_size=384), (384, 384))[1] == pytest.approx(at_384, rel=0.02)
 
 
-TABLE_3_16 = {"xxs24": (0.05, 1e-5), "xxs36": (0.1, 1e-6), "xs24": (0.05, 1e-5), "xs36": (0.1, 1e-6), "s24": (0.1, 1e-5), "s36": (0.2, 1e-6), "s48": (0.3, 1e-6), "m24": (0.2, 1e-5), "m36": (0.3, 1e-6), "m48": (0.4, 1e-6)}  # fmt: skip
+TABLE_3_16 = {
+    "xxs24": (0.05, 1e-5), "xxs36": (0.1, 1e-6), "xs24": (0.05, 1e-5), "xs36": (0.1, 1e-6), "s24": (0.1, 1e-5),
+    "s36": (0.2, 1e-6), "s48": (0.3, 1e-6), "m24": (0.2, 1e-5), "m36": (0.3, 1e-6), "m48": (0.4, 1e-6),
+}
 
 
 @pytest.mark.parametrize("name", TABLE_3_16)
 def test_drop_rate_and_epsilon_of_table_3_16(name):
     rate, epsilon = TABLE_3_16[name]
     with torch.random.fork_rng():
-        model = cait.CaiT(**{**cait.MODELS[f"cait_{name}"], "dim": 48, "heads": 1}, num_classes=3, img_size=(32, 32), branches="layerscale", class_in_keys=True)  # fmt: skip
+        config = cait.MODELS[f"cait_{name}"] | dict(dim=48, num_heads=1, num_classes=3, img_size=(32, 32))
+        model = cait.CaiT(**config, branches="layerscale", class_in_keys=True)
     assert {b.drop_path for b in model.blocks} == {rate}
     scales = [g for b in (*model.blocks, *model.blocks_token_only) for g in (b.gamma_1, b.gamma_2)]
     assert all(torch.equal(g, torch.full((48,), epsilon)) for g in scales) and len(scales) == 2 * (int(name[-2:]) + 2)
     assert cait.paper_recipe("in1k", f"cait_{name}").drop_path == rate
     config = cait.MODELS[f"cait_{name}"]
-    assert config["dim"] == 48 * config["heads"]
+    assert config["dim"] == 48 * config["num_heads"]
 
 
 def test_a_fresh_model_has_the_official_distribution():
@@ -139,11 +156,17 @@ def test_talking_heads_are_two_mixings_around_the_softmax():
 
 
 def test_state_kept_for_the_backward_pass_is_three_maps():
-    """12 h bytes per pair of tokens in float32, and what grows linearly; one layer's input with gradient checkpointing."""
+    """12 h bytes per pair of tokens in float32, and what grows linearly; one layer's input with gradient
+    checkpointing."""
 
     def kept(module, x) -> int:
         sizes = {}
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t, lambda t: t):  # fmt: skip
+
+        def pack(t: torch.Tensor) -> torch.Tensor:
+            sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             module(x)
         return sum(sizes.values())
 
@@ -187,11 +210,9 @@ def test_the_class_attention_stage_changes_the_tokens_only():
 @pytest.mark.parametrize(
     "branches, shape, check",
     [
-        ("layerscale", (96,), lambda g: (g == 0.25).all()),
-        ("layerscale-zero", (96,), lambda g: (g == 0).all()),
+        ("layerscale", (96,), lambda g: (g == 0.25).all()), ("layerscale-zero", (96,), lambda g: (g == 0).all()),
         ("layerscale-uniform", (96,), lambda g: (g >= 0).all() and (g <= 0.5).all() and abs(g.mean() - 0.25) < 0.08),
-        ("scalar", (1,), lambda g: (g == 0.25).all()),
-        ("scalar-zero", (1,), lambda g: (g == 0).all()),
+        ("scalar", (1,), lambda g: (g == 0.25).all()), ("scalar-zero", (1,), lambda g: (g == 0).all()),
         ("none", None, None),
     ],
 )
@@ -206,9 +227,9 @@ def test_branch_weights_of_tables_3_11_and_3_12(branches, shape, check):
         assert all(any(g is p for p in plain["params"]) for g in gammas)  # not decayed
     x = torch.randn(2, 16, 96)
     block = model.blocks[0].eval()
-    scale = torch.ones(1) if block.gamma_1 is None else block.gamma_1
-    y = x + scale * block.attn(block.norm1(x))
-    assert torch.allclose(block(x), y + (torch.ones(1) if shape is None else block.gamma_2) * block.mlp(block.norm2(y)), atol=1e-6)
+    first, second = (torch.ones(1) if g is None else g for g in (block.gamma_1, block.gamma_2))
+    y = x + first * block.attn(block.norm1(x))
+    assert torch.allclose(block(x), y + second * block.mlp(block.norm2(y)), atol=1e-6)
 
 
 def test_kept_only_stochastic_depth_equals_masking():
@@ -236,15 +257,17 @@ def test_gradient_checkpointing_changes_nothing():
     assert all(torch.equal(a, b) for a, b in zip(*grads))
 
 
-# ---- Recipe and loss ---------------------------------------------------------------------------------------------------
+# ---- Recipe and loss -------------------------------------------------------------------------------------------------
 
 
 def test_recipe_of_section_3_7():
     r = cait.paper_recipe("in1k", "cait_s36")
-    assert (r.epochs, r.batch_size, r.optimizer, r.lr, r.weight_decay, r.warmup_epochs) == (400, 1024, "adamw", 1e-3, 0.05, 5)
-    assert (r.repeats, r.eval_crop_ratio, r.augment, r.erasing, r.mixup, r.cutmix, r.smoothing) == (3, 1.0, "rand", 0.25, 0.8, 1.0, 0.1)
-    rows = {name: cait.paper_recipe("transfer", "cait_s36", data=f"{name}:/d") for name in ("cifar10", "cars", "inat2018")}
-    assert {k: (r.epochs, r.lr) for k, r in rows.items()} == {"cifar10": (1000, 1e-5), "cars": (1000, 1e-4), "inat2018": (360, 1e-4)}
+    assert (r.epochs, r.batch_size, r.optimizer, r.lr) == (400, 1024, "adamw", 1e-3)
+    assert (r.weight_decay, r.warmup_epochs, r.repeats, r.eval_crop_ratio) == (0.05, 5, 3, 1.0)
+    assert (r.augment, r.erasing, r.mixup, r.cutmix, r.smoothing) == ("rand", 0.25, 0.8, 1.0, 0.1)
+    for name, row in {"cifar10": (1000, 1e-5), "cars": (1000, 1e-4), "inat2018": (360, 1e-4)}.items():
+        r = cait.paper_recipe("transfer", "cait_s36", data=f"{name}:/d")
+        assert (r.epochs, r.lr) == row, name
     assert cait.paper_recipe("finetune", "cait_s36").img_size == (384, 384)
 
 
@@ -254,11 +277,12 @@ def test_hard_distillation_is_equation_3_3():
     targets = torch.rand(4, 6, dtype=torch.float64).softmax(1)
     decided = F.one_hot(teacher.argmax(1), 6).double()
     for outputs, student in ((one, one), ((one, two), two)):
-        by_hand = -0.5 * (targets * one.log_softmax(1)).sum(1).mean() - 0.5 * (decided * student.log_softmax(1)).sum(1).mean()
-        assert torch.allclose(cait.hard_distillation(outputs, targets, teacher), by_hand)
+        label = -(targets * one.log_softmax(1)).sum(1).mean()
+        decision = -(decided * student.log_softmax(1)).sum(1).mean()
+        assert torch.allclose(cait.hard_distillation(outputs, targets, teacher), 0.5 * label + 0.5 * decision)
 
 
-# ---- Runs --------------------------------------------------------------------------------------------------------------
+# ---- Runs ------------------------------------------------------------------------------------------------------------
 
 
 def test_distillation_on_one_head_and_with_the_token(here, folder, tmp_path):
@@ -269,14 +293,15 @@ def test_distillation_on_one_head_and_with_the_token(here, folder, tmp_path):
         result = here("cait", "--model", model, *small, *teacher, "--out", tmp_path / model)
         assert result.status == 0 and "teacher  cait cait_nano" in result.out, result
     assert "val_top1_distillation" in log_of(tmp_path / "cait_nano_distilled")[-2]
-    refused(here("cait", "--model", "torchvision/resnet18", "--epsilon", 0.1), "--epsilon: not for torchvision's models")
+    refused(here("cait", "--model", "torchvision/resnet18"), "--model torchvision/resnet18: unknown")
     refused(here("cait", "--branches", "layer"), "--branches layer", "layerscale")
 
 
 def test_an_evaluation_takes_the_trained_variant_from_the_checkpoint(here, folder, tmp_path):
-    small = [*SMALL, "--data", folder, "--epochs", 1, "--warmup-epochs", 0, "--branches", "scalar", "--class-in-keys", "false"]
-    assert here("cait", "--model", NANO["cait"], *small, "--out", tmp_path / "o").status == 0
-    result = here("cait", "--model", NANO["cait"], "--eval", "--data", folder, "--weights", tmp_path / "o/last.pt", "--device", "cpu")
+    model = ["--model", NANO["cait"], "--data", folder]
+    small = [*SMALL, "--epochs", 1, "--warmup-epochs", 0, "--branches", "scalar", "--class-in-keys", "false"]
+    assert here("cait", *model, *small, "--out", tmp_path / "o").status == 0
+    result = here("cait", *model, "--eval", "--weights", tmp_path / "o/last.pt", "--device", "cpu")
     assert f"top1 {log_of(tmp_path / 'o')[-2]['val_top1']:.5g}" in result.out, result
 
 
@@ -293,7 +318,10 @@ def test_layerscale_trains_24_blocks_that_do_not_train_without_it():
     last = {}
     for branches in ("none", "layerscale"):
         torch.manual_seed(0)
-        model = cait.CaiT(48, depth=24, heads=1, patch=8, num_classes=12, img_size=(32, 32), drop_path=0.0, branches=branches, epsilon=1e-5, class_in_keys=True)  # fmt: skip
+        model = cait.CaiT(
+            48, depth=24, num_heads=1, patch=8, num_classes=12, img_size=(32, 32), drop_path=0.0, branches=branches,
+            epsilon=1e-5, class_in_keys=True,
+        )
         optimizer = torch.optim.AdamW(param_groups(model, 0.05), lr=3e-3, fused=True)
         draws, losses = torch.Generator().manual_seed(0), []
         for step in range(100):
@@ -322,10 +350,11 @@ def trained(tmp_path_factory):
 
 
 def test_class_attention_falls_on_the_object(trained):
-    """Share of the first class-attention layer's weights inside the object's mask, against the mask's share of the area."""
+    """Share of the first class-attention layer's weights inside the object's mask, against the mask's share of the
+    area."""
     model = from_checkpoint(load(trained / "run/last.pt"), "last.pt", (32, 32), print).eval()
     images, _ = shapes_batch("val", 240, 32)
-    masks = torch.stack([common.shapes.object_mask("val", i) for i in range(240)]).float()[:, None]
+    masks = torch.stack([torch.from_numpy(common.shapes.draw("val", i)[1]) for i in range(240)]).float()[:, None]
     masks = F.adaptive_avg_pool2d(masks, model.grid)[:, 0]
     first = cait.attention_maps(model, images)[0].mean(1)
     inside = ((first * masks).sum((1, 2)) / first.sum((1, 2))).mean().item()
@@ -336,7 +365,8 @@ def test_class_attention_falls_on_the_object(trained):
 
 
 def test_attention_maps_are_written(here, trained, tmp_path):
-    flags = ["--model", "cait_nano", "--weights", trained / "run/last.pt", "--device", "cpu", "--out", tmp_path / "maps"]
+    flags = ["--model", "cait_nano", "--weights", trained / "run/last.pt", "--device", "cpu"]
+    flags += ["--out", tmp_path / "maps"]
     result = here("cait", *flags, "--attention-maps", trained / "picture0.png", trained / "picture5.png")
     assert result.status == 0 and "picture0_attention.png: " in result.out and "%" in result.out, result
     sheet = Image.open(tmp_path / "maps/picture5_attention.png")
@@ -344,13 +374,11 @@ def test_attention_maps_are_written(here, trained, tmp_path):
     refused(here("cait", *flags, "--attention-maps", tmp_path / "no.png"), "--attention-maps", "no.png: No such file")
     (tmp_path / "text.png").write_text("not an image")
     refused(here("cait", *flags, "--attention-maps", tmp_path / "text.png"), "text.png")
-    refused(here("cait", "--model", "torchvision/resnet18", "--attention-maps", "a.png"), "these figures are of CaiT's layers")
 
 
 def test_branch_norms_are_the_ratios_of_figure_3_6(here, trained, tmp_path):
-    result = here(
-        "cait", "--model", "cait_nano", "--weights", trained / "run/last.pt", "--device", "cpu", "--branch-norms", "--out", tmp_path
-    )
+    flags = ["--model", "cait_nano", "--weights", trained / "run/last.pt", "--device", "cpu", "--out", tmp_path]
+    result = here("cait", *flags, "--branch-norms")
     assert result.status == 0, result
     found = json.loads((tmp_path / "branch_norms.json").read_text())
     model = from_checkpoint(load(trained / "run/last.pt"), "last.pt", (32, 32), print).eval()
@@ -360,11 +388,11 @@ def test_branch_norms_are_the_ratios_of_figure_3_6(here, trained, tmp_path):
         x = model.patch_embed(images) + model.pos_embed
         for i, block in enumerate(model.blocks):
             y = x + block.gamma_1 * block.attn(block.norm1(x))
-            assert found["attention"][i] == pytest.approx(
-                ((y - x).flatten(1).norm(dim=1) / x.flatten(1).norm(dim=1)).mean().item(), rel=1e-4
-            )
-            x = block(x)
-            assert found["mlp"][i] == pytest.approx(((x - y).flatten(1).norm(dim=1) / y.flatten(1).norm(dim=1)).mean().item(), rel=1e-4)
+            after = block(x)
+            for name, change, stream in (("attention", y - x, x), ("mlp", after - y, y)):
+                ratio = (change.flatten(1).norm(dim=1) / stream.flatten(1).norm(dim=1)).mean().item()
+                assert found[name][i] == pytest.approx(ratio, rel=1e-4)
+            x = after
     assert Image.open(tmp_path / "branch_norms.png").size == (840, 260)
 
 

@@ -1,19 +1,20 @@
 """Command lines: the rows A of the fault list, evaluation, pictures and other things a user asks for."""
 
 import json
-import os
 import shutil
 import signal
+import socket
+import sys
 import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY, Result, encoded, load, log_of, picture, write_folder
+from conftest import ROOT, TINY, Result, encoded, load, log_of, picture, start, write_folder
 from PIL import Image
 
 import deit3
 from common.errors import UserError
-from common.run import split_batch
+from common.data import split_batch
 
 
 def refused(result, *parts):
@@ -109,15 +110,18 @@ def test_A10_an_output_folder_in_use(deit3_here, tmp_path, folder):
     assert deit3_here(*command).status == 0 and not (tmp_path / "lock").exists()
     before = (tmp_path / "last.pt").read_bytes()
     refused(deit3_here(*command), "holds a run already", "--resume auto")
-    holder = os.getppid()  # a live process that is not this one
-    import socket
-
-    from common.run import _process_start
-
-    (tmp_path / "lock").write_text(f"{socket.gethostname()} {holder} {_process_start(holder)}")
-    refused(deit3_here(*command, "--resume"), f"in use by process {holder}")
-    (tmp_path / "lock").write_text(f"{socket.gethostname()} {holder} 1")  # that number was another, dead process's
+    code = f"import fcntl, time; f = open('{tmp_path / 'lock'}', 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); time.sleep(60)"
+    holder = start(sys.executable, "-c", code)
+    holder.stdout.readline()
+    (tmp_path / "lock").write_text(f"process {holder.pid} on {socket.gethostname()}\n")
+    refused(deit3_here(*command, "--resume"), f"in use by process {holder.pid} on")
+    holder.kill()  # the lock's text stays behind, the kernel has freed the lock
+    holder.communicate()
     assert deit3_here(*command, "--resume").status == 0
+    (tmp_path / "last.pt").rename(tmp_path / "other.pt")
+    (tmp_path / "lock").write_text("process 1 on another-host\n")
+    refused(deit3_here(*command), "locked by process 1 on another-host", "remove")
+    (tmp_path / "other.pt").rename(tmp_path / "last.pt")
     assert (tmp_path / "last.pt").read_bytes() == before
 
 

@@ -9,6 +9,7 @@ import shutil
 import sys
 import tarfile
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from common.sources import open_data, open_images
 CPU = torch.device("cpu")
 
 
-# ---- Order ---------------------------------------------------------------------------------------------------------------
+# ---- Order -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", reference("sampler"), ids=lambda c: f"{c['length']}-{c['world_size']}-{c['epoch']}")
@@ -57,7 +58,7 @@ def all_micro_batches(world, accumulation, repeats=3, batch=32, group=4):
         batches = GlobalBatches(
             1000, batch_size=batch, micro_batch=micro, group=group, world_size=world, rank=rank, repeats=repeats, seed=0
         )
-        batches.set_epoch(2)
+        batches.epoch = 2
         for i, keys in enumerate(batches):
             step, which = divmod(i, accumulation)
             for number, start in zip(batches.groups(which), range(0, micro, group)):
@@ -83,7 +84,7 @@ def test_groups_are_the_official_ranks():
 def test_an_epoch_can_be_entered_in_the_middle():
     batches = GlobalBatches(100, batch_size=8, micro_batch=4, group=4, world_size=1, rank=0, repeats=1, seed=0)
     whole = list(batches)
-    batches.set_epoch(0, first_step=5)
+    batches.first_step = 5
     assert list(batches) == whole[10:]
 
 
@@ -93,7 +94,7 @@ def test_B10_evaluation_sees_every_image_once(world):
     assert sorted(seen) == list(range(101))
 
 
-# ---- The built-in data set -------------------------------------------------------------------------------------------------
+# ---- The built-in data set -------------------------------------------------------------------------------------------
 
 
 def test_shapes_are_a_function_of_their_index():
@@ -102,7 +103,6 @@ def test_shapes_are_a_function_of_their_index():
     assert np.array_equal(image, again) and not np.array_equal(image, shapes.draw("val", 17)[0])
     assert image.shape == (64, 64, 3) and 0.05 < mask.mean() < 0.5 and label == 5
     assert hashlib.sha256(image.tobytes()).hexdigest()[:16] == "b29653a06648e3c4"  # the same on every machine
-    assert torch.equal(shapes.object_mask("train", 17), torch.from_numpy(mask))
 
 
 def test_shapes_have_nested_labels_and_balanced_classes():
@@ -130,7 +130,7 @@ def test_a_linear_classifier_on_the_pixels_of_shapes_stays_under_40_percent():
     assert (layer(test_x).argmax(1) == test_y).float().mean() < 0.4
 
 
-# ---- Folders ---------------------------------------------------------------------------------------------------------------
+# ---- Folders ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_folder_is_read_as_torchvision_reads_it(folder):
@@ -151,6 +151,22 @@ def test_the_index_is_built_once_and_again_when_files_change(tmp_path, monkeypat
     time.sleep(0.02)
     (tmp_path / "train" / "ant" / "new.jpg").write_bytes(encoded(picture(0, 99)))
     assert len(open_images(str(tmp_path / "train"), "--data")) == 9
+
+
+def test_a_long_scan_says_how_far_it_is_and_draws_a_bar_on_a_terminal(tmp_path, monkeypatch, capsys):
+    write_folder(tmp_path, train=2, val=1)
+    path, said, clock = str(tmp_path / "train"), [], iter(range(0, 600, 6))
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")  # nothing is kept
+    monkeypatch.setattr(sources, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    open_images(path, "--data", say=said.append)
+    assert said[:-1] == [f"listing {path}: {n} files so far" for n in (2, 4, 6, 8)] and "kept" in said[-1]
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        open_images(path, "--data", say=said.append)
+        assert ("listing" in capsys.readouterr().err) == (rank == "0")
+    assert len(said) == 7  # and a warning of each
 
 
 @pytest.mark.parametrize("make, message", [
@@ -225,7 +241,9 @@ def test_B7_a_label_out_of_range_is_an_error_with_the_file(label):
 
 
 @pytest.mark.parametrize(
-    "content", [encoded(picture(0, 0))[:300], b"", b"<html>", None, "pipe"], ids=["truncated", "empty", "html", "vanished", "pipe"]
+    "content",
+    [encoded(picture(0, 0))[:300], b"", b"<html>", None, "pipe"],
+    ids=["truncated", "empty", "html", "vanished", "pipe"],
 )
 def test_B11_B12_B20_B25_an_unreadable_image_stops_with_its_path(tmp_path, content):
     write_folder(tmp_path, train=2, val=1)
@@ -279,7 +297,7 @@ def test_coarse_labels_of_a_folder(tmp_path, folder):
         open_data(f"{folder}@coarse")
 
 
-# ---- Tar archives ------------------------------------------------------------------------------------------------------------
+# ---- Tar archives ----------------------------------------------------------------------------------------------------
 
 
 def members(**options) -> dict[str, bytes]:
@@ -293,10 +311,8 @@ def members(**options) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_a_tar_is_read_in_place_in_every_format(tmp_path, form):
-    content = {
-        "./train/ant/" + "long" * 40 + "é.jpg" if form != tarfile.USTAR_FORMAT else "train/ant/z.jpg": encoded(picture(0, 7)),
-        **members(),
-    }
+    odd = "train/ant/z.jpg" if form == tarfile.USTAR_FORMAT else "./train/ant/" + "long" * 40 + "é.jpg"
+    content = {odd: encoded(picture(0, 7)), **members()}
     found = open_data(str(write_tar(tmp_path / "d.tar", content, format=form)))
     assert len(found["train"]) == 7 and len(found["val"]) == 6 and found["val"].classes == ["ant", "bee"]
     for source in found.values():
@@ -347,6 +363,10 @@ def test_B23_broken_tars_are_named_by_member(tmp_path):
     with pytest.raises((UserError, OSError, ValueError)):
         source = open_data(str(path))["train"]
         [source.read(i) for i in range(len(source))]
+    second = whole.index(b"train/ant/ant_1.jpg")  # a header in the middle: what follows must not be lost in silence
+    path.write_bytes(whole[: second + 3] + b"?" + whole[second + 4 :])
+    with pytest.raises(UserError, match=f"is damaged at byte {second}"):
+        open_data(str(path))
     huge = tarfile.TarInfo("train/a/huge.jpg")
     huge.size = 10 << 30
     with open(tmp_path / "h.tar", "wb") as f:  # sparse: 10 GB of nothing
@@ -359,7 +379,7 @@ def test_B23_broken_tars_are_named_by_member(tmp_path):
         open_images(str(tmp_path / "flat.tar"), "--val-data")
 
 
-# ---- Data sets of torchvision and iNaturalist --------------------------------------------------------------------------------
+# ---- Data sets of torchvision and iNaturalist ------------------------------------------------------------------------
 
 
 def test_cifar_100_with_coarse_labels(tmp_path, monkeypatch):
@@ -375,9 +395,8 @@ def test_cifar_100_with_coarse_labels(tmp_path, monkeypatch):
             "coarse_labels": [i % 20 for i in range(count)],
         }
         (base / split).write_bytes(pickle.dumps(content))
-    (base / "meta").write_bytes(
-        pickle.dumps({"fine_label_names": [f"f{i}" for i in range(100)], "coarse_label_names": [f"c{i}" for i in range(20)]})
-    )
+    fine, coarse = [f"f{i}" for i in range(100)], [f"c{i}" for i in range(20)]
+    (base / "meta").write_bytes(pickle.dumps({"fine_label_names": fine, "coarse_label_names": coarse}))
     monkeypatch.setattr(datasets.CIFAR100, "_check_integrity", lambda self: True)
     monkeypatch.setattr(datasets.CIFAR100, "meta", {"filename": "meta", "key": "fine_label_names", "md5": None})
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *a: True)
@@ -402,7 +421,8 @@ def test_flowers_trains_on_train_and_val(tmp_path, monkeypatch):
     for i in range(1, 10):
         (base / "jpg" / f"image_{i:05d}.jpg").write_bytes(encoded(picture(0, i)))
     scipy_io.savemat(base / "imagelabels.mat", {"labels": np.arange(1, 10)})
-    scipy_io.savemat(base / "setid.mat", {"trnid": np.array([1, 2]), "valid": np.array([3, 4]), "tstid": np.arange(5, 10)})
+    numbers = {"trnid": np.array([1, 2]), "valid": np.array([3, 4]), "tstid": np.arange(5, 10)}
+    scipy_io.savemat(base / "setid.mat", numbers)
     found = open_data(f"flowers102:{tmp_path}")
     assert len(found["train"]) == 4 and len(found["val"]) == 5
 
@@ -435,7 +455,8 @@ def test_food_101(tmp_path):
         for i in range(3):
             (base / "images" / name / f"{i}.jpg").write_bytes(encoded(picture(0, i)))
     for split, ids in (("train", (0, 1)), ("test", (2,))):
-        (base / "meta" / f"{split}.json").write_text(json.dumps({n: [f"{n}/{i}" for i in ids] for n in ("apple_pie", "waffles")}))
+        names = {name: [f"{name}/{i}" for i in ids] for name in ("apple_pie", "waffles")}
+        (base / "meta" / f"{split}.json").write_text(json.dumps(names))
     found = open_data(f"food101:{tmp_path}")
     assert found["train"].labels.tolist() == [0, 0, 1, 1] and found["val"].read(1).shape == (3, 36, 36)
 
@@ -475,14 +496,16 @@ def layout_of_cars(root):
     base = root / "stanford_cars"
     (base / "devkit").mkdir(parents=True)
     savemat(base / "devkit/cars_meta.mat", {"class_names": np.array(["Acura", "BMW"], dtype=object)})
-    for split, file, count in (("train", "devkit/cars_train_annos.mat", 3), ("test", "cars_test_annos_withlabels.mat", 1)):
+    splits = (("train", "devkit/cars_train_annos.mat", 3), ("test", "cars_test_annos_withlabels.mat", 1))
+    for split, file, count in splits:
         rows = [(f"{c}{i}.jpg", c) for c in (1, 2) for i in range(count)]
         savemat(base / file, {"annotations": np.array(rows, dtype=[("fname", object), ("class", float)])})
         [put(base / f"cars_{split}/{n}") for n, _ in rows]
 
 
 @pytest.mark.parametrize(
-    "name, write", [("dtd", layout_of_dtd), ("pets", layout_of_pets), ("aircraft", layout_of_aircraft), ("cars", layout_of_cars)]
+    "name, write",
+    [("dtd", layout_of_dtd), ("pets", layout_of_pets), ("aircraft", layout_of_aircraft), ("cars", layout_of_cars)],
 )
 def test_sets_in_torchvisions_layout(tmp_path, name, write):
     """Two classes, three training images (train and val together) and one test image each."""
@@ -510,11 +533,12 @@ def test_inaturalist_at_a_chosen_level(tmp_path):
         open_data(f"inat2018@order:{tmp_path}")
 
 
-# ---- Loading -----------------------------------------------------------------------------------------------------------------
+# ---- Loading ---------------------------------------------------------------------------------------------------------
 
 
 def test_B27_pixels_do_not_depend_on_workers_and_differ_between_epochs_and_repeats(folder):
-    samples = Samples(open_data(str(folder))["train"], deit3.TrainTransform(deit3.Recipe(img_size=(32, 32), augment="auto")), 0)
+    transform = deit3.TrainTransform(deit3.Recipe(img_size=(32, 32), augment="auto"))
+    samples = Samples(open_data(str(folder))["train"], transform, 0)
     batches = [[(e, i, r) for i in range(4)] for e in (0, 1) for r in (0, 1)]
     results = [list(to_device(make_loader(samples, batches, workers, CPU), CPU)) for workers in (0, 1, 3)]
     for other in results[1:]:

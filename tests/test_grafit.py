@@ -30,7 +30,7 @@ def wide(values) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-# ---- Losses and memory ---------------------------------------------------------------------------------------------------
+# ---- Losses and memory -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", CASES["instance_loss"], ids=lambda c: f"T{c['T']}")
@@ -99,7 +99,8 @@ def test_an_image_without_another_of_its_label_counts_nothing():
     loss = grafit.knn_loss(z, labels[:3], memory, labels, torch.arange(3))
     loss.backward()
     assert torch.isfinite(loss) and not z.grad[0].any() and z.grad[1:].any()
-    assert loss.item() == pytest.approx(plain_knn_loss(z.detach(), labels[:3], memory, labels, torch.arange(3), 0.05).item(), rel=1e-4)
+    expected = plain_knn_loss(z.detach(), labels[:3], memory, labels, torch.arange(3), 0.05)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_the_knn_loss_never_holds_batch_times_memory():
@@ -139,7 +140,7 @@ def test_an_image_that_occurs_twice_counts_once_in_any_order(dtype):
     assert not one.embeddings[2].any() and not one.embeddings[4].any()
 
 
-# ---- Retrieval and classification ------------------------------------------------------------------------------------------
+# ---- Retrieval and classification ------------------------------------------------------------------------------------
 
 
 def test_conditional_scores_are_equation_2_5_and_rank_alike():
@@ -163,7 +164,8 @@ def average_precision(order: torch.Tensor, relevant: torch.Tensor) -> float:
 def hierarchy(seed: int = 0):
     """Queries and gallery of 12 fine in 3 coarse classes around centres: (queries, levels, gallery, levels)."""
     generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(3, 8, generator=generator).repeat_interleave(4, 0) + 0.7 * torch.randn(12, 8, generator=generator)
+    centres = torch.randn(3, 8, generator=generator).repeat_interleave(4, 0)
+    centres = centres + 0.7 * torch.randn(12, 8, generator=generator)
     parts = []
     for size in (60, 240):
         fine = torch.randint(12, (size,), generator=generator)
@@ -193,12 +195,12 @@ def test_coarse_to_fine_equals_brute_force():
     p = votes(found["coarse"]["k"], coarse, 3)
     oracle = F.one_hot(query_levels["coarse"][1], 3).double()
     for name, scores in (
-        ("map", cosine),
-        ("map_conditional", grafit.conditional_scores(cosine, p, coarse)),
+        ("map", cosine), ("map_conditional", grafit.conditional_scores(cosine, p, coarse)),
         ("map_oracle", grafit.conditional_scores(cosine, oracle, coarse)),
     ):
         for level, labels in (("coarse", coarse), ("fine", fine)):
-            by_hand = [average_precision(s.argsort(descending=True), labels == y) for s, y in zip(scores, query_levels[level][1])]
+            asked = zip(scores, query_levels[level][1])
+            by_hand = [average_precision(s.argsort(descending=True), labels == y) for s, y in asked]
             assert found[level][name] == pytest.approx(100 * np.mean(by_hand), abs=1e-6), (name, level)
     assert found["coarse"]["map_oracle"] == pytest.approx(100)
 
@@ -215,15 +217,20 @@ def test_the_number_of_neighbours_is_chosen_without_the_test_set():
 @pytest.mark.parametrize("chunk", [1, 7, None])
 def test_chunks_do_not_change_a_conditional_ranking(chunk):
     queries, query_levels, gallery, gallery_levels = hierarchy(1)
-    offsets = torch.randn(60, 3, dtype=torch.float64)
+    probabilities, coarse = torch.randn(60, 3, dtype=torch.float64).softmax(1), gallery_levels["coarse"][1]
     labels = query_levels["fine"][1], gallery, gallery_levels["fine"][1]
-    found = mean_average_precision(queries, *labels, chunk, offsets=offsets, groups=gallery_levels["coarse"][1])
-    scores = F.normalize(queries, dim=1) @ F.normalize(gallery, dim=1).T + offsets[:, gallery_levels["coarse"][1]]
+
+    def conditional(cosine: torch.Tensor, rows: slice) -> torch.Tensor:
+        return grafit.conditional_scores(cosine, probabilities[rows], coarse)
+
+    found = mean_average_precision(queries, *labels, chunk, scores=conditional)
+    cosine = F.normalize(queries, dim=1) @ F.normalize(gallery, dim=1).T
+    scores = grafit.conditional_scores(cosine, probabilities, coarse)
     by_hand = [average_precision(s.argsort(descending=True), labels[2] == y) for s, y in zip(scores, labels[0])]
     assert found == pytest.approx(np.mean(by_hand), abs=1e-9)
 
 
-# ---- Network -----------------------------------------------------------------------------------------------------------------
+# ---- Network ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "resnext50_32x4d", "regnet_y_8gf"])
@@ -286,8 +293,10 @@ def test_the_target_is_an_average_without_gradient():
         for p in learned:
             p.add_(1)
     model.average(0.9)
+    after = dict(model.named_parameters())
     for name in names:
-        assert torch.allclose(dict(model.named_parameters())[name], before[name] + 0.1 * (before[name.removeprefix("target.")] + 1 - before[name]), atol=1e-6)  # fmt: skip
+        own = before[name.removeprefix("target.")] + 1
+        assert torch.allclose(after[name], before[name] + 0.1 * (own - before[name]), atol=1e-6)
     in_groups = {id(p) for group in param_groups(model, 1e-4) for p in group["params"]}
     assert not in_groups & {id(p) for p in model.target.parameters()}
 
@@ -297,7 +306,8 @@ def test_every_method_has_what_its_row_of_table_2_7_says_and_nothing_else(method
     supervised, instance, projector = grafit.METHODS[method]
     model = grafit.Grafit("regnet_nano", method, num_classes=5, proj_dim=16)
     parts = {name.split(".")[0] for name in model.state_dict()}
-    wanted = {"trunk": True, "fc": supervised == "ce", "projector": projector, "predictor": instance, "target": instance}
+    wanted = {"trunk": True, "fc": supervised == "ce", "projector": projector}
+    wanted |= {"predictor": instance, "target": instance}
     assert parts == {name for name, has in wanted.items() if has}
     width = 16 if supervised == "knn" else 128
     assert model.eval()(torch.randn(2, 3, 32, 32)).shape == (2, width)
@@ -324,20 +334,18 @@ def test_the_recipe_of_sections_2_4_3_and_2_5():
     assert (r.instance_weight, r.proj_dim, r.img_size) == (1.0, 256, (224, 224))
     assert (cifar.views, cifar.img_size, cifar.epochs, cifar.lr) == (8, (32, 32), 600, 0.4)
     assert (transfer.epochs, transfer.lr, transfer.batch_size, transfer.trainable, transfer.classifier) == (
-        240,
-        0.01,
-        512,
-        "classifier",
-        "mlp",
+        240, 0.01, 512, "classifier", "mlp",
     )
     assert grafit.parse_args(["--batch-size", "256"])[1].lr == pytest.approx(0.1)
     for data, epochs in (("flowers102:/x", 1000), ("cars:/x", 1000), ("food101:/x", 300), ("inat2018@genus:/x", 300)):
-        assert grafit.paper_recipe("transfer_full", data).epochs == epochs and grafit.paper_recipe("transfer", data).epochs == 240
+        assert grafit.paper_recipe("transfer_full", data).epochs == epochs
+        assert grafit.paper_recipe("transfer", data).epochs == 240
 
 
-# ---- Runs --------------------------------------------------------------------------------------------------------------------
+# ---- Runs ------------------------------------------------------------------------------------------------------------
 
-SMALL = "--model regnet_nano --recipe shapes --img-size 32 --batch-size 16 --mix-group 4 --epochs 2 --warmup-epochs 1 --workers 0 --device cpu".split()  # fmt: skip
+NANO = ["--model", "regnet_nano", "--device", "cpu", "--workers", 0]
+SMALL = [*NANO, *"--recipe shapes --img-size 32 --batch-size 16 --mix-group 4 --epochs 2 --warmup-epochs 1".split()]
 
 
 @pytest.fixture(scope="session")
@@ -355,7 +363,8 @@ def trained(folder, coarse, tmp_path_factory):
     out = tmp_path_factory.mktemp("grafit")
     for level in ("coarse", "fine"):
         flags = [*SMALL, "--data", f"{folder}@{level}", "--coarse-labels", coarse, "--out", out / level]
-        assert status_of(child(flags, script="grafit", log=out / f"{level}.log")) == 0, (out / f"{level}.log").read_text()
+        log = out / f"{level}.log"
+        assert status_of(child(flags, script="grafit", log=log)) == 0, log.read_text()
     return {level: out / level for level in ("coarse", "fine")}
 
 
@@ -378,7 +387,8 @@ def test_a_run_is_evaluated_at_every_level_and_eval_repeats_it(here, trained, fo
         own = json.loads((trained[level] / "results.json").read_text())[level]
         assert matrix[level] == own
     row = next(line for line in result.out.splitlines() if line.startswith("  test fine"))
-    assert [float(x) for x in row.split()[2:]] == [pytest.approx(matrix[c]["fine"]["knn"], abs=0.006) for c in ("coarse", "fine")]
+    values = [matrix[column]["fine"]["knn"] for column in ("coarse", "fine")]
+    assert [float(x) for x in row.split()[2:]] == [pytest.approx(value, abs=0.006) for value in values]
 
 
 def frame(picture: Image.Image, column: int, top: int) -> tuple:
@@ -423,26 +433,31 @@ def test_retrieve_draws_frames_by_the_finest_level_that_is_right(here, trained, 
             assert red > 150 > green
     third = 14 + 2 * (104 + 14)
     assert frame(sheet, 1, third) == (150, 150, 150)  # nothing is known of an image from outside
-    refused(here("grafit", "--model", "regnet_nano", "--retrieve", "999", *flags), "--retrieve 999", "20 validation images")
+    asked = ["grafit", "--model", "regnet_nano", "--retrieve"]
+    refused(here(*asked, "999", *flags), "--retrieve 999", "20 validation images")
     before = len(extracted)
-    refused(here("grafit", "--model", "regnet_nano", "--retrieve", tmp_path / "none.jpg", *flags), "none.jpg")
+    refused(here(*asked, tmp_path / "none.jpg", *flags), "none.jpg")
     assert len(extracted) == before  # told before the training images are embedded
 
 
 def test_levels_are_named_once_from_the_coarsest_and_known_by_their_classes():
     class Data:
         classes, labels = ["b", "a", "c"], np.array([0, 1, 2])  # iNaturalist: by number
-        levels = {"species": (["a", "b", "c"], np.array([1, 0, 2])), "kingdom": (["k"], np.zeros(3, int)), "genus": (["g", "h"], np.array([0, 0, 1]))}  # fmt: skip
+        levels = {
+            "species": (["a", "b", "c"], np.array([1, 0, 2])), "kingdom": (["k"], np.zeros(3, int)),
+            "genus": (["g", "h"], np.array([0, 0, 1])),
+        }
 
     assert list(grafit.levels(Data)) == ["kingdom", "genus", "species"]
-    assert grafit.level_trained(Data, ["b", "a", "c"]) == "species" and grafit.level_trained(Data, ["g", "h"]) == "genus"
+    assert grafit.level_trained(Data, ["b", "a", "c"]) == "species"
+    assert grafit.level_trained(Data, ["g", "h"]) == "genus"
     assert grafit.level_trained(Data, ["x"]) is None
 
 
 @pytest.mark.parametrize("method", ["ce", "instance", "ce_instance", "snca_fc", "grafit_fc"])
 def test_every_other_method_trains(here, folder, coarse, tmp_path, method):
-    flags = [*SMALL, "--method", method, "--data", f"{folder}@coarse", "--coarse-labels", coarse, "--epochs", 6, "--out", tmp_path / "o"]
-    result = here("grafit", *flags)
+    flags = ["--method", method, "--data", f"{folder}@coarse", "--coarse-labels", coarse, "--epochs", 6]
+    result = here("grafit", *SMALL, *flags, "--out", tmp_path / "o")
     assert result.status == 0, result
     losses = [r["train_loss"] for r in log_of(tmp_path / "o") if "train_loss" in r]
     assert losses[-1] < losses[0]
@@ -452,7 +467,8 @@ def test_every_other_method_trains(here, folder, coarse, tmp_path, method):
 
 def test_fine_tuning_takes_the_trunk_and_freezes_what_it_says(here, folder, trained, tmp_path):
     start = load(trained["coarse"] / "last.pt")["model"]
-    run = functools.partial(here, "grafit", "--model", "regnet_nano", "--img-size", 32, "--batch-size", 16, "--mix-group", 4, "--epochs", 2, "--workers", 0, "--device", "cpu", "--data", folder)  # fmt: skip
+    sizes = ["--img-size", 32, "--batch-size", 16, "--mix-group", 4, "--epochs", 2]
+    run = functools.partial(here, "grafit", *NANO, *sizes, "--data", folder)
 
     def trunk(out) -> tuple[dict, dict]:
         state = load(tmp_path / out / "last.pt")["model"]
@@ -466,23 +482,26 @@ def test_fine_tuning_takes_the_trunk_and_freezes_what_it_says(here, folder, trai
     # from torchvision's form of weights, all of it trained, with CutMix
     plain = {k.removeprefix("trunk."): v for k, v in start.items() if k.startswith("trunk.")}
     torch.save(plain, tmp_path / "plain.pth")
-    result = run("--recipe", "transfer_full", "--classifier", "linear", "--weights", tmp_path / "plain.pth", "--out", tmp_path / "full")
+    linear = ["--classifier", "linear", "--weights"]
+    result = run("--recipe", "transfer_full", *linear, tmp_path / "plain.pth", "--out", tmp_path / "full")
     assert result.status == 0, result
     state, changed = trunk("full")
     assert changed == {k for k in start if k.startswith("trunk.")} and state["fc.weight"].shape == (4, 128)
     # FixRes: classifier and BatchNorm
-    fixres = ["--recipe", "fixres", "--classifier", "linear", "--weights", tmp_path / "full/last.pt", "--out", tmp_path / "fixres"]
-    assert run(*fixres).status == 0
+    result = run("--recipe", "fixres", *linear, tmp_path / "full/last.pt", "--out", tmp_path / "fixres")
+    assert result.status == 0, result
     fixed = load(tmp_path / "fixres/last.pt")["model"]
     moved = {k for k in state if not torch.equal(state[k], fixed[k])}
     model = grafit.make_trunk("regnet_nano")
-    norms = {f"trunk.{n}.{k}" for n, m in model.named_modules() if isinstance(m, torch.nn.BatchNorm2d) for k in m.state_dict()}
+    norms = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.BatchNorm2d)}
+    norms = {f"trunk.{n}.{k}" for n, m in norms.items() for k in m.state_dict()}
     assert moved == norms | {"fc.weight", "fc.bias"}
     # its accuracy, by --eval too
     top1 = [r["val_top1"] for r in log_of(tmp_path / "fixres") if "val_top1" in r][-1]
-    result = here("grafit", "--model", "regnet_nano", "--eval-data", folder / "val", "--weights", tmp_path / "fixres/last.pt", "--device", "cpu", "--workers", 0)  # fmt: skip
+    weights = ["--weights", tmp_path / "fixres/last.pt"]
+    result = here("grafit", *NANO, "--eval-data", folder / "val", *weights)
     assert result.status == 0 and f"top1 {top1:.5g}" in result.out, result
-    result = here("grafit", "--model", "regnet_nano", "--eval", "--data", folder, "--weights", tmp_path / "fixres/last.pt", "--device", "cpu", "--workers", 0)  # fmt: skip
+    result = here("grafit", *NANO, "--eval", "--data", folder, *weights)
     assert f"classifier  top1 {top1:.5g}" in result.out and "kNN, top-1" in result.out, result
 
 
@@ -510,3 +529,16 @@ def test_on_shapes_coarse_labels_teach_grafit_more_of_the_fine_ones_than_cross_e
         assert found[method]["coarse"]["knn"] > 98
     assert found["grafit"]["fine"]["map"] > found["ce"]["fine"]["map"] + 20
     assert found["grafit"]["fine"]["knn"] > found["ce"]["fine"]["knn"] + 8
+
+
+def test_the_gpus_way_through_the_memory_waits_for_nothing_and_gives_the_same_loss():
+    """It neither sorts nor gathers the memory, and leaves it alone."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(12, 8, generator=generator).requires_grad_()
+    memory, memory_labels = torch.randn(50, 8, generator=generator), torch.randint(5, (50,), generator=generator)
+    own, kept = torch.arange(12) * 4, memory.clone()
+    found = []
+    for by_label in (True, False):
+        loss = grafit._NeighbourLoss.apply(z, memory_labels[own], memory, memory_labels, own, 0.05, 7, by_label)
+        found.append((loss, *torch.autograd.grad(loss, z)))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*found)) and torch.equal(memory, kept)

@@ -169,3 +169,16 @@ def test_sgd_is_torchs_from_the_first_step_on(name):
             optimizer.step()
             optimizer.zero_grad()
     assert torch.allclose(ours.weight, theirs.weight, atol=1e-6) and torch.allclose(ours.bias, theirs.bias, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["lamb", "adamw", "sgd", "nesterov"])
+def test_J2_a_restored_state_lies_on_its_parameters_device(name):
+    """A checkpoint is read to the host; the meta device stands for a GPU."""
+    saved, fresh = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2, device="meta")
+    optimizer = make_optimizer(name, saved, 0.1, 0.1)
+    saved(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    restored = make_optimizer(name, fresh, 0.1, 0.1)
+    restored.load_state_dict(optimizer.state_dict())
+    states = {p: state for p, state in restored.state.items()}
+    assert len(states) == 2 and all(v.device == p.device for p, state in states.items() for v in state.values())

@@ -84,7 +84,7 @@ def test_readmes_commands_of_the_transfer_suite_are_accepted():
     assert {line[0] for line in lines} == {"features", "finetuned", "compare"}
     for line in lines:
         assert transfer.parse_args(line).out
-    for name, (metric, _) in transfer.SETS.items():  # the table says the metric of each
+    for name, metric in transfer.SETS.items():  # the table says the metric of each
         row = next(r for r in README.splitlines() if f"`{name}`" in r or (name.startswith("cog") and "`cog1` to `cog5`" in r))
         assert ("mean per class" in row) == (metric == "per-class"), name
 

@@ -36,7 +36,7 @@ MODELS = reference("patchconvnet")
 slow = pytest.mark.slow
 
 
-# ---- Architecture ------------------------------------------------------------------------------------------------------
+# ---- Architecture ----------------------------------------------------------------------------------------------------
 
 
 def on_meta(case: dict) -> torch.nn.Module:
@@ -84,7 +84,8 @@ TABLE_5_1 = {"s60": (25.2, 4.0), "s120": (47.7, 7.5), "b60": (99.4, 15.8), "b120
 @pytest.mark.parametrize("name", TABLE_5_8)
 def test_drop_rates_of_table_5_8(name):
     assert patchconvnet.paper_recipe("in1k", f"patchconvnet_{name}").drop_path == TABLE_5_8[name]
-    assert patchconvnet.paper_recipe("finetune", f"patchconvnet_{name}").drop_path == pytest.approx(max(0, TABLE_5_8[name] - 0.1))
+    finetune = patchconvnet.paper_recipe("finetune", f"patchconvnet_{name}")
+    assert finetune.drop_path == pytest.approx(max(0, TABLE_5_8[name] - 0.1))
     with torch.device("meta"):
         model = patchconvnet.build_model(f"patchconvnet_{name}", 5)
     assert {b.drop_path for b in model.blocks} == {TABLE_5_8[name]} and len(model.blocks) == int(name[1:])
@@ -93,7 +94,8 @@ def test_drop_rates_of_table_5_8(name):
 @pytest.mark.parametrize("name", TABLE_5_1)
 def test_parameters_and_flops_of_table_5_1(name):
     parameters, gmacs = count(lambda: patchconvnet.build_model(f"patchconvnet_{name}"), (224, 224))
-    assert parameters / 1e6 == pytest.approx(TABLE_5_1[name][0], abs=0.06) and gmacs == pytest.approx(TABLE_5_1[name][1], abs=0.15)
+    assert parameters / 1e6 == pytest.approx(TABLE_5_1[name][0], abs=0.06)
+    assert gmacs == pytest.approx(TABLE_5_1[name][1], abs=0.15)
 
 
 def test_learned_pooling_on_resnet_50_costs_what_section_5_3_4_says():
@@ -128,11 +130,12 @@ def test_the_pooling_is_one_softmax_over_class_token_and_patches():
     a = pool.attn
     weights = (a.q(z[:, :1]) @ a.k(z).transpose(1, 2) / 4).softmax(-1)
     after = token + pool.gamma_1 * a.proj(weights @ a.v(z))
-    assert torch.allclose(pool(token, patches), after + pool.gamma_2 * pool.mlp(pool.norm2(after)), atol=1e-5)
+    after = after + pool.gamma_2 * pool.mlp(pool.norm2(after))
+    assert torch.allclose(pool(token, *pool.keys_and_values(token, patches)), after, atol=1e-5)
     assert torch.allclose(pool.weights(token, patches)[:, 0], weights[:, :, 1:], atol=1e-6)
 
 
-# ---- One token per class -----------------------------------------------------------------------------------------------
+# ---- One token per class ---------------------------------------------------------------------------------------------
 
 
 def per_class(classes: int) -> patchconvnet.PatchConvNet:
@@ -141,14 +144,16 @@ def per_class(classes: int) -> patchconvnet.PatchConvNet:
 
 def test_per_class_tokens_see_the_patches_only_and_pieces_change_nothing(monkeypatch):
     model = per_class(7)
-    assert [k for k in model.state_dict() if k.startswith("head")] == [f"head.{i}.{p}" for i in range(7) for p in ("weight", "bias")]
+    heads = [f"head.{i}.{p}" for i in range(7) for p in ("weight", "bias")]
+    assert [k for k in model.state_dict() if k.startswith("head")] == heads
     assert model.cls_token.shape == (1, 7, 64)
     images = torch.randn(2, 3, 40, 56)
     whole = model.eval()(images)
     # Class i by itself: the pooling with its token, then its classifier.
     patches, pool = model.features(images).flatten(1, 2), model.blocks_token_only[0]
     for i in (0, 6):
-        alone = model.head[i](model.norm(pool(model.cls_token[:, i : i + 1].expand(2, -1, -1), patches)))[:, 0, 0]
+        token = model.cls_token[:, i : i + 1].expand(2, -1, -1)
+        alone = model.head[i](model.norm(pool(token, *pool.keys_and_values(token, patches))))[:, 0, 0]
         assert torch.allclose(whole[:, i], alone, rtol=1e-4, atol=1e-4)
     monkeypatch.setattr(patchconvnet.PatchConvNet, "CLASSES_AT_ONCE", 3)
     assert torch.allclose(model(images), whole, rtol=1e-4, atol=1e-4)
@@ -160,8 +165,8 @@ def test_per_class_memory_does_not_grow_with_the_classes():
     with torch.device("meta"):
         peaks = []
         for classes in (256, 1024):
-            model = patchconvnet.build_model("patchconvnet_nano", classes, class_tokens="per_class").eval().requires_grad_(False)
-            with PeakMemory(model) as memory:
+            model = patchconvnet.build_model("patchconvnet_nano", classes, class_tokens="per_class")
+            with PeakMemory(model.eval().requires_grad_(False)) as memory:
                 model(torch.empty(8, 3, 64, 64))
             peaks.append(memory.peak)
     assert peaks[1] < 1.3 * peaks[0]
@@ -170,8 +175,8 @@ def test_per_class_memory_does_not_grow_with_the_classes():
 def test_per_class_tokens_are_fine_tuned_from_a_single_one(here, folder, tmp_path):
     small = [*SMALL, "--model", NANO["patchconvnet"], "--data", folder, "--epochs", 1, "--warmup-epochs", 0]
     assert here("patchconvnet", *small, "--out", tmp_path / "one").status == 0
-    flags = [*small, "--class-tokens", "per_class", "--weights", tmp_path / "one/last.pt", "--lr", 1e-4, "--out", tmp_path / "many"]
-    result = here("patchconvnet", *flags)
+    tuned = ["--class-tokens", "per_class", "--weights", tmp_path / "one/last.pt"]
+    result = here("patchconvnet", *small, *tuned, "--lr", 1e-4, "--out", tmp_path / "many")
     assert result.status == 0 and "carried over to 4 tokens, one per class" in result.out, result
     single = load(tmp_path / "one/last.pt")["model"]
     model = patchconvnet.build_model(NANO["patchconvnet"], 4, class_tokens="per_class")
@@ -180,14 +185,14 @@ def test_per_class_tokens_are_fine_tuned_from_a_single_one(here, folder, tmp_pat
     model.load_state_dict(state)  # strict
     assert all(torch.equal(model.cls_token[0, i], single["cls_token"][0, 0]) for i in range(4))
     assert torch.equal(model.head[2].weight[0], single["head.weight"][2])
-    maps = ["--attention-maps", next(folder.rglob("*.jpg")), "--weights", tmp_path / "many/last.pt", "--out", tmp_path / "maps"]
-    result = here("patchconvnet", "--model", NANO["patchconvnet"], *maps, "--device", "cpu")
+    maps = ["--attention-maps", next(folder.rglob("*.jpg")), "--weights", tmp_path / "many/last.pt"]
+    result = here("patchconvnet", "--model", NANO["patchconvnet"], *maps, "--device", "cpu", "--out", tmp_path / "maps")
     assert result.status == 0 and Image.open(next((tmp_path / "maps").glob("*.png"))).height == 3 * (32 + 14), result
-    twelve = ["--model", NANO["patchconvnet"], "--recipe", "shapes", "--class-tokens", "per_class", "--weights", tmp_path / "one/last.pt"]
-    refused(here("patchconvnet", *twelve, "--out", tmp_path / "x"), "the weights have 4 classes, the data 12")
+    twelve = ["--model", NANO["patchconvnet"], "--recipe", "shapes", *tuned, "--out", tmp_path / "x"]
+    refused(here("patchconvnet", *twelve), "the weights have 4 classes, the data 12")
 
 
-# ---- Any resolution ----------------------------------------------------------------------------------------------------
+# ---- Any resolution --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [(224, 224), (320, 200), (512, 512)])
@@ -207,7 +212,8 @@ def test_the_column_computes_a_crop_as_it_computes_the_whole():
         for block in model.blocks:
             block.attn.qkv_pos[4].conv_expand.weight.zero_()
         images = torch.randn(1, 3, 160, 240)
-        whole, crop = model.features(images), model.features(images[:, :, 32:128, 64:208])  # 12 x 18 patches from (4, 8)
+        whole = model.features(images)
+        crop = model.features(images[:, :, 32:128, 64:208])  # 12 x 18 patches from (4, 8)
     margin = 6  # one per block, and the stem's
     inner = crop[:, 5:7, margin:-margin]
     assert torch.allclose(inner, whole[:, 9:11, 8 + margin : 26 - margin], atol=1e-4) and inner.shape[2] == 6
@@ -252,7 +258,7 @@ def test_gradient_checkpointing_changes_nothing():
     assert all(torch.equal(a, b) for a, b in zip(*grads))
 
 
-# ---- Recipe ------------------------------------------------------------------------------------------------------------
+# ---- Recipe ----------------------------------------------------------------------------------------------------------
 
 
 def test_recipes_of_section_5_2_3():
@@ -270,8 +276,13 @@ def test_recipes_of_section_5_2_3():
 
 
 @pytest.mark.parametrize(
-    "option", [{"pooling": "average"}, {"pooling": "multi-head"}, {"stem": "linear"}, {"norm": "batchnorm", "drop-path": 0.2}, {"class-tokens": "per_class"}], ids=str
-)  # fmt: skip
+    "option",
+    [
+        {"pooling": "average"}, {"pooling": "multi-head"}, {"stem": "linear"}, {"norm": "batchnorm", "drop-path": 0.2},
+        {"class-tokens": "per_class"},
+    ],
+    ids=str,
+)
 def test_every_row_of_table_5_7_trains_and_is_evaluated_as_trained(here, folder, tmp_path, option):
     flags = [x for k, v in option.items() for x in (f"--{k}", v)]
     small = [*SMALL, "--data", folder, "--epochs", 1, "--warmup-epochs", 0, "--out", tmp_path / "o"]
@@ -283,13 +294,15 @@ def test_every_row_of_table_5_7_trains_and_is_evaluated_as_trained(here, folder,
 
 def test_options_that_do_not_go_together(here):
     model = ["--model", NANO["patchconvnet"], "--recipe", "shapes"]
-    refused(here("patchconvnet", *model, "--pooling", "average", "--class-tokens", "per_class"), "average pooling has no class tokens")
-    refused(here("patchconvnet", *model, "--stem", "linear", "--img-size", 50), "50x50 is not a multiple", "48x48 or 56x56")
+    result = here("patchconvnet", *model, "--pooling", "average", "--class-tokens", "per_class")
+    refused(result, "average pooling has no class tokens")
+    result = here("patchconvnet", *model, "--stem", "linear", "--img-size", 50)
+    refused(result, "50x50 is not a multiple", "48x48 or 56x56")
     refused(here("patchconvnet", "--model", "resnet50_attention", "--norm", "batchnorm"), "ResNet's own")
     refused(here("patchconvnet", "--model", "resnet50_attention", "--drop-path", 0.1), "has no stochastic depth")
 
 
-# ---- Pictures ----------------------------------------------------------------------------------------------------------
+# ---- Pictures --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -305,7 +318,7 @@ def test_the_pooling_attends_to_the_object(trained):
     model = from_checkpoint(load(trained / "run/last.pt"), "last.pt", (48, 48), print).eval()
     source = Shapes("val")
     images = normalize(torch.stack([eval_transform(source.read(i), (48, 48), 1.0) for i in range(240)]))
-    masks = torch.stack([common.shapes.object_mask("val", i) for i in range(240)]).float()[:, None]
+    masks = torch.stack([torch.from_numpy(common.shapes.draw("val", i)[1]) for i in range(240)]).float()[:, None]
     maps = patchconvnet.attention_maps(model, images)[:, 0]
     masks = F.adaptive_avg_pool2d(masks, maps.shape[1:])[:, 0]
     inside = ((maps * masks).sum((1, 2)) / maps.sum((1, 2))).mean().item()
@@ -313,17 +326,14 @@ def test_the_pooling_attends_to_the_object(trained):
 
 
 def test_maps_are_written_beside_a_vits(here, folder, trained, tmp_path):
-    flags = ["--model", NANO["patchconvnet"], "--weights", trained / "run/last.pt", "--device", "cpu", "--out", tmp_path / "maps"]
-    vit = [*SMALL, "--model", NANO["deit"], "--data", folder, "--epochs", 1, "--warmup-epochs", 0, "--out", tmp_path / "vit"]
-    assert here("deit", *vit).status == 0
-    result = here("patchconvnet", *flags, "--attention-maps", trained / "picture.png", "--vit", tmp_path / "vit/last.pt")
+    vit = [*SMALL, "--model", NANO["deit"], "--data", folder, "--epochs", 1, "--warmup-epochs", 0]
+    assert here("deit", *vit, "--out", tmp_path / "vit").status == 0
+    flags = ["--model", NANO["patchconvnet"], "--weights", trained / "run/last.pt", "--device", "cpu"]
+    flags += ["--out", tmp_path / "maps", "--attention-maps", trained / "picture.png"]
+    result = here("patchconvnet", *flags, "--vit", tmp_path / "vit/last.pt")
     assert result.status == 0 and "position embedding resized" in result.out, result
     assert Image.open(tmp_path / "maps/picture_attention.png").height == 2 * (48 + 14)
-    refused(
-        here("patchconvnet", *flags, "--attention-maps", trained / "picture.png", "--vit", trained / "run/last.pt"),
-        "--vit",
-        "no checkpoint of deit.py",
-    )
+    refused(here("patchconvnet", *flags, "--vit", trained / "run/last.pt"), "--vit", "no checkpoint of deit.py")
     refused(here("patchconvnet", "--vit", "x.pt"), "--vit: has no effect without --attention-maps")
 
 

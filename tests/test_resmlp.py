@@ -7,7 +7,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import NANO, SMALL, check_architecture, check_distribution, check_logits, fill, filled_images, load, log_of, reference
+from conftest import (
+    NANO,
+    SMALL,
+    check_architecture,
+    check_distribution,
+    check_logits,
+    fill,
+    filled_images,
+    load,
+    log_of,
+    reference,
+)
 from PIL import Image
 from test_cli import refused
 
@@ -20,7 +31,7 @@ MODELS = reference("resmlp")
 slow = pytest.mark.slow
 
 
-# ---- Architecture ------------------------------------------------------------------------------------------------------
+# ---- Architecture ----------------------------------------------------------------------------------------------------
 
 
 def on_meta(case: dict) -> torch.nn.Module:
@@ -34,14 +45,12 @@ def test_state_dict_parameters_and_gmacs_are_the_official_ones(variant):
 
 
 @pytest.mark.parametrize("variant", ["12", "36", pytest.param("b24", marks=slow)])
-def test_logits_equal_the_official_ones_fused_or_not(variant):
+def test_logits_equal_the_official_ones(variant):
     case = MODELS[variant]
     model = resmlp.build_model(case["model"], img_size=case["img_size"], patch_size=case["patch_size"]).eval()
     fill(model)
-    images = filled_images(2, case["img_size"])
     with torch.no_grad():
-        for logits in (model(images), resmlp.fuse(model)(images)):
-            check_logits(logits, case["logits"], case["logits_norm"])
+        check_logits(model(filled_images(2, case["img_size"])), case["logits"], case["logits_norm"])
 
 
 def test_a_fresh_model_has_the_official_distribution():
@@ -102,6 +111,22 @@ def test_the_layer_is_equations_4_2_and_4_3():
     assert torch.allclose(block(X)[0], Y, rtol=1e-4, atol=1e-3)
 
 
+def test_an_affine_map_can_be_absorbed_in_the_adjacent_linear_layer():
+    """Section 4.2 on Eq. 4.1, in the two places of Eq. 4.3: before B, which takes both its parameters, and after C."""
+    torch.manual_seed(0)
+    block = resmlp.Block(8, (2, 3), "linear", "affine", 0.3, 0.0)
+    absorbed, x = resmlp.MLP(8), torch.randn(2, 6, 8)
+    with torch.no_grad():
+        for p in block.parameters():
+            p.copy_(torch.randn_like(p))
+        (alpha, beta), gamma, fc1, fc2 = block.norm2.parameters(), block.gamma_2, block.mlp.fc1, block.mlp.fc2
+        absorbed.fc1.weight.copy_(fc1.weight * alpha)
+        absorbed.fc1.bias.copy_(fc1.bias + fc1.weight @ beta)
+        absorbed.fc2.weight.copy_(gamma[:, None] * fc2.weight)
+        absorbed.fc2.bias.copy_(gamma * fc2.bias)
+    assert torch.allclose(absorbed(x), block.across_channels(x), rtol=1e-4, atol=1e-4)
+
+
 def test_initial_scale_follows_the_depth_as_in_cait():
     assert [resmlp.initial_scale(d) for d in (12, 18, 24, 36)] == [0.1, 0.1, 1e-5, 1e-6]
     assert resmlp.build_model("resmlp_nano", 3, 32).blocks[0].gamma_1.unique().item() == pytest.approx(0.1)
@@ -135,27 +160,7 @@ def test_communication_by_convolution_is_local_and_none_is_absent():
     assert not torch.allclose(full(one), full(swapped), atol=1e-5)
 
 
-# ---- Fusing ------------------------------------------------------------------------------------------------------------
-
-
-def test_the_fused_network_equals_the_one_it_replaces():
-    torch.manual_seed(0)
-    model = resmlp.build_model("resmlp_nano", 7, (32, 64)).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.ndim == 1:
-                p.add_(torch.randn_like(p) * 0.3)
-    fused, images = resmlp.fuse(model), torch.randn(3, 3, 32, 64)
-    with torch.no_grad():
-        a, b = model(images), fused(images)
-    assert (a - b).abs().max() <= 1e-5 * a.abs().max()
-    assert not any(isinstance(m, resmlp.Affine) for m in fused.modules())
-    for option in ({"norm": "layernorm"}, {"communication": "conv"}, {"communication": "none"}, {"pooling": "class-mlp"}):
-        with pytest.raises(ValueError, match="only for affine maps"):
-            resmlp.fuse(resmlp.build_model("resmlp_nano", 7, 32, **option))
-
-
-# ---- Resolution --------------------------------------------------------------------------------------------------------
+# ---- Resolution ------------------------------------------------------------------------------------------------------
 
 
 def test_interpolated_cross_patch_layers_keep_a_smooth_images_response():
@@ -186,38 +191,45 @@ def test_another_resolution_warns_that_it_is_lossy(here, folder, tmp_path):
     assert here("resmlp", "--model", NANO["resmlp"], *class_mlp).status == 0
     flags[3] = tmp_path / "c/last.pt"
     assert "lossy" in here("resmlp", *flags, "--eval", "--img-size", 48).out
-    assert here("resmlp", "--model", NANO["resmlp"], *small, "--communication", "mlp", "--out", tmp_path / "m").status == 0
+    mlp = [*small, "--communication", "mlp", "--out", tmp_path / "m"]
+    assert here("resmlp", "--model", NANO["resmlp"], *mlp).status == 0
     flags[3] = tmp_path / "m/last.pt"
     refused(here("resmlp", *flags, "--eval", "--img-size", 48), "an MLP across patches cannot be interpolated")
 
 
-# ---- Recipe ------------------------------------------------------------------------------------------------------------
+# ---- Recipe ----------------------------------------------------------------------------------------------------------
 
 
 def test_recipes_of_section_4_3():
     r = resmlp.paper_recipe("in1k")
-    assert (r.epochs, r.optimizer, r.lr, r.weight_decay, r.batch_size, r.repeats, r.augment) == (400, "lamb", 5e-3, 0.2, 1024, 3, "rand")
+    assert (r.epochs, r.optimizer, r.lr, r.weight_decay, r.batch_size) == (400, "lamb", 5e-3, 0.2, 1024)
+    assert (r.repeats, r.augment) == (3, "rand")
     r = resmlp.paper_recipe("old_fashioned")
-    assert (r.epochs, r.optimizer, r.lr, r.batch_size, r.schedule, r.augment, r.mixup) == (90, "sgd", 0.1, 256, "waterfall", "none", 0)
+    assert (r.epochs, r.optimizer, r.lr, r.batch_size, r.schedule) == (90, "sgd", 0.1, 256, "waterfall")
+    assert (r.augment, r.mixup) == ("none", 0)
     assert resmlp.paper_recipe("in21k").epochs == 60
     assert resmlp.paper_recipe("transfer", data="cifar10:/d").lr == 5e-5
 
 
 def test_the_waterfall_falls_at_thirds(here, folder, tmp_path):
-    flags = ["--model", NANO["resmlp"], *SMALL, "--data", folder, "--recipe", "old_fashioned", "--epochs", 6, "--out", tmp_path / "o"]
-    assert here("resmlp", *flags, "--warmup-epochs", 0, "--val-data", "none", "--lr", 0.01).status == 0
+    flags = ["--model", NANO["resmlp"], *SMALL, "--data", folder, "--val-data", "none", "--out", tmp_path / "o"]
+    recipe = ["--recipe", "old_fashioned", "--epochs", 6, "--warmup-epochs", 0, "--lr", 0.01]
+    assert here("resmlp", *flags, *recipe).status == 0
     rates = [r["lr"] for r in log_of(tmp_path / "o") if "train_loss" in r]
     assert rates == pytest.approx([1e-2, 1e-3, 1e-3, 1e-4, 1e-4, 1e-4])  # at the end of each epoch
 
 
-@pytest.mark.parametrize(
-    "option", [{}, {"norm": "layernorm"}, {"pooling": "class-mlp"}, {"patch-size": 16}, *({"communication": c} for c in resmlp.COMMUNICATION[1:])], ids=str
-)  # fmt: skip
+ABLATIONS = [{}, {"norm": "layernorm"}, {"pooling": "class-mlp"}, {"patch-size": 16}]
+ABLATIONS += [{"communication": kind} for kind in resmlp.COMMUNICATION[1:]]
+
+
+@pytest.mark.parametrize("option", ABLATIONS, ids=str)
 def test_every_ablation_trains_and_is_evaluated_as_trained(here, folder, tmp_path, option):
     flags = [x for k, v in option.items() for x in (f"--{k}", v)]
     small = [*SMALL, "--data", folder, "--epochs", 1, "--warmup-epochs", 0, "--drop-path", 0.1, "--out", tmp_path / "o"]
     assert here("resmlp", "--model", NANO["resmlp"], *small, *flags).status == 0
-    result = here("resmlp", "--model", NANO["resmlp"], "--eval", "--data", folder, "--weights", tmp_path / "o/last.pt", "--device", "cpu")
+    weights = ["--data", folder, "--weights", tmp_path / "o/last.pt", "--device", "cpu"]
+    result = here("resmlp", "--model", NANO["resmlp"], "--eval", *weights)
     assert f"top1 {log_of(tmp_path / 'o')[-2]['val_top1']:.5g}" in result.out, result
 
 
@@ -229,17 +241,19 @@ def test_distillation_on_the_one_head(here, folder, tmp_path):
     assert result.status == 0 and "teacher  resmlp resmlp_nano" in result.out, result
 
 
-# ---- Pictures ----------------------------------------------------------------------------------------------------------
+# ---- Pictures --------------------------------------------------------------------------------------------------------
 
 
 def test_filters_and_sparsity(here, tmp_path, monkeypatch):
     monkeypatch.setattr(common.shapes, "TRAIN_IMAGES", 64)
     monkeypatch.setattr(common.shapes, "VAL_IMAGES", 24)
-    flags = ["--model", NANO["resmlp"], "--recipe", "shapes", "--epochs", 1, "--warmup-epochs", 0, "--workers", 0, "--device", "cpu"]
-    assert here("resmlp", *flags, "--img-size", 64, "--out", tmp_path / "o").status == 0
-    flags = ["--model", NANO["resmlp"], "--weights", tmp_path / "o/last.pt", "--device", "cpu", "--filters", tmp_path / "f"]
+    model = ["--model", NANO["resmlp"], "--device", "cpu"]
+    recipe = ["--recipe", "shapes", "--epochs", 1, "--warmup-epochs", 0, "--workers", 0, "--img-size", 64]
+    assert here("resmlp", *model, *recipe, "--out", tmp_path / "o").status == 0
+    flags = [*model, "--weights", tmp_path / "o/last.pt", "--filters", tmp_path / "f"]
     assert here("resmlp", *flags).status == 0
-    assert sorted(p.name for p in (tmp_path / "f").iterdir()) == [*(f"layer_0{i}.png" for i in range(4)), "sparsity.json", "sparsity.png"]
+    pictures = [f"layer_0{i}.png" for i in range(4)]
+    assert sorted(p.name for p in (tmp_path / "f").iterdir()) == [*pictures, "sparsity.json", "sparsity.png"]
     state = load(tmp_path / "o/last.pt")["model"]
 
     # The picture: 6 x 6 tiles of 8 x 8 weights, 4 pixels each; tile (i, j) is the row of A of the patch (1 + i, 1 + j).
@@ -249,7 +263,7 @@ def test_filters_and_sparsity(here, tmp_path, monkeypatch):
     for i, j in ((0, 0), (2, 5), (5, 3)):
         top, left = 14 + i * (32 + 4), j * (32 + 4)
         tile = brightness[top : top + 32, left : left + 32]
-        assert all((tile[4 * y : 4 * y + 4, 4 * x : 4 * x + 4] == tile[4 * y, 4 * x]).all() for y in range(8) for x in range(8))
+        assert (tile == tile[::4, ::4].repeat(4, 0).repeat(4, 1)).all()
         weights, shown = A[1 + i, 1 + j], torch.from_numpy(tile[::4, ::4].copy())
         order = weights.flatten().argsort()
         assert (shown.flatten()[order].diff() >= -2).all()  # cividis grows brighter with the weight, but for rounding
@@ -257,6 +271,7 @@ def test_filters_and_sparsity(here, tmp_path, monkeypatch):
     found = json.loads((tmp_path / "f/sparsity.json").read_text())
     for name, key in (("A", "attn"), ("B", "mlp.fc1"), ("C", "mlp.fc2")):
         W = state[f"blocks.1.{key}.weight"].abs()
-        assert found[name][1] == pytest.approx((W < 0.05 * W.max()).float().mean().item(), abs=1e-6) and len(found[name]) == 4
+        assert found[name][1] == pytest.approx((W < 0.05 * W.max()).float().mean().item(), abs=1e-6)
+        assert len(found[name]) == 4
     refused(here("resmlp", *flags, "--layers", 4), "--layers 4: this model has the layers 0 to 3")
     refused(here("resmlp", "--layers", 4), "--layers: has no effect without --filters")

@@ -1,4 +1,4 @@
-"""The transfer suite: features and their cache, classifiers, data sets in their real layouts, tables and correlations."""
+"""The transfer suite: features and their cache, classifiers, data sets in their real layouts, tables, correlations."""
 
 import json
 import math
@@ -23,10 +23,10 @@ from test_run import child, status_of
 from common import sources, transfer
 from common.errors import UserError
 from common.evaluate import log_odds
-from common.models import classifier_inputs, fingerprint
+from common.models import fingerprint
 from common.report import upper_right_hull
 
-# ---- Features --------------------------------------------------------------------------------------------------------------
+# ---- Features --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -46,7 +46,8 @@ def network(tmp_path_factory):
 
 
 def flags(network, tmp_path, *sets, seeds=1) -> list:
-    return ["--model", "torchvision/mobilenet_v3_small", "--weights", network, "--img-size", 32, "--workers", 0, "--device", "cpu", "--seeds", seeds, "--out", tmp_path / "r.json", "--sets", *sets]  # fmt: skip
+    asked = ["--model", "torchvision/mobilenet_v3_small", "--weights", network, "--img-size", 32, "--seeds", seeds]
+    return [*asked, "--workers", 0, "--device", "cpu", "--out", tmp_path / "r.json", "--sets", *sets]
 
 
 def counted(monkeypatch) -> list:
@@ -96,10 +97,10 @@ def test_features_are_computed_once_and_again_when_images_or_network_change(suit
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_features_of_every_scripts_checkpoint_are_what_its_classifier_is_given(here, suite, script, folder, tmp_path):
     small = WITHOUT_MIXING if script in ("trex", "grafit") else SMALL
-    run = ["--model", NANO[script], *small, "--data", folder, "--epochs", 1, "--warmup-epochs", 0, "--out", tmp_path / "run"]
-    assert here(script, *run).status == 0
-    arguments = ["--weights", tmp_path / "run/last.pt", "--sets", folder, "--seeds", 1, "--workers", 0, "--device", "cpu"]
-    result = suite("features", *arguments, "--out", tmp_path / "r.json")
+    run = ["--model", NANO[script], *small, "--data", folder, "--epochs", 1, "--warmup-epochs", 0]
+    assert here(script, *run, "--out", tmp_path / "run").status == 0
+    arguments = ["--weights", tmp_path / "run/last.pt", "--sets", folder, "--seeds", 1, "--workers", 0]
+    result = suite("features", *arguments, "--device", "cpu", "--out", tmp_path / "r.json")
     assert result.status == 0, result
     row = json.loads((tmp_path / "r.json").read_text())
     assert row["model"] == f"{script}/{NANO[script]}" and row["img_size"] == [32, 32] and row["measured"] == 1
@@ -113,7 +114,7 @@ def test_features_of_every_scripts_checkpoint_are_what_its_classifier_is_given(h
     model = from_checkpoint(content, "", (32, 32), print).eval()
     images = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
-        features = classifier_inputs(model, "")(images)
+        features = transfer.classifier_inputs(model, "")(images)
         if script == "trex":
             again = F.normalize(model.model.head(features), dim=1) @ model.memory.prototypes().T / 0.1
         elif script == "grafit":
@@ -124,31 +125,35 @@ def test_features_of_every_scripts_checkpoint_are_what_its_classifier_is_given(h
 
 
 def test_features_of_torchvisions_classifiers_and_of_official_weights(suite, folder, tmp_path):
-    for name, width in (("resnet18", 512), ("vgg11", 4096), ("vit_b_16", 768), ("swin_t", 768), ("regnet_y_400mf", 440)):
+    widths = {"resnet18": 512, "vgg11": 4096, "vit_b_16": 768, "swin_t": 768, "regnet_y_400mf": 440}
+    for name, width in widths.items():
         with torch.device("cpu" if name.startswith("regnet") else "meta"):  # RegNet's constructor computes with tensors
             model = torchvision.models.get_model(name).eval()
         device = next(model.parameters()).device
         with torch.no_grad():
-            assert classifier_inputs(model, name)(torch.zeros(2, 3, 224, 224, device=device)).shape == (2, width), name
+            assert transfer.classifier_inputs(model, name)(torch.zeros(2, 3, 224, 224, device=device)).shape == (2, width), name
     with pytest.raises(UserError, match="no linear classifier"):
-        classifier_inputs(torchvision.models.squeezenet1_0(), "squeezenet")
+        transfer.classifier_inputs(torchvision.models.squeezenet1_0(), "squeezenet")
     import deit3
     import patchconvnet
 
     with pytest.raises(UserError, match="no linear classifier over one feature"):
-        classifier_inputs(patchconvnet.build_model("patchconvnet_nano", 5, 32, class_tokens="per_class"), "per class")
+        transfer.classifier_inputs(patchconvnet.build_model("patchconvnet_nano", 5, 32, class_tokens="per_class"), "per class")
     model = deit3.build_model("vit_nano", 9, 32)
     torch.save({"model": model.state_dict()}, tmp_path / "official.pth")
-    base = ["--sets", folder, "--seeds", 1, "--workers", 0, "--device", "cpu", "--img-size", 32, "--out", tmp_path / "r.json"]
+    base = ["--sets", folder, "--seeds", 1, "--workers", 0, "--device", "cpu", "--img-size", 32]
+    base += ["--out", tmp_path / "r.json"]
     result = suite("features", "--model", "deit3/vit_nano", "--weights", tmp_path / "official.pth", *base)
-    assert result.status == 0 and json.loads((tmp_path / "r.json").read_text())["fingerprint"] == fingerprint(model.eval())
+    assert result.status == 0, result
+    assert json.loads((tmp_path / "r.json").read_text())["fingerprint"] == fingerprint(model.eval())
     # an encoder without classifier, in the form t-ReX's page shows
     state = {k: v for k, v in torchvision.models.resnet18().state_dict().items() if not k.startswith("fc.")}
     torch.save(state, tmp_path / "encoder.pth")
-    assert suite("features", "--model", "torchvision/resnet18", "--weights", tmp_path / "encoder.pth", *base).status == 0
+    encoder = ["--model", "torchvision/resnet18", "--weights", tmp_path / "encoder.pth"]
+    assert suite("features", *encoder, *base).status == 0
 
 
-# ---- Classifiers -----------------------------------------------------------------------------------------------------------
+# ---- Classifiers -----------------------------------------------------------------------------------------------------
 
 
 def digits() -> tuple:
@@ -178,10 +183,13 @@ def test_the_cost_is_the_best_on_the_held_out_fifth_and_the_classifier_the_optim
     (weight, bias), chosen = transfer.fit_logistic(x, y, rest, held, 10, "top-1")
     theirs = LogisticRegression(C=chosen["C"], tol=1e-10, max_iter=20000).fit(x.double().numpy(), y.numpy())
     assert np.abs(weight.numpy() - theirs.coef_).max() <= 1e-2 * np.linalg.norm(theirs.coef_)
+
+    def score(cost: float) -> float:
+        classifier = LogisticRegression(C=cost, tol=1e-8, max_iter=5000).fit(x[rest].numpy(), y[rest].numpy())
+        return classifier.score(x[held].numpy(), y[held].numpy())
+
     grid = [10.0**e for e in range(-5, 7)]
-    by_hand = {c: LogisticRegression(C=c, tol=1e-8, max_iter=5000).fit(x[rest].numpy(), y[rest].numpy()).score(x[held].numpy(), y[held].numpy()) for c in grid[1:7]}  # fmt: skip
-    mine = LogisticRegression(C=chosen["C"], tol=1e-8, max_iter=5000).fit(x[rest].numpy(), y[rest].numpy())
-    assert mine.score(x[held].numpy(), y[held].numpy()) >= max(by_hand.values()) - 1.5 / len(held)
+    assert score(chosen["C"]) >= max(map(score, grid[1:7])) - 1.5 / len(held)
 
 
 def test_no_figure_is_chosen_on_the_test_set():
@@ -214,7 +222,8 @@ def test_large_data_go_by_sgd_on_normalised_features(monkeypatch):
     assert torch.allclose(seen[0][0].norm(dim=1), torch.ones(len(seen[0][0])), atol=1e-5)
     assert len(seen) == 5 and len(seen[-1][0]) == 900 and len(seen[0][0]) == 900 - len(transfer.held_out(y, 0)[1])
     assert all(0.1 <= lr <= 100 and 1e-12 <= wd <= 1e-4 for _, lr, wd in seen)
-    assert seen[-1][1:] in [s[1:] for s in seen[:-1]] and found["chosen"][0] == {"lr": seen[-1][1], "weight_decay": seen[-1][2]}
+    assert seen[-1][1:] in [s[1:] for s in seen[:-1]]
+    assert found["chosen"][0] == {"lr": seen[-1][1], "weight_decay": seen[-1][2]}
 
 
 def test_sgd_approaches_the_optimum_of_the_same_objective():
@@ -233,10 +242,11 @@ def test_sgd_approaches_the_optimum_of_the_same_objective():
 def test_accuracies():
     predicted, labels = torch.tensor([0, 0, 1, 0, 2]), torch.tensor([0, 0, 0, 2, 2])
     assert transfer.accuracy(predicted, labels, "top-1") == pytest.approx(3 / 5)
-    assert transfer.accuracy(predicted, labels, "per-class") == pytest.approx((2 / 3 + 1 / 2) / 2)  # class 1 does not occur
+    per_class = transfer.accuracy(predicted, labels, "per-class")
+    assert per_class == pytest.approx((2 / 3 + 1 / 2) / 2)  # class 1 does not occur
 
 
-# ---- Data sets: each in its real layout ---------------------------------------------------------------------------------------
+# ---- Data sets: each in its real layout ------------------------------------------------------------------------------
 
 
 def image(label: int, index: int) -> bytes:
@@ -349,7 +359,8 @@ def make_cars(root):
     names[0, :] = [np.array(["AM General Hummer"]), np.array(["Acura RL"])]
     (base / "devkit").mkdir(parents=True)
     savemat(base / "devkit/cars_meta.mat", {"class_names": names})
-    for split, file, count in (("train", "devkit/cars_train_annos.mat", 4), ("test", "cars_test_annos_withlabels.mat", 2)):
+    files = ("train", "devkit/cars_train_annos.mat", 4), ("test", "cars_test_annos_withlabels.mat", 2)
+    for split, file, count in files:
         rows = np.zeros((1, count), dtype=[("fname", object), ("class", object)])
         for i in range(count):
             write(base / f"cars_{split}/{i:05d}.jpg", image(i % 2, i))
@@ -386,7 +397,8 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_each_data_set_is_read_from_its_real_layout(name, tmp_path, monkeypatch):
-    monkeypatch.setattr("torchvision.datasets.Flowers102._check_integrity", lambda self: True)  # MD5 sums of the real files
+    # MD5 sums of the real files
+    monkeypatch.setattr("torchvision.datasets.Flowers102._check_integrity", lambda self: True)
     classes, train, test = LAYOUTS[name](tmp_path)
     found = sources.open_data(f"{name}:{tmp_path}")
     assert len(found["train"].classes) == classes and found["train"].classes == found["val"].classes
@@ -400,10 +412,10 @@ def test_each_data_set_is_read_from_its_real_layout(name, tmp_path, monkeypatch)
 
 
 def test_the_names_of_both_benchmarks():
-    assert len(transfer.GROUPS["trex"]) == 13 and len(transfer.GROUPS["thesis"]) == 6 and len(transfer.GROUPS["all"]) == 17
+    assert {name: len(sets) for name, sets in transfer.GROUPS.items()} == {"trex": 13, "thesis": 6, "all": 17}
     assert set(transfer.SETS) <= set(sources.NAMED) and set(LAYOUTS) | {"cifar10", "cifar100"} == set(transfer.SETS)
-    assert [name for name, (metric, _) in transfer.SETS.items() if metric == "per-class"] == ["aircraft", "flowers102", "pets"]
-    assert all(source for _, source in transfer.SETS.values())
+    per_class = [name for name, metric in transfer.SETS.items() if metric == "per-class"]
+    assert per_class == ["aircraft", "flowers102", "pets"]
 
 
 def test_eurosats_split_is_fixed_and_sun397s_is_the_first_partition(tmp_path):
@@ -436,14 +448,15 @@ def test_a_data_set_that_is_not_there_is_named(name, tmp_path):
         sources.open_data(f"{name}:{tmp_path}")
 
 
-# ---- Tables ------------------------------------------------------------------------------------------------------------------
+# ---- Tables ----------------------------------------------------------------------------------------------------------
 
 
 def test_missing_sets_are_named_skipped_and_counted(suite, network, tmp_path):
     make_eurosat(tmp_path / "root/eurosat")
     make_pets(tmp_path / "root/pets")
     (tmp_path / "root/dtd").mkdir()
-    result = suite("features", *flags(network, tmp_path, "eurosat", "pets", "dtd", "cars", seeds=2), "--root", tmp_path / "root")
+    root = ["--root", tmp_path / "root"]
+    result = suite("features", *flags(network, tmp_path, "eurosat", "pets", "dtd", "cars", seeds=2), *root)
     assert result.status == 0, result
     found = json.loads((tmp_path / "r.json").read_text())
     assert (found["measured"], found["asked"]) == (2, 4) and set(found["missing"]) == {"dtd", "cars"}
@@ -454,15 +467,18 @@ def test_missing_sets_are_named_skipped_and_counted(suite, network, tmp_path):
         assert row["log_odds"] == pytest.approx(log_odds(min(max(p, 0.5 / n), 1 - 0.5 / n)))
     assert found["mean_log_odds"] == pytest.approx(np.mean([r["log_odds"] for r in rows]))
     text = (tmp_path / "r.txt").read_text()
-    assert text.strip() in result.out and "mean of 2 of 4 data sets" in text and "dtd            missing: --data dtd:" in text
-    refused(suite("features", *flags(network, tmp_path, "dtd", "cars"), "--root", tmp_path / "root"), "none of dtd, cars is there")
+    assert text.strip() in result.out
+    assert "mean of 2 of 4 data sets" in text and "dtd            missing: --data dtd:" in text
+    refused(suite("features", *flags(network, tmp_path, "dtd", "cars"), *root), "none of dtd, cars is there")
     refused(suite("features", *flags(network, tmp_path, "cars")), "--sets cars", "--root")
     refused(suite("features", *flags(network, tmp_path, "flowers"), "--root", tmp_path), "--sets flowers", "flowers102")
 
 
 def result_of(name: str, top1: float | None, accuracies: dict[str, float]) -> dict:
-    rows = {s: {"metric": "top-1", "test_images": 1000, "accuracy": a, "top1": a, "classifier": "lbfgs"} for s, a in accuracies.items()}
-    return transfer.summarise({"model": name, "weights": None, "pretraining_top1": top1, "seeds": 1, "sets": rows, "missing": {}})
+    common = {"metric": "top-1", "test_images": 1000, "classifier": "lbfgs"}
+    rows = {s: {**common, "accuracy": a, "top1": a} for s, a in accuracies.items()}
+    head = {"model": name, "weights": None, "pretraining_top1": top1, "seeds": 1}
+    return transfer.summarise({**head, "sets": rows, "missing": {}})
 
 
 def test_the_mean_is_of_the_log_odds_and_a_perfect_score_stays_finite():
@@ -490,23 +506,28 @@ def test_compare_adjusts_correlates_and_draws(suite, tmp_path):
     adjusted = logit - logit.mean(0)
     assert [n["mean_adjusted"] for n in found["networks"].values()] == pytest.approx(adjusted.mean(1).tolist())
     x = np.array([log_odds(t / 100) for t in top1s])
-    for name, y in (("mean", adjusted.mean(1)), ("a", logit[:, 0]), ("b", logit[:, 1])):
-        for kind, theirs in (("pearson", stats.pearsonr), ("spearman", stats.spearmanr)):
-            entry = found["correlation"][name][kind]
-            assert entry["value"] == pytest.approx(theirs(x, y)[0])
-            low, high = entry["interval"]
-            assert -1 <= low <= entry["value"] <= high <= 1
+    for kind, theirs in (("pearson", stats.pearsonr), ("spearman", stats.spearmanr)):
+        entry = found["correlation"]["mean"][kind]
+        assert entry["value"] == pytest.approx(theirs(x, adjusted.mean(1))[0])
+        low, high = entry["interval"]
+        assert -1 <= low <= entry["value"] <= high <= 1
+        assert f"{entry['value']:.3f}   95% interval [{low:.3f}, {high:.3f}]" in result.out
     errors = [n["standard_error"] for n in found["networks"].values()]
     assert errors == pytest.approx((adjusted.std(1, ddof=1) / math.sqrt(2)).tolist())
     from PIL import Image
 
     sheet = np.array(Image.open(tmp_path / "o/compare.png").convert("RGB")).reshape(-1, 3).tolist()
     assert sheet.count([200, 85, 27]) > 30 and sheet.count([31, 95, 168]) > 30  # stars on the hull, dots below it
+    assert suite("compare", *files[:5], "--out", tmp_path / "five").status == 0  # too few to be drawn from
+    few = json.loads((tmp_path / "five/compare.json").read_text())["correlation"]["mean"]["pearson"]
+    assert few["interval"] is None and few["value"] == pytest.approx(stats.pearsonr(x[:5], logit[:5].mean(1))[0])
     refused(suite("compare", *files[:2], "--out", tmp_path / "o"), "at least 3")
     (tmp_path / "no.json").write_text(json.dumps(result_of("n", None, {"a": 50.0})))
-    refused(suite("compare", *files, tmp_path / "no.json", "--out", tmp_path / "o"), "n: top-1 where it was trained is not known", "--top1")
+    result = suite("compare", *files, tmp_path / "no.json", "--out", tmp_path / "o")
+    refused(result, "n: top-1 where it was trained is not known", "--top1")
     (tmp_path / "all.json").write_text(json.dumps(result_of("m", 100.0, {"a": 50.0})))
-    refused(suite("compare", *files, tmp_path / "all.json", "--out", tmp_path / "o"), "m: a top-1 of 0 or 100%", "--top1")
+    result = suite("compare", *files, tmp_path / "all.json", "--out", tmp_path / "o")
+    refused(result, "m: a top-1 of 0 or 100%", "--top1")
     (tmp_path / "bad.json").write_text("{}")
     refused(suite("compare", tmp_path / "bad.json", "--out", tmp_path / "o"), "bad.json")
 
@@ -539,11 +560,13 @@ def test_fine_tuned_runs_make_the_same_table(here, suite, folder, tmp_path):
     shutil.copytree(tmp_path / "b", tmp_path / "c")
     lines = (tmp_path / "c/log.jsonl").read_text().splitlines()
     (tmp_path / "c/log.jsonl").write_text("\n".join(lines[:-1]))
-    pairs = [f"pets={tmp_path / 'a'}", f"dtd={tmp_path / 'b'}", f"cars={tmp_path / 'c'}", f"food101={tmp_path / 'none'}"]
+    folders = {"pets": "a", "dtd": "b", "cars": "c", "food101": "none"}
+    pairs = [f"{title}={tmp_path / name}" for title, name in folders.items()]
     result = suite("finetuned", *pairs, "--top1", 81.5, "--name", "vit", "--out", tmp_path / "ft.json")
     assert result.status == 0, result
     found = json.loads((tmp_path / "ft.json").read_text())
-    assert list(found["sets"]) == ["pets", "dtd"] and set(found["missing"]) == {"cars", "food101"} and found["pretraining_top1"] == 81.5
+    assert list(found["sets"]) == ["pets", "dtd"] and set(found["missing"]) == {"cars", "food101"}
+    assert found["pretraining_top1"] == 81.5
     last = [json.loads(line) for line in (tmp_path / "a/log.jsonl").read_text().splitlines() if "val_top1" in line][-1]
     assert found["sets"]["pets"]["accuracy"] == last["val_top1"] and "not complete" in found["missing"]["cars"]
     assert "No such file" in found["missing"]["food101"]
@@ -563,7 +586,8 @@ def test_wrong_use_is_refused(suite, network, tmp_path):
     refused(suite("features", "--sets", "shapes"), "--out")
     refused(suite("features", *base, "--top1", 0.8, "--set", "shapes"), "--set")
     refused(suite("features", *base, "--top1", 120), "--top1 120")
-    refused(suite("features", "--weights", network, "--sets", "shapes", "--out", "/proc/none/r.json"), "--out", "cannot be written")
+    result = suite("features", "--weights", network, "--sets", "shapes", "--out", "/proc/none/r.json")
+    refused(result, "--out", "cannot be written")
     refused(suite("compare", network, "--out", "/proc/none"), "--out", "cannot be written")
 
 

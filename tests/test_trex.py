@@ -1,5 +1,6 @@
 """trex.py against the official models' and components' numbers, and as a whole."""
 
+import functools
 import hashlib
 import json
 import math
@@ -34,7 +35,7 @@ def build(variant: str) -> trex.TReX:
     return model.eval()
 
 
-# ---- Architecture ------------------------------------------------------------------------------------------------------
+# ---- Architecture ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variant", BOTH)
@@ -59,15 +60,15 @@ def test_features_projections_and_logits_equal_the_official_ones(variant):
     images, crops = filled_images(2, 224), filled_images(4, 96)
     with torch.no_grad():
         for found, name in (
-            (model(images), "logits_eval"),
-            (model.model.encoder(images), "encoder_features"),
+            (model(images), "logits_eval"), (model.model.encoder(images), "encoder_features"),
             (model.model([images]), "projector_output"),
         ):
             rms = found.pow(2).mean().sqrt()
             assert (found[:, : len(case[name][0])] - torch.tensor(case[name])).abs().max() <= 1e-5 * rms, name
-            assert found.norm().item() == pytest.approx(case["logits_norm" if name == "logits_eval" else f"{name}_norm"], rel=1e-5)
-        multi = model([images, crops[:2], crops[2:]])
-        assert multi.shape == (6, 20) and torch.allclose(multi[:, :10], torch.tensor(case["logits_multicrop"]), atol=1e-5)
+            norm = case["logits_norm" if name == "logits_eval" else f"{name}_norm"]
+            assert found.norm().item() == pytest.approx(norm, rel=1e-5)
+        multi, expected = model([images, crops[:2], crops[2:]]), torch.tensor(case["logits_multicrop"])
+        assert multi.shape == (6, 20) and torch.allclose(multi[:, :10], expected, atol=1e-5)
         z = torch.from_numpy(noise("projector_train", 8 * 2048).reshape(8, 2048).astype(np.float32))
         trained = model.model.head.train()(z)
         assert (trained[:2, :10] - torch.tensor(case["projector_train"])).abs().max() <= 2e-5
@@ -92,14 +93,14 @@ def test_the_two_recipes_of_the_paper():
     r, star = trex.RECIPES["trex"], trex.RECIPES["trex_star"]
     assert (r.hidden_layers, r.global_scale, r.local_scale, r.memory_size) == (3, 0.25, 0.25, 8192)
     assert (star.hidden_layers, star.global_scale, star.local_scale, star.memory_size) == (1, 0.4, 0.4, 8192)
-    for recipe in (r, star):
-        assert (recipe.epochs, recipe.lr, recipe.batch_size, recipe.weight_decay, recipe.warmup_epochs) == (100, 0.1, 256, 1e-4, 10)
-        assert (recipe.img_size, recipe.local_size, recipe.local_crops, recipe.temperature) == ((224, 224), (96, 96), 8, 0.1)
+    for one in (r, star):
+        assert (one.epochs, one.lr, one.batch_size, one.weight_decay, one.warmup_epochs) == (100, 0.1, 256, 1e-4, 10)
+        assert (one.img_size, one.local_size, one.local_crops, one.temperature) == ((224, 224), (96, 96), 8, 0.1)
     assert trex.RECIPES["trex_plain"].memory_size == trex.RECIPES["trex_star_plain"].memory_size == 0
     assert trex.parse_args(["--batch-size", "1024"])[1].lr == pytest.approx(0.4)
 
 
-# ---- Memory ------------------------------------------------------------------------------------------------------------
+# ---- Memory ----------------------------------------------------------------------------------------------------------
 
 
 def test_prototypes_logits_and_gradient_equal_the_official_ones():
@@ -126,7 +127,8 @@ def test_the_memory_is_a_ring():
         memory.update(items[:, None].float().repeat(1, 2), items % 3)
     assert memory.features[:, 0].tolist() == [5, 6, 7, 8, 4] and memory.ptr.item() == 4
     assert memory.labels.tolist() == [2, 0, 1, 2, 1]
-    memory.update(torch.arange(100.0, 112.0)[:, None].repeat(1, 2), torch.zeros(12, dtype=torch.long))  # more than it holds
+    more = torch.arange(100.0, 112.0)[:, None].repeat(1, 2)  # than it holds
+    memory.update(more, torch.zeros(12, dtype=torch.long))
     assert sorted(memory.features[:, 0].tolist()) == [107, 108, 109, 110, 111]
 
 
@@ -138,7 +140,8 @@ def test_updates_that_fit_equal_the_official_memorys():
     before = memory.prototypes()
     assert torch.allclose(before, torch.tensor(case["class_weights_before"]), atol=1e-5)
     for s in range(2):  # the third does not fit
-        memory.update(torch.from_numpy(noise(f"update.{s}", 16).reshape(4, 4).astype(np.float32)), torch.tensor([2, s % 3, 0, 2]))
+        features = torch.from_numpy(noise(f"update.{s}", 16).reshape(4, 4).astype(np.float32))
+        memory.update(features, torch.tensor([2, s % 3, 0, 2]))
         assert memory.ptr.item() == case["ptr_after"][s] and memory.labels.tolist() == case["labels_after"][s]
 
 
@@ -179,7 +182,7 @@ def test_the_loss_is_finite_in_16_bit(memory_size):
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
-# ---- Augmentation and schedule -----------------------------------------------------------------------------------------
+# ---- Augmentation and schedule ---------------------------------------------------------------------------------------
 
 STEPS = {
     "Brightness": trex.adjust.adjust_brightness,
@@ -212,15 +215,21 @@ def test_hue_equals_pils(case):
 
 def test_colours_draw_the_papers_law(monkeypatch):
     calls = []
+
+    def note(image, amount, name):
+        calls.append((name, amount))
+        return image
+
     for name in ("brightness", "contrast", "saturation", "hue"):
-        monkeypatch.setattr(trex.adjust, f"adjust_{name}", lambda image, amount, name=name: calls.append((name, amount)) or image)
-    monkeypatch.setattr(trex.adjust, "solarize", lambda image, threshold: calls.append(("solarize", threshold)) or image)
+        monkeypatch.setattr(trex.adjust, f"adjust_{name}", functools.partial(note, name=name))
+    monkeypatch.setattr(trex.adjust, "solarize", functools.partial(note, name="solarize"))
     image = Image.new("RGB", (2, 2))
     for i in range(3000):
         trex.colours(image, random.Random(i), 0.5, 0.2)
     share = {name: sum(c[0] == name for c in calls) / 3000 for name in ("hue", "solarize")}
     assert share["hue"] == pytest.approx(0.8, abs=0.03) and share["solarize"] == pytest.approx(0.2, abs=0.03)
-    for name, low, high in (("brightness", 0.6, 1.4), ("contrast", 0.6, 1.4), ("saturation", 0.8, 1.2), ("hue", -0.1, 0.1)):
+    laws = {"brightness": (0.6, 1.4), "contrast": (0.6, 1.4), "saturation": (0.8, 1.2), "hue": (-0.1, 0.1)}
+    for name, (low, high) in laws.items():
         amounts = [a for n, a in calls if n == name]
         assert min(amounts) == pytest.approx(low, abs=0.01) and max(amounts) == pytest.approx(high, abs=0.01)
     orders = {tuple(n for n, _ in calls[i : i + 4]) for i, c in enumerate(calls) if c[0] == "brightness"}
@@ -229,7 +238,12 @@ def test_colours_draw_the_papers_law(monkeypatch):
 
 def test_multi_crop_makes_one_large_and_eight_small_crops_of_the_recipes_areas(monkeypatch):
     asked, original = [], trex.random_resized_crop
-    monkeypatch.setattr(trex, "random_resized_crop", lambda h, w, rng, scale: asked.append(scale) or original(h, w, rng, scale))
+
+    def noted(height, width, rng, scale):
+        asked.append(scale)
+        return original(height, width, rng, scale)
+
+    monkeypatch.setattr(trex, "random_resized_crop", noted)
     image = from_numpy(np.random.default_rng(0).integers(0, 256, (80, 120, 3), dtype=np.uint8))
     transform = trex.TrainTransform(trex.RECIPES["trex"])
     (large, small), parameters = transform(image, random.Random(3))
@@ -245,12 +259,14 @@ def test_multi_crop_makes_one_large_and_eight_small_crops_of_the_recipes_areas(m
 def test_the_schedule_is_the_official_one(case):
     total, warmup = case["epochs"] * case["niter_per_epoch"], case["warmup_epochs"] * case["niter_per_epoch"]
     for step, expected in zip(case["iterations"], case["expected"]["lr"]):
-        assert trex.learning_rate(step, total, warmup, case["base_lr"], case["min_lr"]) == pytest.approx(expected, rel=1e-9, abs=1e-15)
+        lr = trex.learning_rate(step, total, warmup, case["base_lr"], case["min_lr"])
+        assert lr == pytest.approx(expected, rel=1e-9, abs=1e-15)
 
 
-# ---- Runs --------------------------------------------------------------------------------------------------------------
+# ---- Runs ------------------------------------------------------------------------------------------------------------
 
-TREX = ["--model", NANO["trex"], "--recipe", "shapes", "--img-size", 32, "--local-size", 32, "--batch-size", 16, "--workers", 0, "--device", "cpu"]  # fmt: skip
+NANO_HERE = ["--model", NANO["trex"], "--device", "cpu"]
+TREX = [*NANO_HERE, *"--recipe shapes --img-size 32 --local-size 32 --batch-size 16 --workers 0".split()]
 
 
 @pytest.mark.parametrize("memory_size", [32, 0])
@@ -261,7 +277,7 @@ def test_a_run_learns_is_evaluated_and_exports_the_encoder(here, folder, tmp_pat
     log = log_of(tmp_path / "o")
     losses = [r["train_loss"] for r in log if "train_loss" in r]
     assert losses[-1] < losses[0]
-    result = here("trex", "--model", NANO["trex"], "--eval", "--data", folder, "--weights", tmp_path / "o/last.pt", "--device", "cpu")
+    result = here("trex", *NANO_HERE, "--eval", "--data", folder, "--weights", tmp_path / "o/last.pt")
     assert f"top1 {log[-2]['val_top1']:.5g}" in result.out, result
     exported = tmp_path / "encoder.pth"
     assert here("trex", "--model", NANO["trex"], "--weights", tmp_path / "o/last.pt", "--export", exported).status == 0
@@ -271,8 +287,8 @@ def test_a_run_learns_is_evaluated_and_exports_the_encoder(here, folder, tmp_pat
 
 
 def test_the_resnet_form_of_the_papers_page():
-    model = trex.build_model("resnet50", 20, memory_size=16)
-    found = torchvision.models.resnet50(weights=None).load_state_dict(trex.encoder_weights(model.state_dict()), strict=False)
+    encoder = trex.encoder_weights(trex.build_model("resnet50", 20, memory_size=16).state_dict())
+    found = torchvision.models.resnet50(weights=None).load_state_dict(encoder, strict=False)
     assert found.missing_keys == ["fc.weight", "fc.bias"] and found.unexpected_keys == []
 
 
@@ -282,37 +298,28 @@ def test_the_full_form_round_trips_with_official_prefixes(tmp_path):
     from common import checkpoint
 
     other = trex.build_model("resnet50", 20, memory_size=64)
-    checkpoint.load_weights(other, checkpoint.weights(checkpoint.load(tmp_path / "official.pth", "--weights")), "--weights")
+    state = checkpoint.weights(checkpoint.load(tmp_path / "official.pth", "--weights"))
+    checkpoint.load_weights(other, state, "--weights")
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values()))
 
 
 def test_wrong_use(here, tmp_path):
     refused(here("trex", "--model", "resnet51"), "--model resnet51", "resnet50")
     refused(here("trex", "--model", "resnet50", "--memory-size", -1), "--memory-size -1: must be 0")
-    refused(here("trex", "--model", "resnet50", "--export", tmp_path / "e.pth", "--weights", tmp_path / "no.pt"), "no.pt: no such file")
+    result = here("trex", "--model", "resnet50", "--export", tmp_path / "e.pth", "--weights", tmp_path / "no.pt")
+    refused(result, "no.pt: no such file")
 
 
 def test_fine_tuning_takes_the_encoder_of_a_checkpoint_or_of_torchvision(here, folder, tmp_path):
-    assert here("trex", *TREX, "--data", folder, "--epochs", 1, "--warmup-epochs", 0, "--out", tmp_path / "o").status == 0
+    flags = ["--data", folder, "--epochs", 1, "--warmup-epochs", 0]
+    assert here("trex", *TREX, *flags, "--out", tmp_path / "o").status == 0
     start = load(tmp_path / "o/last.pt")["model"]
     exported = tmp_path / "encoder.pth"
     assert here("trex", "--model", NANO["trex"], "--weights", tmp_path / "o/last.pt", "--export", exported).status == 0
     frozen = ["--lr", 1e-12, "--min-lr", 0, "--weight-decay", 0]
     small = [
-        "--model",
-        NANO["trex"],
-        "--recipe",
-        "transfer",
-        "--img-size",
-        32,
-        "--batch-size",
-        16,
-        "--epochs",
-        1,
-        "--workers",
-        0,
-        "--device",
-        "cpu",
+        "--model", NANO["trex"], "--recipe", "transfer", "--img-size", 32, "--batch-size", 16, "--epochs", 1,
+        "--workers", 0, "--device", "cpu",
     ]
     for weights in (tmp_path / "o/last.pt", exported):
         out = tmp_path / weights.stem

@@ -1,0 +1,72 @@
+"""Every kind of end: whatever main() ends by, the process and its loader workers are gone at once (row J1 of the fault list)."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+from conftest import TINY
+from test_run import at_steps, child, ranks, status_of
+
+from common.errors import RunError, UserError
+
+ENDS = {  # what is raised in the middle of a step: (exit status, what standard error says)
+    "a mistake of ours": (TypeError("unsupported operand"), 1, "TypeError: unsupported operand"),
+    "the GPU": (RuntimeError("CUDA error: an illegal memory access was encountered"), 1, "CUDA error"),
+    "the GPU's memory": (torch.cuda.OutOfMemoryError("out of memory"), 1, "error: the GPU's memory is full"),
+    "the host's memory": (MemoryError(), 1, "MemoryError"),
+    "the disk": (OSError(28, "No space left on device"), 1, "No space left on device"),
+    "a foreseen failure": (RunError("image x.jpg is gone"), 1, "error: image x.jpg is gone"),
+    "wrong use": (UserError("--lr: too high"), 2, "error: --lr: too high"),
+    "an exit": (SystemExit(5), 5, ""),
+    "ctrl-C, unhandled": (KeyboardInterrupt(), 130, ""),
+}
+
+
+def raising(error, rank: str = "0"):
+    def action():
+        if os.environ.get("RANK", "0") == rank:
+            raise error
+
+    return at_steps(action, [1])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("end", ENDS)
+def test_J1_whatever_ends_a_run_the_process_and_its_workers_are_gone(folder, tmp_path, end, workers):
+    error, status, said = ENDS[end]
+    flags = [*TINY, "--data", folder, "--out", tmp_path / "o", "--workers", workers]
+    begin = time.time()
+    pid = child(flags, patch=raising(error), log=tmp_path / "log")
+    assert status_of(pid, timeout=30) == status and time.time() - begin < 20
+    assert said in (tmp_path / "log").read_text()
+    with pytest.raises(ProcessLookupError):  # the child led a session of its own: no worker is left in it
+        for _ in range(100):
+            os.killpg(pid, 0)
+            time.sleep(0.05)
+    assert not (tmp_path / "o/lock").exists()
+
+
+@pytest.mark.parametrize("end", ["a mistake of ours", "the GPU", "the disk"])
+def test_J1_of_two_ranks_with_workers_both_are_gone(folder, tmp_path, end):
+    error, status, said = ENDS[end]
+    flags = [*TINY, "--data", folder, "--out", tmp_path / "o", "--workers", 1, "--timeout", 20]
+    begin = time.time()
+    assert ranks(2, flags, tmp_path, patch=raising(error, rank="1"), timeout=40) == [1, status]
+    assert time.time() - begin < 35 and said in (tmp_path / "rank1.log").read_text()
+    assert "lost contact" in (tmp_path / "rank0.log").read_text()
+
+
+def test_a_signal_while_a_failure_is_reported_changes_nothing(folder, tmp_path):
+    """SIGTERM arrives when the run has failed already and is being closed."""
+
+    def patch():
+        from common.run import Run
+
+        close = Run.close
+        Run.close = lambda self, status: (os.kill(os.getpid(), signal.SIGTERM), close(self, status))
+        raising(TypeError("unsupported operand"))()
+
+    flags = [*TINY, "--data", folder, "--out", tmp_path / "o", "--workers", 1]
+    assert status_of(child(flags, patch=patch, log=tmp_path / "log"), timeout=30) == 1

@@ -1,0 +1,33 @@
+"""Pictures of curves, with matplotlib and without."""
+
+import sys
+
+import numpy as np
+from PIL import Image
+from test_cli import TINY
+
+from common import report
+
+
+def test_curves_have_a_panel_for_losses_and_one_for_accuracies(deit3_here, folder, tmp_path, monkeypatch):
+    drawn, original = [], report.new_figure
+    monkeypatch.setattr(report, "new_figure", lambda *a: drawn.append(original(*a)) or drawn[-1])
+    assert deit3_here(*TINY, "--data", folder, "--out", tmp_path).status == 0
+    loss, accuracy = drawn[0].axes
+    assert (loss.get_xlabel(), loss.get_ylabel(), accuracy.get_ylabel()) == ("epoch", "loss", "accuracy, %")
+    assert [line.get_label() for line in loss.lines] == ["train_loss", "val_loss"]
+    assert [text.get_text() for text in accuracy.get_legend().get_texts()] == ["val_top1", "val_top5"]
+    assert accuracy.lines[1].get_xydata().tolist() == [[0, 100], [1, 100]]
+    sheet = np.array(Image.open(tmp_path / "curves.png").convert("RGB"))
+    assert sheet.shape == (260, 840, 3) and (sheet[:, :420] != 255).any() and (sheet[:, 420:] != 255).any()
+
+
+def test_without_matplotlib_a_run_says_so_once_and_completes(deit3_here, folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result = deit3_here(*TINY, "--data", folder, "--epochs", 1, "--warmup-epochs", 0, "--out", tmp_path)
+    assert result.status == 0 and not result.err and not (tmp_path / "curves.png").exists()
+    assert [line for line in result.out.splitlines() if "matplotlib" in line] == [
+        f'{tmp_path / "curves.png"}: not drawn, that needs matplotlib: pip install -e ".[plots]"'
+    ]
+    report.save_scatter(tmp_path / "s.png", {"x": (1.0, 2.0)}, "", "")
+    assert not (tmp_path / "s.png").exists()
