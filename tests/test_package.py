@@ -118,3 +118,42 @@ def test_a_method_script_imports_no_other_and_common_knows_no_method():
         imports = [n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, (ast.Import, ast.ImportFrom))]
         names = {a.name for n in imports for a in n.names} | {getattr(n, "module", "") or "" for n in imports}
         assert not names & {"deit", "cait", "resmlp", "patchconvnet", "grafit", "trex", "deit3"}, file
+
+
+# ---- Sizes -------------------------------------------------------------------------------------------------------------
+
+LONGEST = {"deit3": 720, "deit": 620, "trex": 450}  # lines of a script, where fewer than 800
+
+
+def functions(source: str) -> list[tuple[str, int]]:
+    """(name, lines) of every function, methods and inner ones included."""
+    found = [n for n in ast.walk(ast.parse(source)) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    return [(f.name, f.end_lineno - f.lineno + 1) for f in found]
+
+
+FILES = [p.relative_to(ROOT) for part in ("", "common/", "tests/") for p in sorted(ROOT.glob(f"{part}*.py"))]
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_lines_fit_on_a_screen_and_so_do_functions(file):
+    source = (ROOT / file).read_text()
+    assert not [number for number, line in enumerate(source.splitlines(), 1) if len(line) > 120]
+    if file.parent.name != "tests":
+        assert not [f for f in functions(source) if f[1] > (60 if f[0] == "train" else 50)]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_is_the_method_and_little_else(script):
+    source = (ROOT / f"{script}.py").read_text()
+    lines = source.splitlines()
+    banner = next(number for number, line in enumerate(lines) if line.startswith("# ---- Training"))
+    assert len(lines) <= LONGEST.get(script, 800)
+    assert len(lines) - banner <= (220 if script == "grafit" else 130)
+    imports = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom) and n.module.split(".")[0] == "common"]
+    assert len({alias.name for n in imports for alias in n.names}) <= 12
+
+
+def test_common_is_thin():
+    lines = {p.name: len(p.read_text().splitlines()) for p in (ROOT / "common").glob("*.py")}
+    assert lines["transfer.py"] <= 480
+    assert sum(count for name, count in lines.items() if name not in ("transfer.py", "dense.py")) <= 2700
