@@ -1,11 +1,11 @@
 """Timings of our pieces against the straightforward ones, interleaved in one run on one thread.
 
-    python tests/benchmarks.py [loader FOLDER_OF_JPEGS] [optimizers] [drop_path] [talking_heads] [cross_patch] [column] [memory] [index]
-        [neighbours] [retrieval]
+    python tests/benchmarks.py [loader FOLDER_OF_JPEGS] [optimizers] [drop_path] [talking_heads] [cross_patch] [column]
+        [memory] [index] [neighbours] [retrieval]
 
-Every figure is a ratio (above 1: ours is faster): the median over rounds in which both are run in turn. FOLDER_OF_JPEGS holds
-photographs at any depth, about ImageNet's size. The baselines are the official pipelines, built here from torchvision, PIL and
-plain torch.
+Every figure is a ratio (above 1: ours is faster): the median over rounds in which both are run in turn.
+FOLDER_OF_JPEGS holds photographs at any depth, about ImageNet's size. The baselines are the official pipelines, built
+here from torchvision, PIL and plain torch.
 """
 
 import io
@@ -77,7 +77,10 @@ def loader(folder: str) -> None:
             normalize,
         ]
     )
-    src = T.Compose([T.Resize(224, interpolation=bicubic), T.RandomCrop(224, padding=4, padding_mode="reflect"), T.RandomHorizontalFlip(), choice, T.ColorJitter(0.3, 0.3, 0.3), T.ToTensor(), normalize])  # fmt: skip
+    src = T.Compose([
+        T.Resize(224, interpolation=bicubic), T.RandomCrop(224, padding=4, padding_mode="reflect"),
+        T.RandomHorizontalFlip(), choice, T.ColorJitter(0.3, 0.3, 0.3), T.ToTensor(), normalize
+    ])
     validation = T.Compose([T.Resize(256, interpolation=bicubic), T.CenterCrop(224), T.ToTensor(), normalize])
 
     def official(transform):
@@ -104,7 +107,9 @@ def loader(folder: str) -> None:
         return x
 
     crop = T.RandomResizedCrop(224, interpolation=bicubic)
-    randaugment = T.Compose([crop, T.RandomHorizontalFlip(), T.Lambda(rand), T.ToTensor(), normalize, T.Lambda(erasing)])
+    randaugment = T.Compose(
+        [crop, T.RandomHorizontalFlip(), T.Lambda(rand), T.ToTensor(), normalize, T.Lambda(erasing)]
+    )
 
     def finished(batches):
         def run():
@@ -130,12 +135,17 @@ def loader(folder: str) -> None:
     some = files[:25]
     multi = data.Samples(source, trex.TrainTransform(trex.Recipe()), 0)
     keys = [(0, i, 0) for i in range(len(some))]
-    compare("t-ReX's nine crops: decoded nine times / ours, once", lambda: [nine_times(f) for f in some], lambda: multi.__getitems__(keys))
+    compare(
+        "t-ReX's nine crops: decoded nine times / ours, once", lambda: [nine_times(f) for f in some],
+        lambda: multi.__getitems__(keys)
+    )
 
     in1k = deit3.TrainTransform(deit3.Recipe())
     compare("3-Augment, RRC: official / worker's side", official(three), ours(in1k))
     compare("3-Augment, RRC, three repeats share a decode", official(three), ours(in1k, 3))
-    compare("3-Augment, SRC: official / worker's side", official(src), ours(deit3.TrainTransform(deit3.RECIPES["in21k"])))
+    compare(
+        "3-Augment, SRC: official / worker's side", official(src), ours(deit3.TrainTransform(deit3.RECIPES["in21k"]))
+    )
     whole = ours(in1k)
 
     def with_device_part():
@@ -169,7 +179,9 @@ class PlainLamb(torch.optim.Optimizer):
                 grad = p.grad / norm
                 state["m"].mul_(0.9).add_(grad, alpha=0.1)
                 state["v"].mul_(0.999).addcmul_(grad, grad, value=0.001)
-                update = (state["m"] / (1 - 0.9**self.t)).div_((state["v"].sqrt() / (1 - 0.999**self.t) ** 0.5).add_(1e-6))
+                update = (state["m"] / (1 - 0.9**self.t)).div_(
+                    (state["v"].sqrt() / (1 - 0.999**self.t) ** 0.5).add_(1e-6)
+                )
                 if group["weight_decay"]:
                     update.add_(p, alpha=group["weight_decay"])
                     w, u = p.norm(2.0), update.norm(2.0)
@@ -210,7 +222,10 @@ def drop_path() -> None:
             nn.Sequential(*[c(384, 6, branches=1, layer_scale=1e-4, drop_path=rate) for _ in range(2)]).train()
             for c in (MaskedBlock, deit3.Block)
         ]
-        compare(f"ViT-S blocks, drop rate {rate}: masked / kept only", *[lambda s=s: s(x).sum().backward() for s in stacks], rounds=9)
+        compare(
+            f"ViT-S blocks, drop rate {rate}: masked / kept only", *[lambda s=s: s(x).sum().backward() for s in stacks],
+            rounds=9
+        )
 
 
 class PermutedHeads(cait.Attention):
@@ -240,7 +255,10 @@ def talking_heads() -> None:
     for block in permuted.blocks:
         block.attn.__class__ = PermutedHeads
     images = torch.randn(4, 3, 224, 224)
-    compare("cait_xxs24, whole training step: permute and Linear / ours", step(permuted, images), step(ours, images), rounds=5)
+    compare(
+        "cait_xxs24, whole training step: permute and Linear / ours", step(permuted, images), step(ours, images),
+        rounds=5
+    )
 
 
 class TransposedCrossPatch(resmlp.CrossPatch):
@@ -254,7 +272,10 @@ def cross_patch() -> None:
     """ResMLP's layer across patches."""
     x = torch.randn(16, 196, 384, requires_grad=True)
     ours, usual = resmlp.CrossPatch(196, 196), TransposedCrossPatch(196, 196)
-    compare("cross-patch layer, S: transposed Linear / ours", lambda: usual(x).sum().backward(), lambda: ours(x).sum().backward())
+    compare(
+        "cross-patch layer, S: transposed Linear / ours", lambda: usual(x).sum().backward(),
+        lambda: ours(x).sum().backward()
+    )
 
 
 class TransposedBlock(patchconvnet.Block):
@@ -285,7 +306,10 @@ def memory() -> None:
     attention maps out. On meta tensors: nothing is computed."""
     for size in (224, 384, 512, 768, 1024):
         row = []
-        for build in (lambda: patchconvnet.build_model("patchconvnet_s60"), lambda size=size: deit.build_model("deit_s", img_size=size)):
+        for build in (
+            lambda: patchconvnet.build_model("patchconvnet_s60"),
+            lambda size=size: deit.build_model("deit_s", img_size=size)
+        ):
             with torch.device("meta"), torch.no_grad():
                 model = build().eval()
                 with PeakMemory(model) as peak:
@@ -295,7 +319,7 @@ def memory() -> None:
 
 
 def index() -> None:
-    """Listing 60,000 files: torchvision's ImageFolder against our cached index; reading members of a tar against files."""
+    """Listing 60,000 files: torchvision's ImageFolder against our cached index; members of a tar against files."""
     import os
     import tarfile
 
@@ -325,7 +349,7 @@ def index() -> None:
 
 
 def neighbours() -> None:
-    """Grafit's kNN loss against the materialised one, forward and backward (batch 128, memory 40,000 x 256, 100 labels)."""
+    """Grafit's kNN loss and its gradient against the materialised one (batch 128, memory 40,000 x 256, 100 labels)."""
     labels = torch.arange(40_000) % 100
     bank, own = torch.randn(40_000, 256), torch.randperm(40_000)[:128]
     z, rows = (bank[own] + torch.randn(128, 256)).requires_grad_(), torch.arange(128)
@@ -344,7 +368,7 @@ def neighbours() -> None:
 
 
 def retrieval() -> None:
-    """Exact mean average precision of 100 queries in a collection of 50,000 (D 128, 100 labels): argsort against ours."""
+    """Exact mean average precision of 100 queries among 50,000 (D 128, 100 labels): argsort against ours."""
     for title, spread in (("good features", 1.0), ("random features", 100.0)):
         centres, labels, asked = torch.randn(100, 128), torch.arange(50_000) % 100, torch.arange(100)
         gallery = F.normalize(centres[labels] + spread * torch.randn(50_000, 128), dim=1)

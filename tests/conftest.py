@@ -147,7 +147,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 
 class PeakMemory(TorchDispatchMode):
-    """Most bytes that tensors held at one time inside the block, a model's weights not counted; works on meta tensors too."""
+    """Most bytes that tensors held at one time in the block, a model's weights not counted; for meta tensors too."""
 
     def __init__(self, model: torch.nn.Module):
         super().__init__()
@@ -180,7 +180,7 @@ class FixedDraws:
         return self.values.pop(0)
 
 
-# ---- Data sets ---------------------------------------------------------------------------------------------------------
+# ---- Data sets -------------------------------------------------------------------------------------------------------
 
 
 def picture(label: int, index: int, size: int = 36) -> Image.Image:
@@ -202,7 +202,9 @@ def write_folder(root: Path, *, train: int = 16, val: int = 5, classes=("ant", "
         for label, name in enumerate(classes):
             (root / split / name).mkdir(parents=True, exist_ok=True)
             for i in range(count):
-                (root / split / name / f"{name}_{i:03d}.jpg").write_bytes(encoded(picture(label, i + 500 * (split == "val"))))
+                (root / split / name / f"{name}_{i:03d}.jpg").write_bytes(
+                    encoded(picture(label, i + 500 * (split == "val")))
+                )
     return root
 
 
@@ -223,7 +225,7 @@ def folder(tmp_path_factory) -> Path:
 
 @contextlib.contextmanager
 def fewer_shapes(train: int, val: int):
-    """The built-in data set with so many images, each of which is drawn once: in this process, before it forks others."""
+    """The built-in data set with so many images, each drawn once: in this process, before it forks others."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shapes, "TRAIN_IMAGES", train)
         patch.setattr(shapes, "VAL_IMAGES", val)
@@ -241,13 +243,15 @@ def drawn(split: str, index: int, draw=shapes.draw) -> tuple:
 
 @pytest.fixture(scope="session")
 def shapes_convnet(tmp_path_factory) -> Path:
-    """The folder of a PatchConvNet that has learned from a fifth of `shapes` to be right in almost half of the cases."""
+    """The folder of a PatchConvNet that has learned from a fifth of `shapes`: right in almost half of the cases."""
     from test_run import child, status_of
 
     out = tmp_path_factory.mktemp("convnet") / "run"
     flags = ["--model", NANO["patchconvnet"], "--recipe", "shapes", "--img-size", 48, "--batch-size", 32, "--epochs", 3]
     with fewer_shapes(2400, 240):
-        assert status_of(child([*flags, "--workers", 0, "--device", "cpu", "--out", out], script="patchconvnet"), 300) == 0
+        assert status_of(
+            child([*flags, "--workers", 0, "--device", "cpu", "--out", out], script="patchconvnet"), 300
+        ) == 0
     return out
 
 
@@ -256,12 +260,14 @@ def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
-# ---- Runs --------------------------------------------------------------------------------------------------------------
+# ---- Runs ------------------------------------------------------------------------------------------------------------
 
 # The smallest run that uses every part: LAMB, accumulation, mixing, 3-Augment.
-SMALL = "--recipe shapes --img-size 32 --batch-size 16 --mix-group 4 --epochs 2 --warmup-epochs 1 --mixup 0.8 --cutmix 1.0 --workers 0 --device cpu".split()  # fmt: skip
+WITHOUT_MIXING = (
+    "--recipe shapes --img-size 32 --batch-size 16 --epochs 2 --warmup-epochs 1 --workers 0 --device cpu".split()
+)
+SMALL = [*WITHOUT_MIXING, *"--mix-group 4 --mixup 0.8 --cutmix 1.0".split()]
 TINY = ["--model", NANO["deit3"], *SMALL]
-WITHOUT_MIXING = "--recipe shapes --img-size 32 --batch-size 16 --epochs 2 --warmup-epochs 1 --workers 0 --device cpu".split()
 
 
 class Result:
@@ -304,9 +310,8 @@ def deit3_here(here):
 
 
 def environment(**extra) -> dict:
-    kept = {
-        k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "SLURM")) and k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    }
+    foreign = ("TORCHELASTIC", "SLURM", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **{k: str(v) for k, v in extra.items()}}
 
 
@@ -354,8 +359,8 @@ def python(*arguments, timeout: float = 120, cwd: Path = ROOT, **env) -> Result:
     return finish(start(sys.executable, *arguments, cwd=cwd, **env), timeout)
 
 
-# Reads commands, one JSON object a line, and answers with their exit statuses. The child that runs a command leaves the loop and
-# ends as any interpreter does.
+# Reads commands, one JSON object a line, and answers with their exit statuses. The child that runs a command leaves the
+# loop and ends as any interpreter does.
 FORKING = """
 import gc, json, os, runpy, sys
 import torch, torchvision
@@ -384,11 +389,13 @@ else:
 
 @pytest.fixture(scope="session")
 def fresh(tmp_path_factory):
-    """fresh(ARGUMENTS, cwd=FOLDER): `python ARGUMENTS` there, in a process that has imported torch and torchvision but nothing
-    of ours and knows no path to it. All are forked from one interpreter, hence need no seconds to import torch."""
+    """fresh(ARGUMENTS, cwd=FOLDER): `python ARGUMENTS` there, in a process that has imported torch and torchvision but
+    nothing of ours and knows no path to it. All are forked from one interpreter, hence need no seconds to import torch.
+    """
     folder = tmp_path_factory.mktemp("fresh")
     server = subprocess.Popen(
-        [sys.executable, "-c", FORKING], cwd=folder, env=environment(PYTHONPATH=""), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-c", FORKING], cwd=folder, env=environment(PYTHONPATH=""), stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, text=True, start_new_session=True
     )  # fmt: skip
 
     def run(*arguments, cwd: Path, timeout: float = 120, **env) -> Result:
@@ -410,10 +417,6 @@ def fresh(tmp_path_factory):
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 
 
-def torchrun(ranks: int, *arguments, timeout: float = 120, **env) -> Result:
-    return finish(start(*TORCHRUN, "--nproc_per_node", ranks, *arguments, **env), timeout)
-
-
 def wait_until(condition, timeout: float = 60, every: float = 0.02) -> None:
     end = time.time() + timeout
     while not condition():
@@ -427,7 +430,8 @@ def load(path: Path) -> dict:
 
 def log_of(out: Path) -> list[dict]:
     return [
-        json.loads(line, parse_constant=lambda c: pytest.fail(f"{c} in the log")) for line in (out / "log.jsonl").read_text().splitlines()
+        json.loads(line, parse_constant=lambda c: pytest.fail(f"{c} in the log"))
+        for line in (out / "log.jsonl").read_text().splitlines()
     ]
 
 
@@ -445,4 +449,6 @@ def same(a, b) -> bool:
 def same_training(a: Path, b: Path) -> bool:
     """The two runs' last checkpoints hold the same weights, optimizer and counters, bit for bit."""
     one, two = load(a / "last.pt"), load(b / "last.pt")
-    return all(same(one[k], two[k]) for k in ("model", "ema", "optimizer", "scaler", "epoch", "step", "best", "loss_sum"))
+    return all(
+        same(one[k], two[k]) for k in ("model", "ema", "optimizer", "scaler", "epoch", "step", "best", "loss_sum")
+    )

@@ -313,8 +313,8 @@ def shapes_batch(split: str, count: int, size: int) -> tuple[torch.Tensor, torch
 
 
 def test_layerscale_trains_24_blocks_that_do_not_train_without_it():
-    """Section 3.5.2 in small: 24 blocks, the same seed, rate and batches; plain pre-norm stays at chance (2.48)."""
-    images, labels = shapes_batch("train", 128, 32)
+    """Section 3.5.2 in small: 24 blocks, the same seed, rate, batches; plain pre-norm hardly leaves chance (2.48)."""
+    images, labels = shapes_batch("train", 64, 32)
     last = {}
     for branches in ("none", "layerscale"):
         torch.manual_seed(0)
@@ -324,7 +324,7 @@ def test_layerscale_trains_24_blocks_that_do_not_train_without_it():
         )
         optimizer = torch.optim.AdamW(param_groups(model, 0.05), lr=3e-3, fused=True)
         draws, losses = torch.Generator().manual_seed(0), []
-        for step in range(120):
+        for step in range(100):
             for group in optimizer.param_groups:
                 group["lr"] = 3e-3 * min(1, (step + 1) / 20)
             batch = torch.randint(len(images), (16,), generator=draws)
@@ -343,7 +343,9 @@ def trained(tmp_path_factory):
     out = tmp_path_factory.mktemp("cait")
     flags = ["--model", "cait_nano", "--recipe", "shapes", "--img-size", 32, "--batch-size", 32, "--epochs", 3]
     with fewer_shapes(1800, 240):
-        assert status_of(child([*flags, "--workers", 0, "--device", "cpu", "--out", out / "run"], script="cait"), 300) == 0
+        assert status_of(
+            child([*flags, "--workers", 0, "--device", "cpu", "--out", out / "run"], script="cait"), 300
+        ) == 0
     for i in (0, 5):
         Image.fromarray(common.shapes.draw("val", i)[0]).save(out / f"picture{i}.png")
     return out

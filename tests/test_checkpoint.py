@@ -29,7 +29,10 @@ sys.path.insert(0, {root!r})
 from pathlib import Path
 from common import checkpoint
 for n in range(10**9):
-    checkpoint.save({{"model": {{"w": torch.full((100_000,), float(n))}}, "n": n}}, Path({out!r}) / "last.pt", keep=Path({out!r}) / "previous.pt")
+    checkpoint.save(
+        {{"model": {{"w": torch.full((100_000,), float(n))}}, "n": n}}, Path({out!r}) / "last.pt",
+        keep=Path({out!r}) / "previous.pt"
+    )
     Path({out!r}, "done").write_text(str(n))
 """
 
@@ -79,12 +82,15 @@ def test_C3_an_output_folder_that_cannot_be_written(deit3_here, tmp_path, folder
         refused(deit3_here(*TINY, "--data", folder, "--out", out), f"--out {out}", "cannot be written")
 
 
-ENTRIES = "model ema optimizer scaler epoch step best rng recipe data versions seed method model_name world_size loss_sum loss_count skipped_steps log_bytes".split()  # fmt: skip
+ENTRIES = (
+    "model ema optimizer scaler epoch step best rng recipe data versions seed method model_name world_size loss_sum"
+    " loss_count skipped_steps log_bytes"
+).split()
 
 
 def test_C7_the_file_loads_without_our_code(deit3_here, fresh, tmp_path, folder):
     assert deit3_here(*TINY, "--data", folder, "--ema", 0.9, "--out", tmp_path / "o").status == 0
-    code = f"import torch, sys; c = torch.load({str(tmp_path / 'o/last.pt')!r}, weights_only=True); print(sorted(c)); print('common' in sys.modules)"
+    code = "import sys, torch; print(sorted(torch.load('o/last.pt', weights_only=True)), 'common' in sys.modules)"
     result = fresh("-c", code, cwd=tmp_path)
     assert result.status == 0 and result.out.strip().endswith("False"), result
     for key in (*ENTRIES, "format"):
@@ -106,7 +112,9 @@ def test_C9_a_slice_is_stored_without_its_parent(tmp_path):
     assert (tmp_path / "x.pt").stat().st_size < 20_000
 
 
-@pytest.mark.parametrize("value", [argparse.Namespace(a=1), Path("x"), torch.nn.Linear(1, 1), object()], ids=lambda v: type(v).__name__)
+@pytest.mark.parametrize(
+    "value", [argparse.Namespace(a=1), Path("x"), torch.nn.Linear(1, 1), object()], ids=lambda v: type(v).__name__
+)
 def test_C7_other_types_are_refused_when_written(tmp_path, value):
     with pytest.raises(TypeError, match="may not hold"):
         checkpoint.save({"model": {}, "x": value}, tmp_path / "x.pt")
@@ -120,7 +128,7 @@ def test_G4_weights_that_are_not_finite_replace_nothing(tmp_path):
     assert load(path)["epoch"] == 3
 
 
-# ---- Reading ---------------------------------------------------------------------------------------------------------------
+# ---- Reading ---------------------------------------------------------------------------------------------------------
 
 
 def cut(n):
@@ -152,7 +160,8 @@ def test_D1_automatic_resume_falls_back_to_the_previous_file(deit3_here, tmp_pat
     (tmp_path / "b/last.pt").unlink()  # best.pt may be a link to it
     (tmp_path / "b/last.pt").write_bytes(data[: len(data) // 2])
     result = deit3_here(*command, "--out", tmp_path / "b", "--resume")
-    assert result.status == 0 and "damaged checkpoint" in result.out and "resumed from previous.pt at epoch 1" in result.out, result
+    assert result.status == 0 and "damaged checkpoint" in result.out, result
+    assert "resumed from previous.pt at epoch 1" in result.out, result
     assert same_training(tmp_path / "a", tmp_path / "b")
 
 
@@ -174,7 +183,8 @@ def test_D3_a_malicious_file_runs_nothing(tmp_path, zipped):
         checkpoint.load(tmp_path / "y.pt", "--weights")
     assert not (tmp_path / "pwned").exists()
     assert not subprocess.run(
-        ["grep", "-rn", "weights_only=False", "--include=*.py", str(ROOT / "common"), str(ROOT / "deit3.py")], capture_output=True
+        ["grep", "-rn", "weights_only=False", "--include=*.py", str(ROOT / "common"), str(ROOT / "deit3.py")],
+        capture_output=True
     ).stdout
 
 
@@ -182,12 +192,17 @@ def test_D4_another_architecture(deit3_here, tmp_path, folder):
     assert deit3_here(*TINY, "--data", folder, "--out", tmp_path / "o").status == 0
     other = [*TINY, "--model", "vit_ti", "--data", folder]
     refused(
-        deit3_here(*other, "--resume", tmp_path / "o/last.pt", "--out", tmp_path / "p"), "holds deit3 vit_nano, you asked for deit3 vit_ti"
+        deit3_here(*other, "--resume", tmp_path / "o/last.pt", "--out", tmp_path / "p"),
+        "holds deit3 vit_nano, you asked for deit3 vit_ti"
     )
     refused(deit3_here(*other, "--weights", tmp_path / "o/last.pt", "--out", tmp_path / "q"), "vit_nano")
 
 
-@pytest.mark.parametrize("wrap", [dict, lambda s: {"model": s}, lambda s: {"state_dict": s}, lambda s: {f"module.{k}": v for k, v in s.items()}, lambda s: {"model": {f"_orig_mod.module.{k}": v for k, v in s.items()}}, lambda s: {f"model.{k}": v for k, v in s.items()}])  # fmt: skip
+@pytest.mark.parametrize("wrap", [
+    dict, lambda s: {"model": s}, lambda s: {"state_dict": s}, lambda s: {f"module.{k}": v for k, v in s.items()},
+    lambda s: {"model": {f"_orig_mod.module.{k}": v for k, v in s.items()}},
+    lambda s: {f"model.{k}": v for k, v in s.items()}
+])
 def test_D5_wrappers_are_taken_off(wrap):
     state = deit3.build_model("vit_nano", 4, 32).state_dict()
     assert checkpoint.weights(wrap(state)).keys() == state.keys()
@@ -195,7 +210,9 @@ def test_D5_wrappers_are_taken_off(wrap):
 
 def test_D5_keys_that_do_not_fit_are_counted():
     model = torch.nn.Sequential(*[torch.nn.Linear(2, 2) for _ in range(4)])
-    with pytest.raises(UserError, match="8 keys missing, e.g. 0.bias, 0.weight, 1.bias, 1.weight, 2.bias; 1 keys not known, e.g. other"):
+    with pytest.raises(
+        UserError, match="8 keys missing, e.g. 0.bias, 0.weight, 1.bias, 1.weight, 2.bias; 1 keys not known, e.g. other"
+    ):
         checkpoint.load_weights(model, {"other": torch.zeros(1)}, "--weights x")
     with pytest.raises(UserError, match=r"1 shapes differ, e.g. 0.weight \(3, 3\) for \(2, 2\)"):
         checkpoint.load_weights(model, {**model.state_dict(), "0.weight": torch.zeros(3, 3)}, "--weights x")
@@ -207,7 +224,8 @@ def test_D6_D7_D12_an_official_file_in_half_precision_is_loaded_and_resized(deit
     result = deit3_here(*TINY, "--data", folder, "--weights", tmp_path / "official.pth", "--out", tmp_path / "o")
     assert result.status == 0, result
     assert "weights in float16 loaded into float32" in result.out
-    assert "position embedding resized to 4 x 4 patches" in result.out and "new head: the checkpoint has 1000 classes" in result.out
+    assert "position embedding resized to 4 x 4 patches" in result.out
+    assert "new head: the checkpoint has 1000 classes" in result.out
     assert load(tmp_path / "o/last.pt")["model"]["pos_embed"].dtype == torch.float32
 
 
@@ -227,7 +245,10 @@ def test_D12_safetensors(deit3_here, tmp_path, folder, monkeypatch):
 
 def test_D8_weights_are_no_run_to_resume(deit3_here, tmp_path, folder):
     torch.save({"model": deit3.build_model("vit_nano", 4, 32).state_dict()}, tmp_path / "w.pt")
-    refused(deit3_here(*TINY, "--data", folder, "--resume", tmp_path / "w.pt", "--out", tmp_path / "o"), "holds weights only", "--weights")
+    refused(
+        deit3_here(*TINY, "--data", folder, "--resume", tmp_path / "w.pt", "--out", tmp_path / "o"),
+        "holds weights only", "--weights"
+    )
 
 
 def test_D10_a_newer_format_is_refused(tmp_path):

@@ -13,8 +13,8 @@ from conftest import ROOT, TINY, Result, encoded, load, log_of, picture, start, 
 from PIL import Image
 
 import deit3
-from common.errors import UserError
 from common.data import split_batch
+from common.errors import UserError
 
 
 def refused(result, *parts):
@@ -33,14 +33,16 @@ def test_A1_a_wrong_model_name(deit3_here):
 
 
 @pytest.mark.parametrize(
-    "flag, near", [("--batch", "--batch-size"), ("--lrr", "--lr"), ("--batch_size", "--batch-size"), ("--local-rank=0", "torchrun")]
+    "flag, near",
+    [("--batch", "--batch-size"), ("--lrr", "--lr"), ("--batch_size", "--batch-size"), ("--local-rank=0", "torchrun")]
 )
 def test_A2_F5_a_misspelt_or_abbreviated_flag(deit3_here, flag, near):
     refused(deit3_here(flag, *([] if "=" in flag else ["256"])), flag.split("=")[0], near)
 
 
 @pytest.mark.parametrize(
-    "batch, world, micro, group, near", [(100, 8, None, 8, "64 and 128"), (2048, 8, 48, 16, "1920 and 2304"), (4, 8, None, 4, "32")]
+    "batch, world, micro, group, near",
+    [(100, 8, None, 8, "64 and 128"), (2048, 8, 48, 16, "1920 and 2304"), (4, 8, None, 4, "32")]
 )
 def test_A3_a_batch_that_does_not_fit(batch, world, micro, group, near):
     with pytest.raises(UserError, match=near):
@@ -53,7 +55,10 @@ def test_the_global_batch_is_split_without_remainder(world):
     assert micro * accumulation * world == 2048 and micro % 64 == 0 and micro <= 256
 
 
-OUT_OF_RANGE = [("batch-size", 0), ("lr", 0), ("lr", -1), ("lr", "nan"), ("epochs", 0), ("drop-path", 1.0), ("smoothing", 1.5), ("mixup", -1), ("warmup-epochs", 6), ("img-size", 0), ("eval-crop-ratio", 0), ("mix-group", 0), ("repeats", 0)]  # fmt: skip
+OUT_OF_RANGE = [
+    ("batch-size", 0), ("lr", 0), ("lr", -1), ("lr", "nan"), ("epochs", 0), ("drop-path", 1.0), ("smoothing", 1.5),
+    ("mixup", -1), ("warmup-epochs", 6), ("img-size", 0), ("eval-crop-ratio", 0), ("mix-group", 0), ("repeats", 0)
+]
 
 
 @pytest.mark.parametrize("flag, value", OUT_OF_RANGE)
@@ -71,7 +76,8 @@ def test_smoothing_does_not_go_with_binary_cross_entropy(deit3_here):
 
 def test_A6_an_odd_batch_with_mixup_works(deit3_here, tmp_path):
     result = deit3_here(
-        *TINY, "--batch-size", 5, "--mix-group", 5, "--data", write_folder(tmp_path / "d", train=3, val=1), "--out", tmp_path / "o"
+        *TINY, "--batch-size", 5, "--mix-group", 5, "--data", write_folder(tmp_path / "d", train=3, val=1), "--out",
+        tmp_path / "o"
     )
     assert result.status == 0, result
 
@@ -85,7 +91,9 @@ def test_A7_a_size_that_is_no_multiple_of_the_patch(deit3_here, tmp_path, size, 
 def test_A7_non_square_images_train_evaluate_and_change_size(deit3_here, tmp_path, folder):
     common = [*TINY, "--data", folder, "--epochs", 1, "--warmup-epochs", 0]
     assert deit3_here(*common, "--img-size", "32x48", "--out", tmp_path / "a").status == 0
-    result = deit3_here(*common, "--img-size", "48x32", "--weights", tmp_path / "a" / "last.pt", "--out", tmp_path / "b")
+    result = deit3_here(
+        *common, "--img-size", "48x32", "--weights", tmp_path / "a" / "last.pt", "--out", tmp_path / "b"
+    )
     assert result.status == 0 and "position embedding" not in result.err, result
     result = deit3_here(*common, "--eval", "--img-size", "64x48", "--weights", tmp_path / "a" / "last.pt")
     assert result.status == 0 and "position embedding resized to 8 x 6 patches" in result.out, result
@@ -93,7 +101,8 @@ def test_A7_non_square_images_train_evaluate_and_change_size(deit3_here, tmp_pat
 
 def test_A9_deviations_are_printed_and_logged(deit3_here, tmp_path, folder):
     result = deit3_here(*TINY, "--data", folder, "--optimizer", "adamw", "--out", tmp_path)
-    assert result.status == 0 and "differs from the paper:" in result.out and "optimizer adamw (paper: lamb)" in result.out
+    assert result.status == 0 and "differs from the paper:" in result.out
+    assert "optimizer adamw (paper: lamb)" in result.out
     assert "known to diverge" in result.out
     assert "optimizer adamw (paper: lamb)" in log_of(tmp_path)[0]["differs_from_paper"]
 
@@ -110,7 +119,8 @@ def test_A10_an_output_folder_in_use(deit3_here, tmp_path, folder):
     assert deit3_here(*command).status == 0 and not (tmp_path / "lock").exists()
     before = (tmp_path / "last.pt").read_bytes()
     refused(deit3_here(*command), "holds a run already", "--resume auto")
-    code = f"import fcntl, time; f = open('{tmp_path / 'lock'}', 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); time.sleep(60)"
+    file = f"f = open('{tmp_path / 'lock'}', 'a')"
+    code = f"import fcntl, time; {file}; fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); time.sleep(60)"
     holder = start(sys.executable, "-c", code)
     holder.stdout.readline()
     (tmp_path / "lock").write_text(f"process {holder.pid} on {socket.gethostname()}\n")
@@ -162,7 +172,7 @@ def test_A14_resuming_with_other_flags(deit3_here, tmp_path, folder):
     assert log_of(tmp_path)[-1]["status"] == "completed"
 
 
-# ---- Data rows that a command answers ------------------------------------------------------------------------------------
+# ---- Data rows that a command answers --------------------------------------------------------------------------------
 
 
 def test_B8_another_number_of_classes(deit3_here, tmp_path, folder):
@@ -171,12 +181,17 @@ def test_B8_another_number_of_classes(deit3_here, tmp_path, folder):
     result = deit3_here(*TINY, "--data", three, "--weights", tmp_path / "a/last.pt", "--out", tmp_path / "b")
     assert result.status == 0 and "new head: the checkpoint has 4 classes, the data 3" in result.out, result
     refused(deit3_here(*TINY, "--data", three, "--eval", "--weights", tmp_path / "a/last.pt"), "classes")
-    refused(deit3_here(*TINY, "--data", three, "--resume", tmp_path / "a/last.pt", "--out", tmp_path / "c"), "classes was 4, now 3")
+    refused(
+        deit3_here(*TINY, "--data", three, "--resume", tmp_path / "a/last.pt", "--out", tmp_path / "c"),
+        "classes was 4, now 3"
+    )
 
 
 def test_B9_a_data_set_smaller_than_the_batch(deit3_here, tmp_path):
     few = write_folder(tmp_path / "d", train=10, val=1)
-    refused(deit3_here(*TINY, "--data", few, "--batch-size", 64, "--out", tmp_path / "o"), "--batch-size 64", "40 images")
+    refused(
+        deit3_here(*TINY, "--data", few, "--batch-size", 64, "--out", tmp_path / "o"), "--batch-size 64", "40 images"
+    )
     refused(deit3_here(*TINY, "--data", few, "--batch-size", 64, "--repeats", 3, "--out", tmp_path / "o"), "40 images")
 
 
@@ -193,11 +208,12 @@ def test_a_damaged_image_ends_the_run_with_its_path(deit3_here, tmp_path):
     images = write_folder(tmp_path / "d", train=4, val=1)
     (images / "train" / "cat" / "cat_002.jpg").write_bytes(b"")
     result = deit3_here(*TINY, "--data", images, "--out", tmp_path / "o")
-    assert result.status == 1 and "train/cat/cat_002.jpg" in result.err and len(result.err.strip().splitlines()) == 1, result
+    assert result.status == 1 and "train/cat/cat_002.jpg" in result.err, result
+    assert len(result.err.strip().splitlines()) == 1, result
     assert log_of(tmp_path / "o")[-1]["status"] == "failed"
 
 
-# ---- Other uses ------------------------------------------------------------------------------------------------------------
+# ---- Other uses ------------------------------------------------------------------------------------------------------
 
 
 def accuracy(result) -> dict:
@@ -213,7 +229,8 @@ def test_D9_B10_evaluation_repeats_the_logged_numbers_for_any_batch_and_ranks(de
     command = [*TINY, "--data", images, "--eval", "--weights", tmp_path / "o/last.pt"]
     for extra in ([], ["--micro-batch", "7"]):
         found = accuracy(deit3_here(*command, *extra))
-        assert found["top1"] == pytest.approx(logged["val_top1"], abs=1e-3) and found["loss"] == pytest.approx(logged["val_loss"], abs=1e-4)
+        assert found["top1"] == pytest.approx(logged["val_top1"], abs=1e-3)
+        assert found["loss"] == pytest.approx(logged["val_loss"], abs=1e-4)
     averaged = accuracy(deit3_here(*command, "--use-ema"))
     assert averaged["loss"] == pytest.approx(logged["val_ema_loss"], abs=1e-4) and averaged["loss"] != pytest.approx(
         logged["val_loss"], abs=1e-4
@@ -228,9 +245,11 @@ def test_D9_B10_evaluation_repeats_the_logged_numbers_for_any_batch_and_ranks(de
 def test_evaluation_takes_size_and_crop_from_the_checkpoint(deit3_here, tmp_path, folder):
     assert deit3_here(*TINY, "--data", folder, "--layer-scale", "none", "--out", tmp_path / "o").status == 0
     result = deit3_here(
-        "--model", "vit_nano", "--device", "cpu", "--workers", 0, "--data", folder, "--eval", "--weights", tmp_path / "o/last.pt"
+        "--model", "vit_nano", "--device", "cpu", "--workers", 0, "--data", folder, "--eval", "--weights",
+        tmp_path / "o/last.pt"
     )
-    assert result.status == 0 and "20 images at 32 x 32, crop ratio 1" in result.out and "resized" not in result.out, result
+    assert result.status == 0 and "20 images at 32 x 32, crop ratio 1" in result.out, result
+    assert "resized" not in result.out, result
 
 
 def test_A13_compile_without_a_compiler(deit3_here, tmp_path, folder, monkeypatch):
@@ -280,7 +299,11 @@ def test_a_run_writes_log_checkpoints_and_curves(deit3_here, tmp_path, folder):
     assert log_of(tmp_path)[0]["status"] == "started" and log_of(tmp_path)[-1]["status"] == "completed"
 
 
-@pytest.mark.parametrize("extra", [["--trainable", "attention"], ["--model", "torchvision/resnet18", "--img-size", "64"], ["--grad-checkpoint"], ["--amp", "bf16"], ["--layer-scale", "none", "--loss", "bce", "--smoothing", "0"], ["--drop-path", "0.5", "--crop", "rrc", "--augment", "rand"], ["--val-data", "none"]], ids=" ".join)  # fmt: skip
+@pytest.mark.parametrize("extra", [
+    ["--trainable", "attention"], ["--model", "torchvision/resnet18", "--img-size", "64"], ["--grad-checkpoint"],
+    ["--amp", "bf16"], ["--layer-scale", "none", "--loss", "bce", "--smoothing", "0"],
+    ["--drop-path", "0.5", "--crop", "rrc", "--augment", "rand"], ["--val-data", "none"]
+], ids=" ".join)
 def test_variants_train(deit3_here, tmp_path, folder, extra):
     result = deit3_here(*TINY, "--data", folder, "--epochs", 1, "--warmup-epochs", 0, *extra, "--out", tmp_path)
     assert result.status == 0, result
@@ -289,11 +312,16 @@ def test_variants_train(deit3_here, tmp_path, folder, extra):
         torch.manual_seed(0)
         fresh = deit3.build_model("vit_nano", 4, 32, layer_scale=1.0).state_dict()
         changed = {k for k, v in load(tmp_path / "last.pt")["model"].items() if not torch.equal(v, fresh[k])}
-        assert changed == {n for n, _ in a.named_parameters() if ".attn" in n or n.startswith("head.") or n == "pos_embed"}
+        assert changed == {
+            n for n, _ in a.named_parameters() if ".attn" in n or n.startswith("head.") or n == "pos_embed"
+        }
 
 
 def test_F12_batch_norm_with_one_image(deit3_here, tmp_path, folder):
-    command = [*TINY, "--model", "torchvision/resnet18", "--mix-group", 1, "--micro-batch", 1, "--data", folder, "--out", tmp_path]
+    command = [
+        *TINY, "--model", "torchvision/resnet18", "--mix-group", 1, "--micro-batch", 1, "--data", folder, "--out",
+        tmp_path
+    ]
     refused(deit3_here(*command), "BatchNorm")
 
 

@@ -6,7 +6,10 @@ import pytest
 from conftest import ROOT, SCRIPTS
 
 # What every script has of its own under the same name.
-OWN = {"Recipe", "TEACHER", "SAVED", "RECIPES", "MODELS", "TRANSFER", "paper_recipe", "build_model", "parse_args", "make_model", "train", "main"}  # fmt: skip
+OWN = {
+    "Recipe", "TEACHER", "SAVED", "RECIPES", "MODELS", "TRANSFER", "paper_recipe", "build_model", "parse_args",
+    "make_model", "train", "main"
+}
 
 
 def definitions(source: str) -> dict[str, tuple[str, str]]:
@@ -28,7 +31,9 @@ def definitions(source: str) -> dict[str, tuple[str, str]]:
 def without_docstrings(node: ast.AST) -> ast.AST:
     for part in ast.walk(node):
         body = getattr(part, "body", None)
-        if isinstance(part, (ast.ClassDef, ast.FunctionDef)) and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+        if not isinstance(part, (ast.ClassDef, ast.FunctionDef)):
+            continue
+        if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
             part.body = body[1:] or [ast.Pass()]
     return node
 
@@ -80,4 +85,6 @@ def test_the_check_itself_finds_what_it_looks_for(second, complaint):
 
 def test_the_check_names_the_owner_of_a_copied_copy():
     code = "def f(x):\n    return x\n"
-    assert mistakes({"a": code, "b": "# Copied from a.py\n" + code, "c": "# Copied from b.py\n" + code}) == ["c.f: b has it from elsewhere"]
+    assert mistakes(
+        {"a": code, "b": "# Copied from a.py\n" + code, "c": "# Copied from b.py\n" + code}
+    ) == ["c.f: b has it from elsewhere"]

@@ -30,7 +30,7 @@ AUGMENT = reference("augment")
 slow = pytest.mark.slow
 
 
-# ---- Architecture ------------------------------------------------------------------------------------------------------
+# ---- Architecture ----------------------------------------------------------------------------------------------------
 
 
 def on_meta(case: dict) -> torch.nn.Module:
@@ -44,7 +44,8 @@ def test_state_dict_parameters_and_gmacs_are_the_official_ones(variant):
 
 
 @pytest.mark.parametrize(
-    "variant", ["tiny", "small", "base", "small_384"] + [pytest.param(v, marks=slow) for v in ("large_384", "huge", "huge_26x2")]
+    "variant",
+    ["tiny", "small", "base", "small_384"] + [pytest.param(v, marks=slow) for v in ("large_384", "huge", "huge_26x2")]
 )
 def test_logits_equal_the_official_ones(variant):
     case = MODELS[variant]
@@ -114,7 +115,7 @@ def test_kept_only_stochastic_depth_equals_masking():
 
 
 def test_stochastic_depth_keeps_the_expectation_of_value_and_gradient():
-    """Every sample's branch counts once on average, whatever the batch and the rate: the mean over many draws says so."""
+    """Every sample's branch counts once on average, whatever the batch and the rate, as a mean of many draws shows."""
     torch.manual_seed(0)
     for batch, rate in ((7, 0.3), (16, 0.45), (4, 0.1), (3, 0.9)):
         share = torch.zeros(batch, dtype=torch.float64)
@@ -157,14 +158,18 @@ def test_torchvision_models_train_under_the_same_recipe():
     assert deit3.build_model("torchvision/resnet18", 5).fc.out_features == 5
 
 
-# ---- Recipe ------------------------------------------------------------------------------------------------------------
+# ---- Recipe ----------------------------------------------------------------------------------------------------------
 
 
 def test_recipe_of_table_6_1():
     r = deit3.paper_recipe("in1k", "vit_b")
-    assert (r.epochs, r.batch_size, r.optimizer, r.lr, r.weight_decay, r.warmup_epochs) == (400, 2048, "lamb", 3e-3, 0.02, 5)
+    assert (
+        r.epochs, r.batch_size, r.optimizer, r.lr, r.weight_decay, r.warmup_epochs
+    ) == (400, 2048, "lamb", 3e-3, 0.02, 5)
     assert (r.clip_grad, r.repeats, r.crop, r.augment, r.color_jitter) == (1.0, 3, "rrc", "3-augment", 0.3)
-    assert (r.mixup, r.cutmix, r.loss, r.smoothing, r.layer_scale, r.eval_crop_ratio) == (0.8, 1.0, "bce", 0.0, 1e-4, 1.0)
+    assert (
+        r.mixup, r.cutmix, r.loss, r.smoothing, r.layer_scale, r.eval_crop_ratio
+    ) == (0.8, 1.0, "bce", 0.0, 1e-4, 1.0)
     r = deit3.paper_recipe("in21k", "vit_l")
     assert (r.epochs, r.lr, r.repeats, r.crop, r.mixup, r.cutmix, r.loss, r.smoothing, r.drop_path) == (
         90,
@@ -184,7 +189,8 @@ def test_recipe_of_table_6_1():
 
 
 @pytest.mark.parametrize(
-    "model, in1k, in21k", [("vit_ti", 0, 0), ("vit_s", 0, 0), ("vit_b", 0.1, 0.1), ("vit_l", 0.4, 0.3), ("vit_h", 0.5, 0.5)]
+    "model, in1k, in21k",
+    [("vit_ti", 0, 0), ("vit_s", 0, 0), ("vit_b", 0.1, 0.1), ("vit_l", 0.4, 0.3), ("vit_h", 0.5, 0.5)]
 )
 def test_drop_rates_of_table_6_14(model, in1k, in21k):
     assert deit3.paper_recipe("in1k", model).drop_path == in1k
@@ -203,7 +209,7 @@ def test_transfer_adapts_to_the_data_set():
     assert deit3.paper_recipe("transfer", "vit_b", data="inat2018@genus:/data").epochs == 360
 
 
-# ---- Augmentation ------------------------------------------------------------------------------------------------------
+# ---- Augmentation ----------------------------------------------------------------------------------------------------
 
 STEPS = {"Brightness": 0, "Contrast": 1, "Saturation": 2}
 
@@ -242,14 +248,18 @@ SINGLE = ("Grayscale3", "HFlip", "GaussianBlur", "Brightness", "Contrast", "Satu
 
 
 @pytest.mark.parametrize(
-    "case", [c for c in AUGMENT["op_cases"] if c["op"] in SINGLE and c["m"] is None], ids=lambda c: f"{c['op']}-{c['arg']}"
+    "case", [c for c in AUGMENT["op_cases"] if c["op"] in SINGLE and c["m"] is None],
+    ids=lambda c: f"{c['op']}-{c['arg']}"
 )
 def test_device_operations_equal_pils(case):
-    assert np.array_equal(replay({"image": case["image"], "steps": [[case["op"], case["arg"]]]}), np.array(case["output"]))
+    assert np.array_equal(
+        replay({"image": case["image"], "steps": [[case["op"], case["arg"]]]}), np.array(case["output"])
+    )
 
 
 @pytest.mark.parametrize(
-    "case", [c for c in AUGMENT["op_cases"] if c["op"] in ("ResizedCrop", "ReflectPadCrop")], ids=lambda c: f"{c['op']}-{c['arg']}"
+    "case", [c for c in AUGMENT["op_cases"] if c["op"] in ("ResizedCrop", "ReflectPadCrop")],
+    ids=lambda c: f"{c['op']}-{c['arg']}"
 )
 def test_crops_equal_pils(case, monkeypatch):
     x = from_numpy(triangle_image(AUGMENT["images"][case["image"]]))
@@ -268,19 +278,25 @@ def test_blur_equals_pils(radius):
     pixels = np.random.default_rng(0).integers(0, 256, (21, 33, 3), dtype=np.uint8)
     expected = np.array(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(radius)))
     for blur in (deit3.gaussian_blur, deit3.gaussian_blur_by_pil):
-        assert np.array_equal(blur(from_numpy(pixels)[None].float(), torch.tensor([radius]))[0].permute(1, 2, 0), expected)
+        assert np.array_equal(
+            blur(from_numpy(pixels)[None].float(), torch.tensor([radius]))[0].permute(1, 2, 0), expected
+        )
 
 
 def test_color_jitter_equals_torchvisions_on_pil_images():
     pixels = np.random.default_rng(1).integers(0, 256, (20, 24, 3), dtype=np.uint8)
-    adjust = (transforms.functional.adjust_brightness, transforms.functional.adjust_contrast, transforms.functional.adjust_saturation)
+    adjust = (
+        transforms.functional.adjust_brightness, transforms.functional.adjust_contrast,
+        transforms.functional.adjust_saturation
+    )
     for index, order in enumerate(deit3.ORDERS):
         factors = [0.7 + 0.1 * index, 1.3 - 0.07 * index, 0.75 + 0.09 * index]
         expected = Image.fromarray(pixels)
         for which in order:
             expected = adjust[which](expected, factors[which])
         out = deit3.augment(from_numpy(pixels)[None], torch.tensor([[0, 0, 0, *factors, index]]))[0].permute(1, 2, 0)
-        assert np.abs(out.numpy() - np.array(expected)).max() <= 1  # one level where PIL's float32 product falls on a tie
+        # one level where PIL's float32 product falls on a tie
+        assert np.abs(out.numpy() - np.array(expected)).max() <= 1
 
 
 @pytest.mark.parametrize("policy", ["3-augment", "gray+blur", "rand", "auto", "trivial", "none"])
@@ -299,12 +315,15 @@ def test_B19_transform_gives_the_right_shape_for_any_image_and_the_same_pixels_a
     assert chosen == {"3-augment": {1, 2, 3}, "gray+blur": {1, 3}}.get(policy, {0})
 
 
-# ---- Loss --------------------------------------------------------------------------------------------------------------
+# ---- Loss ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", [c for c in reference("mixup")["cases"] if c["smoothing"] == 0], ids=lambda c: c["name"])
+@pytest.mark.parametrize(
+    "case", [c for c in reference("mixup")["cases"] if c["smoothing"] == 0], ids=lambda c: c["name"]
+)
 def test_binary_cross_entropy_equals_the_official_one(case):
-    mix = deit3.Mix(case["lam"]) if case["kind"] == "mixup" else deit3.cutmix_box(case["lam"], 6, 6, case["cy"], case["cx"])
+    box = deit3.cutmix_box(case["lam"], 6, 6, case["cy"], case["cx"]) if case["kind"] != "mixup" else None
+    mix = box or deit3.Mix(case["lam"])
     targets = deit3.mix_targets(torch.tensor(case["labels"]), [mix], case["num_classes"], 0.0)
     logits = sine(case["logits"]).requires_grad_()
     value = deit3.bce_loss(logits, targets.double())

@@ -1,4 +1,4 @@
-"""Every kind of end: whatever main() ends by, the process and its loader workers are gone at once (row J1 of the fault list)."""
+"""Every kind of end: whatever main() ends by, the process and its loader workers are gone at once (fault list, J1)."""
 
 import os
 import signal

@@ -19,7 +19,8 @@ CASES = reference("features")
 @pytest.mark.parametrize("case", CASES["knn"], ids=lambda c: f"k{c['k']}")
 def test_knn_equals_equation_2_6(case):
     inputs = CASES["inputs"]
-    queries, keys, labels = sine(inputs["query_embeddings"]), sine(inputs["memory_embeddings"]), torch.tensor(inputs["memory_labels"])
+    queries, keys = sine(inputs["query_embeddings"]), sine(inputs["memory_embeddings"])
+    labels = torch.tensor(inputs["memory_labels"])
     expected = torch.tensor(case["expected"]["probabilities"], dtype=torch.float64)
     for chunk in (1, 1024):
         found = knn_probabilities(queries, keys, labels, case["k"], case["sigma"], inputs["num_classes"], chunk)
@@ -96,7 +97,8 @@ def digits(case: dict):
 
 
 @pytest.mark.parametrize(
-    "case", [c for c in CASES["logreg"] if len(c["classes"]) > 2], ids=lambda c: f"{c['features']}-{c['C']}-{len(c['classes'])}"
+    "case", [c for c in CASES["logreg"] if len(c["classes"]) > 2],
+    ids=lambda c: f"{c['features']}-{c['C']}-{len(c['classes'])}"
 )
 def test_logistic_regression_reaches_the_reference_optimum(case):
     x, y, test_x, test_y = digits(case)

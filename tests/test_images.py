@@ -38,7 +38,9 @@ def test_evaluation_transform_is_torchvisions_to_60_db(size):
     from torchvision import transforms
 
     smooth = Image.fromarray(RNG.integers(0, 256, (9, 9, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
-    expected = transforms.Compose([transforms.Resize(73, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(64)])(smooth)
+    expected = transforms.Compose(
+        [transforms.Resize(73, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(64)]
+    )(smooth)
     out = eval_transform(from_numpy(np.array(smooth)), (64, 64), 0.875)
     assert psnr(out.permute(1, 2, 0).numpy(), np.array(expected)) > 60
 
@@ -57,7 +59,10 @@ def test_jpeg_equals_pillow(quality, subsampling):
     assert np.abs(pixels(out.getvalue()).astype(int) - expected).max() <= 1
 
 
-@pytest.mark.parametrize("kind, mode", [("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGBA"), ("PNG", "LA"), ("PNG", "1"), ("PNG", "P"), ("PNG", "L"), ("TIFF", "RGB"), ("BMP", "RGB"), ("WEBP", "RGB"), ("PPM", "RGB"), ("GIF", "P")])  # fmt: skip
+@pytest.mark.parametrize("kind, mode", [
+    ("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGBA"), ("PNG", "LA"), ("PNG", "1"), ("PNG", "P"), ("PNG", "L"),
+    ("TIFF", "RGB"), ("BMP", "RGB"), ("WEBP", "RGB"), ("PPM", "RGB"), ("GIF", "P")
+])
 def test_B14_every_mode_becomes_pillows_rgb(kind, mode):
     image = COLOURS.convert(mode)
     if kind == "PNG" and mode == "P":
@@ -94,7 +99,11 @@ def test_B17_exif_orientation_is_not_applied_and_corrupt_exif_is_no_error():
     assert pixels(out.getvalue().replace(b"Exif\0\0", b"Exif\0\0\xff\xff", 1)[:-2] + b"\xff\xd9").shape[2] == 3
 
 
-@pytest.mark.parametrize("damage", [lambda d: d[: len(d) // 2], lambda d: d[:-2], lambda d: b"", lambda d: b"<html>no</html>", lambda d: d[:20]], ids=["half", "last 2 bytes", "empty", "html", "20 bytes"])  # fmt: skip
+@pytest.mark.parametrize(
+    "damage",
+    [lambda d: d[: len(d) // 2], lambda d: d[:-2], lambda d: b"", lambda d: b"<html>no</html>", lambda d: d[:20]],
+    ids=["half", "last 2 bytes", "empty", "html", "20 bytes"]
+)
 def test_B11_B12_damaged_images_are_errors(damage):
     with pytest.raises((OSError, ValueError)):
         decode(damage(encoded(COLOURS)))

@@ -66,9 +66,8 @@ def test_ema_equals_the_official_one(case):
         set_state(model, step["model"])
         ema.update(model, skip=torch.zeros(()))
         for key, expected in step["expected_ema"].items():
-            assert torch.allclose(ema.model.state_dict()[key].double(), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12), (
-                key
-            )
+            found, expected = ema.model.state_dict()[key].double(), torch.tensor(expected, dtype=torch.float64)
+            assert torch.allclose(found, expected, rtol=0, atol=1e-12), key
     before = copy.deepcopy(ema.model.state_dict())
     ema.update(model, skip=torch.ones(()))
     assert all(torch.equal(before[k], v) for k, v in ema.model.state_dict().items() if v.is_floating_point())
@@ -87,7 +86,7 @@ def test_frozen_parameters_are_in_no_group():
     assert [len(g["params"]) for g in param_groups(model, 0.1)] == [0, 1]
 
 
-# ---- Precision ---------------------------------------------------------------------------------------------------------
+# ---- Precision -------------------------------------------------------------------------------------------------------
 
 
 def run_steps(name, losses, *, amp="fp32", accumulation=1, clip=None, steps=3):

@@ -17,11 +17,16 @@ README = (ROOT / "README.md").read_text()
 
 def test_I1_the_wheel_holds_every_script_and_common_and_no_tests(tmp_path):
     copy = tmp_path / "src"
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "runs", ".venv", "build", "*.egg-info", "__pycache__"))
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path), str(copy)]
+    shutil.copytree(
+        ROOT, copy, ignore=shutil.ignore_patterns(".git", "runs", ".venv", "build", "*.egg-info", "__pycache__")
+    )
+    command = [
+        sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path), str(copy)
+    ]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
-    for wanted in [f"{s}.py" for s in SCRIPTS] + [f"common/{p.name}" for p in (ROOT / "common").glob("*.py")] + ["common/py.typed"]:
+    modules = [f"common/{p.name}" for p in (ROOT / "common").glob("*.py")]
+    for wanted in [f"{s}.py" for s in SCRIPTS] + modules + ["common/py.typed"]:
         assert wanted in names, wanted
     assert not [n for n in names if n.startswith("tests")]
 
@@ -41,7 +46,8 @@ def test_I2_a_script_and_common_copied_out_train(fresh, tmp_path, script):
 def test_importing_a_script_runs_nothing_and_needs_only_torch_and_torchvision(fresh, tmp_path, script):
     """Models, augmentation and losses of a script work where common does not exist."""
     shutil.copy(ROOT / f"{script}.py", tmp_path)
-    code = f"import {script}, torch; print({script}.build_model('{NANO[script]}', 3, 32).eval()(torch.zeros(1, 3, 32, 32)).shape)"
+    model = f"{script}.build_model('{NANO[script]}', 3, 32)"
+    code = f"import {script}, torch; print({model}.eval()(torch.zeros(1, 3, 32, 32)).shape)"
     result = fresh("-c", code, cwd=tmp_path)
     width = 256 if script == "grafit" else 3  # Grafit's network embeds
     assert result.status == 0 and result.out.strip() == f"torch.Size([1, {width}])" and not result.err, result
@@ -57,7 +63,8 @@ def test_I3_a_foreign_common_package_fails_with_a_clear_line(fresh, tmp_path):
         "sys.argv = ['deit3.py', '--help']; runpy.run_path('deit3.py', run_name='__main__')"
     )
     result = fresh("-c", code, cwd=tmp_path)
-    assert result.status == 2 and len(result.err.strip().splitlines()) == 1 and "another package named common" in result.err, result
+    assert result.status == 2 and len(result.err.strip().splitlines()) == 1, result
+    assert "another package named common" in result.err, result
     result = fresh("deit3.py", "--help", cwd=tmp_path)
     assert result.status == 0 or "another package named common" in result.err, result
 
@@ -85,7 +92,9 @@ def test_readmes_commands_of_the_transfer_suite_are_accepted():
     for line in lines:
         assert transfer.parse_args(line).out
     for name, metric in transfer.SETS.items():  # the table says the metric of each
-        row = next(r for r in README.splitlines() if f"`{name}`" in r or (name.startswith("cog") and "`cog1` to `cog5`" in r))
+        row = next(
+            r for r in README.splitlines() if f"`{name}`" in r or (name.startswith("cog") and "`cog1` to `cog5`" in r)
+        )
         assert ("mean per class" in row) == (metric == "per-class"), name
 
 
@@ -93,9 +102,8 @@ def test_readmes_commands_of_the_transfer_suite_are_accepted():
 def test_readme_has_a_command_for_every_recipe(script):
     lines = [line for name, line in commands() if name == script]
     for recipe in importlib.import_module(script).RECIPES:
-        assert any(f"--recipe {recipe}" in line or ("--recipe" not in line and recipe in ("in1k", "trex", "grafit")) for line in lines), (
-            recipe
-        )
+        default = recipe in ("in1k", "trex", "grafit")
+        assert any(f"--recipe {recipe}" in line or ("--recipe" not in line and default) for line in lines), recipe
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -112,9 +120,51 @@ def test_every_recipe_field_and_flag_is_read(script):
 
 def test_a_method_script_imports_no_other_and_common_knows_no_method():
     for script in SCRIPTS:
-        imported = {n.module or "" for n in ast.walk(ast.parse((ROOT / f"{script}.py").read_text())) if isinstance(n, ast.ImportFrom)}
+        nodes = ast.walk(ast.parse((ROOT / f"{script}.py").read_text()))
+        imported = {n.module or "" for n in nodes if isinstance(n, ast.ImportFrom)}
         assert not imported & (set(SCRIPTS) - {script})
     for file in (ROOT / "common").glob("*.py"):
         imports = [n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, (ast.Import, ast.ImportFrom))]
         names = {a.name for n in imports for a in n.names} | {getattr(n, "module", "") or "" for n in imports}
         assert not names & {"deit", "cait", "resmlp", "patchconvnet", "grafit", "trex", "deit3"}, file
+
+
+# ---- Sizes -----------------------------------------------------------------------------------------------------------
+
+LONGEST = {"deit3": 720, "deit": 620, "trex": 450}  # lines of a script, where fewer than 800
+
+
+def functions(source: str) -> list[tuple[str, int]]:
+    """(name, lines) of every function, methods and inner ones included."""
+    found = [n for n in ast.walk(ast.parse(source)) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    return [(f.name, f.end_lineno - f.lineno + 1) for f in found]
+
+
+FILES = [p.relative_to(ROOT) for part in ("", "common/", "tests/") for p in sorted(ROOT.glob(f"{part}*.py"))]
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_lines_fit_on_a_screen_and_so_do_functions(file):
+    source = (ROOT / file).read_text()
+    assert not [number for number, line in enumerate(source.splitlines(), 1) if len(line) > 120]
+    if file.parent.name != "tests":
+        assert not [f for f in functions(source) if f[1] > (60 if f[0] == "train" else 50)]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_is_the_method_and_little_else(script):
+    source = (ROOT / f"{script}.py").read_text()
+    lines = source.splitlines()
+    banner = next(number for number, line in enumerate(lines) if line.startswith("# ---- Training"))
+    assert len(lines) <= LONGEST.get(script, 800)
+    assert len(lines) - banner <= (220 if script == "grafit" else 130)
+    imports = [
+        n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom) and n.module.split(".")[0] == "common"
+    ]
+    assert len({alias.name for n in imports for alias in n.names}) <= 12
+
+
+def test_common_is_thin():
+    lines = {p.name: len(p.read_text().splitlines()) for p in (ROOT / "common").glob("*.py")}
+    assert lines["transfer.py"] <= 480
+    assert sum(count for name, count in lines.items() if name not in ("transfer.py", "dense.py")) <= 2700

@@ -131,14 +131,17 @@ def test_features_of_torchvisions_classifiers_and_of_official_weights(suite, fol
             model = torchvision.models.get_model(name).eval()
         device = next(model.parameters()).device
         with torch.no_grad():
-            assert transfer.classifier_inputs(model, name)(torch.zeros(2, 3, 224, 224, device=device)).shape == (2, width), name
+            images = torch.zeros(2, 3, 224, 224, device=device)
+            assert transfer.classifier_inputs(model, name)(images).shape == (2, width), name
     with pytest.raises(UserError, match="no linear classifier"):
         transfer.classifier_inputs(torchvision.models.squeezenet1_0(), "squeezenet")
     import deit3
     import patchconvnet
 
     with pytest.raises(UserError, match="no linear classifier over one feature"):
-        transfer.classifier_inputs(patchconvnet.build_model("patchconvnet_nano", 5, 32, class_tokens="per_class"), "per class")
+        transfer.classifier_inputs(
+            patchconvnet.build_model("patchconvnet_nano", 5, 32, class_tokens="per_class"), "per class"
+        )
     model = deit3.build_model("vit_nano", 9, 32)
     torch.save({"model": model.state_dict()}, tmp_path / "official.pth")
     base = ["--sets", folder, "--seeds", 1, "--workers", 0, "--device", "cpu", "--img-size", 32]
@@ -163,7 +166,7 @@ def digits() -> tuple:
 
 
 def blobs() -> tuple:
-    """As digits(), but ten overlapping classes in 8 dimensions: L-BFGS reaches their optimum in few steps at any cost."""
+    """As digits(), but ten overlapping classes in 8 dimensions: L-BFGS takes few steps to their optimum at any cost."""
     draws, y = torch.Generator().manual_seed(2), torch.arange(900) % 10
     x = (1.7 * torch.randn(10, 8, generator=draws))[y] + torch.randn(900, 8, generator=draws)
     return x[:300], y[:300], x[300:], y[300:]
