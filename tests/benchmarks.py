@@ -219,7 +219,7 @@ def drop_path() -> None:
     x = torch.randn(32, 197, 384)
     for rate in (0.1, 0.3, 0.5):
         stacks = [
-            nn.Sequential(*[c(384, 6, branches=1, layer_scale=1e-4, drop_path=rate) for _ in range(2)]).train()
+            nn.Sequential(*[c(384, 6, scale=1e-4, drop_path=rate) for _ in range(2)]).train()
             for c in (MaskedBlock, deit3.Block)
         ]
         compare(
