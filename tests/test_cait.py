@@ -239,7 +239,8 @@ def test_kept_only_stochastic_depth_equals_masking():
     torch.manual_seed(1)
     kept_only = block(x)
     torch.manual_seed(1)
-    masks = [(torch.rand(16) >= 0.4).float()[:, None, None] / 0.6 for _ in range(2)]
+    draws = [cait.kept_samples(16, 0.4, x.device) for _ in range(2)]
+    masks = [torch.zeros(16, 1, 1).index_fill(0, kept, factor) for kept, factor in draws]
     y = x + masks[0] * block.attention_branch(x)
     assert torch.allclose(kept_only, y + masks[1] * block.mlp_branch(y), atol=1e-6)
 

@@ -241,7 +241,8 @@ def test_kept_only_stochastic_depth_equals_masking():
     torch.manual_seed(1)
     kept_only = block(x)
     torch.manual_seed(1)
-    mask = (torch.rand(12) >= 0.4).float().view(-1, 1, 1, 1) / 0.6
+    kept, factor = patchconvnet.kept_samples(12, 0.4, x.device)
+    mask = torch.zeros(12, 1, 1, 1).index_fill(0, kept, factor)
     assert torch.allclose(kept_only, x + mask * block.branch(x), atol=1e-5)
 
 
