@@ -486,8 +486,8 @@ def write_figures(run) -> None:
         report.save_json(run.out / "branch_norms.json", ratios)
         panels = [{name: list(enumerate(values))} for name, values in ratios.items()]
         labels = ["branch / input"] * len(panels)
-        report.save_plot(run.out / "branch_norms.png", panels, "block", labels, run.say)
-        run.say(f"wrote {run.out / 'branch_norms.json'} and .png, over {len(chosen)} images")
+        drawn = report.save_plot(run.out / "branch_norms.png", panels, "block", labels, run.say)
+        run.say(f"wrote {run.out / 'branch_norms.json'}{' and .png' if drawn else ''}, over {len(chosen)} images")
     for file in args.attention_maps or []:
         image = images.eval_transform(evaluate.read_file(file, "--attention-maps"), size, crop_ratio)
         batch, picture, rows = evaluate.normalize(image[None].to(run.device)), images.to_pil(image), []

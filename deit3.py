@@ -622,7 +622,7 @@ def mix_targets(labels: torch.Tensor, mixes: list[Mix], num_classes: int, smooth
     return torch.cat([t * mix.lam + t.flip(0) * (1 - mix.lam) for t, mix in zip(targets.chunk(len(mixes)), mixes)])
 
 
-# ---- Training: the only user of common -------------------------------------------------------------------------------
+# ---- Training --------------------------------------------------------------------------------------------------------
 
 
 def parse_args(argv: list[str] | None = None):

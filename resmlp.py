@@ -445,8 +445,8 @@ def write_filters(run) -> None:
     shares = sparsity(model)
     report.save_json(folder / "sparsity.json", shares)
     curves = {name: list(enumerate(values)) for name, values in shares.items()}
-    report.save_plot(folder / "sparsity.png", [curves], "layer", ["share of small weights"], run.say)
-    run.say(f"wrote {len(layers)} pictures of filters, sparsity.json and sparsity.png to {folder}")
+    drawn = report.save_plot(folder / "sparsity.png", [curves], "layer", ["share of small weights"], run.say)
+    run.say(f"wrote {len(layers)} pictures of filters, sparsity.json{' and .png' if drawn else ''} to {folder}")
 
 
 # ---- Augmentation: Table 3.9 -----------------------------------------------------------------------------------------

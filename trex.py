@@ -330,7 +330,7 @@ def learning_rate(
     return min_lr + 0.5 * (peak - min_lr) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
-# ---- Training: the only user of common -------------------------------------------------------------------------------
+# ---- Training --------------------------------------------------------------------------------------------------------
 
 
 def parse_args(argv: list[str] | None = None):

@@ -168,8 +168,8 @@ def save_curves(path: str | Path, log: str | Path, panels: list[list[str]], say=
     save_plot(path, curves, "epoch", ["loss" if "loss" in keys[0] else "accuracy, %" for keys in panels], say)
 
 
-def save_plot(path: str | Path, panels: list[dict[str, list]], x_label: str, y_labels=None, say=print) -> None:
-    """PNG with one panel per dictionary, the name of a curve to its points (x, y), x whole numbers."""
+def save_plot(path: str | Path, panels: list[dict[str, list]], x_label: str, y_labels=None, say=print) -> bool:
+    """PNG with one panel per dictionary, the name of a curve to its points (x, y), x whole. Whether it is drawn."""
     if figure := new_figure(path, 4.2 * len(panels), 2.6, say):
         row = figure.subplots(1, len(panels), squeeze=False)[0]
         for axes, curves, y_label in zip(row, panels, y_labels or [""] * len(panels)):
@@ -181,6 +181,7 @@ def save_plot(path: str | Path, panels: list[dict[str, list]], x_label: str, y_l
                     axes.plot(*zip(*points), ".-" if len(points) < 50 else "-", label=name)
                     axes.legend(fontsize="small")
         figure.savefig(path)
+    return bool(figure)
 
 
 def save_scatter(path: str | Path, points: dict[str, tuple], x_label: str, y_label: str, say=print) -> None:

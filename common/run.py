@@ -41,7 +41,7 @@ _STORE: list = []  # where its ranks meet
 
 
 class Stopped(SystemExit):
-    """A signal asked for an end, and the state is saved. Its code is 128 + signal."""
+    """A signal asked for an end; what there was to save is saved. Its code is 128 + signal."""
 
 
 def launch(main: Callable[[], None]) -> None:

@@ -215,7 +215,7 @@ def prepare_data(archives: Path, work: Path, tune: bool) -> Path:
         whole = work / "whole" / name
         if not whole.exists():
             with tarfile.open(archives / f"{name}_subset.tar") as tar:
-                tar.extractall(whole.with_suffix(".part"), filter="data")
+                tar.extractall(whole.with_suffix(".part"))  # no filter: Python 3.10.0 to 3.11.3 have none
             whole.with_suffix(".part").rename(whole)
         coarse = json.loads((whole / "coarse.json").read_text())
         classes = sorted(coarse)

@@ -31,3 +31,4 @@ def test_without_matplotlib_a_run_says_so_once_and_completes(deit3_here, folder,
     ]
     report.save_scatter(tmp_path / "s.png", {"x": (1.0, 2.0)}, "", "")
     assert not (tmp_path / "s.png").exists()
+    assert not report.save_plot(tmp_path / "p.png", [{"a": [(0, 1.0)]}], "epoch", say=lambda line: None)
