@@ -699,6 +699,8 @@ def parse_args(argv: list[str] | None = None):
     parser.add_argument("--branch-norms", action="store_true",
                         help="write the branches' norms (Figure 3.6) on 64 images of --data to --out and stop")
     args = cli.parse(parser, argv, MODELS, RECIPES)
+    if args.branch_norms:
+        cli.refuse(args, ("eval_data",), "has no effect beside --branch-norms, which looks at --data")
     paper = paper_recipe(args.recipe, args.model, data=args.data or "")
     return args, cli.override(paper, args, lr_follows_batch=True), paper
 

@@ -665,6 +665,8 @@ def parse_args(argv: list[str] | None = None):
         cli.refuse(args, ("views", "instance_weight", "target_decay"), f"{lacks} instance loss")
     if not projector:
         cli.refuse(args, ("proj_dim",), f"{lacks} projector")
+    if args.retrieve:
+        cli.refuse(args, ("eval_data",), "has no effect beside --retrieve, which looks at --data")
     if not (args.eval or args.retrieve):
         cli.refuse(args, ("also",), "goes with --eval or --retrieve")
     return args, recipe, paper

@@ -118,7 +118,7 @@ def parse(parser: Parser, argv: list[str] | None, models, recipes) -> argparse.N
     else:
         check_choice("--model", args.model, models)
     check_choice("--recipe", args.recipe, recipes)
-    if args.data is None and not (args.eval and args.eval_data):
+    if args.data is None and not args.eval_data:
         args.data = "shapes"
     return args
 

@@ -383,6 +383,7 @@ def test_branch_norms_are_the_ratios_of_figure_3_6(here, trained, tmp_path):
     flags = ["--model", "cait_nano", "--weights", trained / "run/last.pt", "--device", "cpu", "--out", tmp_path]
     result = here("cait", *flags, "--branch-norms")
     assert result.status == 0, result
+    refused(here("cait", *flags, "--branch-norms", "--eval-data", tmp_path), "--eval-data", "--branch-norms")
     found = json.loads((tmp_path / "branch_norms.json").read_text())
     model = from_checkpoint(load(trained / "run/last.pt"), "last.pt", (32, 32), print).eval()
     source = Shapes("val")

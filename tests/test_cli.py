@@ -273,11 +273,6 @@ def test_evaluation_on_other_sets_and_on_real_labels(deit3_here, tmp_path):
     refused(deit3_here(*command, "--real-labels", tmp_path / "none.json"), "--real-labels")
 
 
-def test_only_an_evaluation_elsewhere_goes_without_data():
-    assert deit3.parse_args(["--eval", "--eval-data", "v2"])[0].data is None
-    assert deit3.parse_args(["--eval-data", "v2"])[0].data == "shapes"  # training, figures: there must be something
-
-
 def test_show_batch_writes_what_the_network_is_fed(deit3_here, tmp_path):
     result = deit3_here(*TINY, "--show-batch", tmp_path / "batch.png")
     assert result.status == 0, result

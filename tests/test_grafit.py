@@ -435,6 +435,7 @@ def test_retrieve_draws_frames_by_the_finest_level_that_is_right(here, trained, 
     assert frame(sheet, 1, third) == (150, 150, 150)  # nothing is known of an image from outside
     asked = ["grafit", "--model", "regnet_nano", "--retrieve"]
     refused(here(*asked, "999", *flags), "--retrieve 999", "20 validation images")
+    refused(here(*asked, "5", *flags, "--eval-data", outside), "--eval-data", "--retrieve")
     before = len(extracted)
     refused(here(*asked, tmp_path / "none.jpg", *flags), "none.jpg")
     assert len(extracted) == before  # told before the training images are embedded
