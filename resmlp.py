@@ -631,6 +631,7 @@ def mix_targets(labels: torch.Tensor, mixes: list[Mix], num_classes: int, smooth
 
 # ---- Training --------------------------------------------------------------------------------------------------------
 
+
 def parse_args(argv: list[str] | None = None):
     """(arguments, the recipe with the flags given, the paper's recipe)."""
     from common import cli

@@ -403,7 +403,7 @@ def train(run) -> None:
 def export(run) -> None:
     """--export: the encoder in the form that torchvision's ResNets load."""
     from common import checkpoint
-    from common.errors import UserError
+    from common.errors import UserError, one_line
 
     args = run.args
     file = args.weights or str(run.out / "last.pt")
@@ -413,7 +413,7 @@ def export(run) -> None:
     try:
         torch.save(checkpoint.plain(weights), args.export)
     except (OSError, RuntimeError) as error:
-        raise UserError(f"--export {args.export}: cannot be written ({' '.join(str(error).split())})") from None
+        raise UserError(f"--export {args.export}: cannot be written ({one_line(error, 1000)})") from None
     run.say(f"wrote {args.export}: load with strict=False, fc.weight and fc.bias are left out")
 
 

@@ -33,7 +33,7 @@ import torchvision
 from tqdm import tqdm
 
 from common import checkpoint, evaluate
-from common.cli import Parser, check_choice, converter
+from common.cli import Parser, check_choice, check_torchvision, converter
 from common.errors import UserError
 from common.evaluate import extract, log_odds, logistic_regression, mean_average_precision
 from common.models import fingerprint, from_checkpoint, from_torchvision
@@ -259,7 +259,7 @@ def load_network(args, say) -> tuple[torch.nn.Module, str, tuple[int, int], floa
     else:
         kind, _, model_name = name.partition("/")
         if kind == "torchvision":
-            check_choice("--model torchvision/", model_name, torchvision.models.list_models(torchvision.models))
+            check_torchvision("--model torchvision/", model_name)
             model = from_torchvision(model_name, content, where, "--weights", headless=True)
         elif content is None:
             raise UserError(f"--model {name}: needs --weights")
