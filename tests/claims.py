@@ -9,7 +9,8 @@ FOLDER holds cifar100_subset.tar (100 classes, 100 training and 20 test images e
 in a folder of its own below --work. A row compares figures at the end of training (not the best epoch's) of the same
 seeds, all tested on the same images: the deviation is the seeds'. Settings were chosen with --tune: the same commands
 on four fifths of the training images, tested on the last fifth. Results: results/claims.json, and Markdown tables on
-standard output.
+standard output. A run that has its figures in that file already is not made again, also on another machine, unless
+another run needs its checkpoint.
 """
 
 from __future__ import annotations
@@ -239,8 +240,9 @@ def prepare_data(archives: Path, work: Path, tune: bool) -> Path:
 # ---- Runs ------------------------------------------------------------------------------------------------------------
 
 
-def runs_of(row: Row, seeds: int) -> list[tuple[str, int]]:
-    """(run, seed) of a row in the order to run them: seed by seed, before a run those whose files it reads."""
+def runs_of(row: Row, seeds: int, known: dict | None = None) -> list[tuple[str, int]]:
+    """(run, seed) of a row in the order to run them: seed by seed, before a run those whose files it reads.
+    known: records by "RUN/SEED", as results/claims.json holds them; only what is not among them is run."""
     found: dict[tuple[str, int], None] = {}
 
     def add(run: str, seed: int) -> None:
@@ -251,8 +253,9 @@ def runs_of(row: Row, seeds: int) -> list[tuple[str, int]]:
     for seed in range(seeds):
         for *_, left, right in row.parsed():
             for term in f"{left} - {right}".split(" - "):
-                if not term.isdigit():
-                    add(term.split(":")[0], seed)
+                run = term.split(":")[0]
+                if not term.isdigit() and (known or {}).get(f"{run}/{seed}", {}).get("command") != COMMANDS[run]:
+                    add(run, seed)
     return list(found)
 
 
@@ -309,26 +312,41 @@ def execute(folder: Path, argv: list[str]) -> str:
 # ---- Results ---------------------------------------------------------------------------------------------------------
 
 
-def figure(folder: Path, metric: str) -> float | None:
-    """A completed run's figure, from its result file or the last epoch's record of log.jsonl; None: not there."""
-    if noted(folder)["state"] != "completed":
-        return None
-    for file in (folder / name for name in ("results.json", "matrix.json", "features.json", "compare.json")):
-        found = json.loads(file.read_text()) if file.exists() else None
-        for key in METRICS[metric].split("."):
-            found = found.get(key) if isinstance(found, dict) else None
-        if found is not None:
-            return float(found)
-    lines = (folder / "log.jsonl").read_text().splitlines() if (folder / "log.jsonl").exists() else []
-    return next((r[METRICS[metric]] for r in map(json.loads, reversed(lines)) if METRICS[metric] in r), None)
+def figures(folder: Path) -> dict[str, float]:
+    """A completed run's figures, from its result file or the last epoch's record of log.jsonl."""
+    records = [folder / name for name in ("results.json", "matrix.json", "features.json", "compare.json")]
+    records = [json.loads(file.read_text()) for file in records if file.exists()]
+    if (folder / "log.jsonl").exists():
+        records += [json.loads(line) for line in reversed((folder / "log.jsonl").read_text().splitlines())]
+    found = {}
+    for metric, keys in METRICS.items():
+        for value in records:
+            for key in keys.split("."):
+                value = value.get(key) if isinstance(value, dict) else None
+            if value is not None:
+                found.setdefault(metric, float(value))
+    return found
 
 
-def side(expression: str, metric: str, runs: Path, seed: int) -> float | None:
+def known_runs(out: Path, runs: Path) -> dict[str, dict]:
+    """By "RUN/SEED": "command", "minutes" and "figures" of what `out` holds and of the runs completed here; those of
+    another command are left out."""
+    known = json.loads(out.read_text())["runs"] if out.exists() else {}
+    for folder in runs.glob("*/*"):
+        note, name = noted(folder), f"{folder.parent.name}/{folder.name}"
+        if note["state"] == "completed" and folder.parent.name in COMMANDS:
+            minutes = round(note["seconds"] / 60, 1)
+            known[name] = {"command": COMMANDS[folder.parent.name], "minutes": minutes, "figures": figures(folder)}
+    return {name: run for name, run in sorted(known.items()) if COMMANDS.get(name.split("/")[0]) == run["command"]}
+
+
+def side(expression: str, metric: str, known: dict, seed: int) -> float | None:
     """A claim's left or right for a seed; None before its runs are completed."""
     values = []
     for term in expression.split(" - "):
         run, _, own = term.partition(":")
-        values.append(float(term) if term.isdigit() else figure(runs / run / str(seed), own or metric))
+        figures = known.get(f"{run}/{seed}", {"figures": {}})["figures"]
+        values.append(float(term) if term.isdigit() else figures.get(own or metric))
     return None if None in values else values[0] - sum(values[1:])
 
 
@@ -352,20 +370,17 @@ def verdict(differences: list[float]) -> str:
     return f"not separable; would take {needed} seeds"
 
 
-def results_of(row: Row, runs: Path, seeds: int) -> dict:
+def results_of(row: Row, known: dict, seeds: int) -> dict:
     """What results/claims.json holds of a row."""
-    todo, claims = runs_of(row, seeds), []
+    runs, claims = {f"{run}/{seed}" for run, seed in runs_of(row, seeds)}, []
     for text, paper, *sides in row.parsed():
-        pairs = [[side(expression, row.metric, runs, seed) for expression in sides] for seed in range(seeds)]
+        pairs = [[side(expression, row.metric, known, seed) for expression in sides] for seed in range(seeds)]
         pairs = [pair for pair in pairs if None not in pair]
         differences = [left - right for left, right in pairs]
         columns = {"left": [pair[0] for pair in pairs], "right": [pair[1] for pair in pairs], "difference": differences}
         claims.append({"claim": text, "paper": paper, **columns, "verdict": verdict(differences)})
-    notes = [noted(runs / run / str(seed)) for run, seed in todo]
-    done = {"runs": len(todo), "completed": sum(note["state"] == "completed" for note in notes)}
-    done["minutes"] = round(sum(note["seconds"] for note in notes) / 60, 1)
-    commands = {run: f"python {COMMANDS[run]}" for run, _ in todo}
-    return {"title": row.title, "setting": row.setting, **done, "claims": claims, "commands": commands}
+    done = {"runs": len(runs), "completed": len(runs & known.keys())}
+    return {"title": row.title, "setting": row.setting, **done, "claims": claims}
 
 
 def markdown(row: dict) -> str:
@@ -383,6 +398,13 @@ def markdown(row: dict) -> str:
         cells = " | ".join(cell(claim[key], digits) for key in ("left", "right", "difference"))
         lines.append(f"| {claim['claim']} | {claim['paper']} | {cells} | {claim['verdict']} |")
     return "\n".join(lines) + "\n"
+
+
+def write(out: Path, known: dict, seeds: int) -> None:
+    results = {"rows": {name: results_of(row, known, seeds) for name, row in ROWS.items()}, "runs": known}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".part").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    out.with_suffix(".part").replace(out)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -406,13 +428,13 @@ def main(argv: list[str] | None = None) -> int:
     runs, out = (work / "runs_tune", work / "claims_tune.json") if args.tune else (work / "runs", args.out)
     if args.list:
         for name in args.only:
-            row = results_of(ROWS[name], runs, args.seeds)
-            print(f"{name}: {row['title']}; {row['completed']} of {row['runs']} runs, {row['minutes']:.0f} minutes")
-            print("\n".join(f"    {command}" for command in row["commands"].values()))
+            row = results_of(ROWS[name], known_runs(out, runs), args.seeds)
+            print(f"{name}: {row['title']}; {row['completed']} of {row['runs']} runs")
+            print("\n".join(f"    python {COMMANDS[run]}" for run in dict(runs_of(ROWS[name], 1))))
         return 0
     data = prepare_data(args.data_root, work, args.tune)
     for name in args.only:
-        for run, seed in runs_of(ROWS[name], args.seeds):
+        for run, seed in runs_of(ROWS[name], args.seeds, known_runs(out, runs)):
             folder = runs / run / str(seed)
             if noted(folder)["state"] == "completed":
                 continue
@@ -425,10 +447,8 @@ def main(argv: list[str] | None = None) -> int:
             if state == "failed":
                 failed += 1
                 print(f"failed; see {folder}/output.txt", flush=True)
-        results = {title: results_of(row, runs, args.seeds) for title, row in ROWS.items()}
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        print(markdown(results[name]), flush=True)
+            write(out, known_runs(out, runs), args.seeds)
+        print(markdown(results_of(ROWS[name], known_runs(out, runs), args.seeds)), flush=True)
     return 1 if failed else 0
 
 

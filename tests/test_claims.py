@@ -102,9 +102,30 @@ def test_a_stopped_run_goes_on(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         claims.execute(folder, [str(program), str(folder)])
     thread.join()
-    assert claims.noted(folder)["state"] == "begun" and claims.figure(folder, "top1") is None
+    assert claims.noted(folder)["state"] == "begun" and not claims.known_runs(tmp_path / "no", tmp_path)
     with pytest.raises(SystemExit, match="another command"):
         claims.execute(folder, [str(program)])
     assert claims.execute(folder, [str(program), str(folder)]) == "completed"
-    assert claims.figure(folder, "top1") == 12.5
+    assert claims.figures(folder) == {"top1": 12.5}
     assert claims.execute(tmp_path / "other", [str(program)]) == "failed"
+
+
+def test_runs_whose_figures_are_kept_are_not_made_again(tmp_path):
+    """Known from the results file alone; but made again for a run that reads the checkpoint, or if the command changed."""
+    row, runs, out = claims.ROWS["distillation"], tmp_path / "runs", tmp_path / "claims.json"
+    everything = claims.runs_of(row, 2)
+    folder = runs / "deit" / "0"
+    folder.mkdir(parents=True)
+    (folder / "claim.json").write_text(json.dumps({"command": [], "state": "completed", "seconds": 90}))
+    (folder / "log.jsonl").write_text(json.dumps({"val_top1": 40.0}) + "\n" + json.dumps({"val_top1": 50.0}))
+    claims.write(out, claims.known_runs(out, runs), seeds=2)
+    elsewhere = tmp_path / "another machine"
+    known = claims.known_runs(out, elsewhere)
+    assert known == {"deit/0": {"command": claims.COMMANDS["deit"], "minutes": 1.5, "figures": {"top1": 50.0}}}
+    assert claims.side("deit", "top1", known, 0) == 50 and claims.side("deit", "top1", known, 1) is None
+    assert set(claims.runs_of(row, 2, known)) == set(everything)  # the teacher of deit_of_deit
+    reads = ("deit_of_deit/0", "deit_of_deit/1")
+    known |= {name: {"command": claims.COMMANDS["deit_of_deit"], "figures": {"top1": 1.0}} for name in reads}
+    assert ("deit", 0) not in claims.runs_of(row, 2, known) and ("deit", 1) in claims.runs_of(row, 2, known)
+    known["deit/0"]["command"] = "another"
+    assert ("deit", 0) in claims.runs_of(row, 2, known)
