@@ -111,7 +111,7 @@ def test_a_stopped_run_goes_on(tmp_path):
 
 
 def test_runs_whose_figures_are_kept_are_not_made_again(tmp_path):
-    """Known from the results file alone; but made again where another run reads the checkpoint, or by another command."""
+    """Known from the results file alone; but made again if another run reads the checkpoint, or by another command."""
     row, runs, out = claims.ROWS["distillation"], tmp_path / "runs", tmp_path / "claims.json"
     everything = claims.runs_of(row, 2)
     folder = runs / "deit" / "0"
