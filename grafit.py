@@ -728,8 +728,7 @@ def train(run) -> None:
                     if supervised == "ce":
                         loss = loss + F.cross_entropy(logits, labels)
                     if supervised == "knn":
-                        own = batch.indices.to(run.device)
-                        loss = loss + knn_loss(g, labels, memory.embeddings, memory_labels, own, recipe.sigma)
+                        loss = loss + knn_loss(g, labels, memory.embeddings, memory_labels, batch.indices, recipe.sigma)
                         embeddings.append(g.detach().float())
                     if instance:
                         loss = loss + recipe.instance_weight * instance_loss(predictions, model.targets(views))
@@ -739,8 +738,7 @@ def train(run) -> None:
             if instance:
                 model.average(recipe.target_decay)
             if memory:  # all ranks' images, on every rank
-                indices = run.gather(torch.cat(data.seen).to(run.device))
-                memory.update(indices, run.gather(torch.cat(embeddings)), skip=skipped)
+                memory.update(run.gather(torch.cat(data.seen)), run.gather(torch.cat(embeddings)), skip=skipped)
             run.after_step(stats, lr)
         record = run.end_of_training_epoch(lr_at(epoch + 1))
         if supervised == "ce":

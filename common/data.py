@@ -133,8 +133,8 @@ def split_batch(batch_size: int, world: int, micro_batch: int | None, group: int
     return micro, local // micro
 
 
-# A micro-batch: images uint8 (B, 3, h, w) or a tuple of crops (B, n, 3, h, w), and labels (B,) on the device;
-# parameters (B, P) of the transform and indices (B,) on the host; its mixing groups' numbers.
+# A micro-batch: images uint8 (B, 3, h, w) or a tuple of crops (B, n, 3, h, w), labels and indices (B,) on the device;
+# parameters (B, P) of the transform on the host; its mixing groups' numbers.
 Batch = namedtuple("Batch", "images parameters labels indices groups")
 
 
@@ -193,12 +193,12 @@ def eval_batches(length: int, batch_size: int, world_size: int, rank: int) -> li
 
 
 def moved(batch: tuple | str, device: torch.device) -> tuple:
-    """What Samples returned, its images and labels on the device, which is not waited for; RunError if a string."""
+    """What Samples returned, on the device (which is not waited for) but the parameters; RunError if a string."""
     if isinstance(batch, str):
         raise RunError(f"cannot read {batch}")
     images, parameters, labels, indices = batch
-    images, labels = tree_map(lambda tensor: tensor.to(device, non_blocking=True), (images, labels))
-    return images, parameters, labels, indices
+    images, *known = tree_map(lambda tensor: tensor.to(device, non_blocking=True), (images, labels, indices))
+    return images, parameters, *known
 
 
 def to_device(loader: DataLoader, device: torch.device) -> Iterator[tuple]:

@@ -427,7 +427,7 @@ class Run:
                 continue
             self.skipped_steps, self.skipped_in_a_row = self.skipped_steps + 1, self.skipped_in_a_row + 1
             if self.amp != "fp16" or self.skipped_in_a_row > MAX_SKIPPED:
-                names = [self.data.source.name(i) for i in self.gather(torch.cat(seen).to(self.device)).tolist()]
+                names = [self.data.source.name(i) for i in self.gather(torch.cat(seen)).tolist()]
                 reason = "loss or gradient not finite"
                 self.log({"status": "failed", "reason": reason, "epoch": epoch, "step": step, "lr": lr, "files": names})
                 raise RunError(f"{reason} at epoch {epoch}, step {step}, lr {lr:g}; nothing of that step was applied. "
