@@ -173,7 +173,8 @@ class Attention(nn.Module):
         qkv = F.linear(x, self.qkv.weight, bias).reshape(B, N, 3, self.heads, C // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, h, N, C/h)
         logits = (q * (C // self.heads) ** -0.5) @ k.transpose(-2, -1)  # (B, h, N, N)
-        weights = mix_heads(self.proj_l.weight, logits).softmax(dim=-1)
+        logits = mix_heads(self.proj_l.weight, logits)
+        weights = logits.softmax(dim=-1, dtype=logits.dtype)  # autocast would keep a map in float32, for nothing
         x = mix_heads(self.proj_w.weight, weights) @ v  # (B, h, N, C/h)
         x = x + self.proj_w.bias.view(-1, 1, 1) * v.sum(dim=2, keepdim=True)  # its bias: the same weight for all keys
         return self.proj(x.transpose(1, 2).reshape(B, N, C))

@@ -26,7 +26,10 @@ import collections
 import contextlib
 import dataclasses
 import heapq
+import importlib
+import math
 import os
+import sys
 import traceback
 import weakref
 from pathlib import Path
@@ -161,7 +164,7 @@ class FakeCuda(TorchDispatchMode):
         """The project's innermost line on the stack; torch's if there is none."""
         frames = [f for f in reversed(traceback.extract_stack(limit=60)) if "fake_cuda" not in f.filename]
         own = [f for f in frames if self.root and f.filename.startswith(self.root)]
-        frame = (own or [f for f in frames if "/torch/" not in f.filename])[0]
+        frame = (own or [f for f in frames if "/torch/" not in f.filename] or frames)[0]
         return f"{Path(frame.filename).name}:{frame.lineno}"
 
     def wait(self, kind: str, op: str, detail: str = "") -> None:
@@ -688,3 +691,68 @@ def recurring(gpu: FakeCuda) -> collections.Counter:
     """What makes the host wait in training steps after the first, which fills caches: {what and where: how often}."""
     found = [e for e in gpu.waits if e.phase in STEP and e.step > 0]
     return collections.Counter(f"in {e.phase}: {e.kind} ({e.op} {e.detail}) at {e.where}" for e in found)
+
+
+# ---- The table -------------------------------------------------------------------------------------------------------
+
+MATMULS = set("mm addmm bmm baddbmm convolution convolution_backward cudnn_convolution".split())
+ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
+
+
+def training_step(script: str, model: str, batch: int, *flags: str) -> FakeCuda:
+    """What one bf16 step of a script's model does on images that are on the device, shapes only: the second of two,
+    with the recipe's optimizer, average of weights and stochastic depth."""
+    from common.optim import EMA, make_optimizer
+    from common.precision import Precision
+
+    module = importlib.import_module(script)
+    args, recipe, _ = module.parse_args(["--model", model, *flags])
+    with FakeCuda("meta", keep_ops=True) as gpu:
+        net = module.make_model(args, recipe, 1000).to("cuda").train()
+        optimizer = make_optimizer(recipe.optimizer, net, recipe.lr, recipe.weight_decay)
+        precision = Precision("bf16", CUDA, clip_grad=recipe.clip_grad)
+        ema = EMA(net, recipe.ema) if getattr(recipe, "ema", 0) else None
+        images, labels = torch.empty(batch, 3, *recipe.img_size, device="cuda"), torch.zeros(batch, 1000, device="cuda")
+        if script == "trex":
+            local = torch.empty(batch, 3, *recipe.local_size, device="cuda")
+            images, labels = [images] + [local] * recipe.local_crops, labels.repeat(1 + recipe.local_crops, 1)
+        for _ in range(2):
+            gpu.ops.clear()
+            gpu.launches, gpu.peak, gpu.phase = 0, gpu.live, "forward"
+            with precision.forward(net):
+                loss = torch.nn.functional.cross_entropy(net(images), labels)
+            gpu.phase = "backward"
+            precision.backward(loss)
+            gpu.phase = "optimizer"
+            _, skipped = precision.step(optimizer, recipe.lr)
+            gpu.phase = "average"
+            if ema:
+                ema.update(net, skip=skipped)
+    return gpu
+
+
+def moved(ops: list[Op]) -> float:
+    """GB that operators read and write, were each a kernel of its own."""
+    return sum(dtype.itemsize * math.prod(shape) for op in ops for dtype, shape in op.inputs + op.outputs) / 1e9
+
+
+def main() -> None:
+    print(f"{'':30s}{'launches':>10s}{'forward':>9s}{'backward':>9s}{'optimizer':>10s}{'average':>9s}"
+          f"{'GB moved':>10s}{'GB casts':>9s}{'fp32 products':>14s}{'peak GiB':>10s}")
+    for script, model, batch, *flags in (
+        ("deit", "deit_b", 64), ("deit3", "vit_b", 64), ("deit3", "vit_h", 64, "--grad-checkpoint"),
+        ("cait", "cait_s36", 64), ("resmlp", "resmlp_s24", 64), ("patchconvnet", "patchconvnet_s60", 64),
+        ("trex", "resnet50", 32),
+    ):  # fmt: skip
+        gpu = training_step(script, model, batch, *flags)
+        phases = [sum(op.phase == name for op in gpu.ops) for name in ("forward", "backward", "optimizer", "average")]
+        other = [op for op in gpu.ops if op.name not in MATMULS and op.name not in (ATTENTION, ATTENTION + "_backward")]
+        casts = [op for op in other if op.name == "_to_copy" and op.inputs[0][0] != op.outputs[0][0]]
+        wide = sum(op.name in MATMULS and op.inputs[0][0] == torch.float32 for op in gpu.ops)
+        print(f"{f'{model}, batch {batch}':30s}{len(gpu.ops):10d}{phases[0]:9d}{phases[1]:9d}{phases[2]:10d}"
+              f"{phases[3]:9d}{moved(other):10.1f}{moved(casts):9.1f}{wide:14d}{gpu.peak / 2**30:10.2f}")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    main()
