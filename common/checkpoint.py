@@ -195,9 +195,9 @@ def take_part(model: torch.nn.Module, state: dict[str, torch.Tensor], prefix: st
 
 
 def plain(value):
-    """`value` with tensors on the CPU in storage of their own, all else plain; TypeError for what may not be."""
+    """`value` with dense tensors on the CPU in storage of their own, all else plain; TypeError for what may not be."""
     if isinstance(value, torch.Tensor):
-        value = value.detach().cpu()
+        value = value.detach().cpu().contiguous()
         return value.clone() if value.untyped_storage().nbytes() != value.numel() * value.element_size() else value
     if isinstance(value, dict):
         return {plain(k): plain(v) for k, v in value.items()}

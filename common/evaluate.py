@@ -139,7 +139,7 @@ def trained_model(run: Run, make_model: Callable, adapt: Callable | None = None,
         raise UserError(f"{where}: holds no classifier")
     model = make_model(args, recipe, len(classes))
     checkpoint.fit(model, content, where, run.say, ema=args.use_ema, adapt=adapt)
-    return model.to(run.device).eval(), recipe, classes
+    return model.to(run.device, memory_format=run.layout).eval(), recipe, classes
 
 
 def read_file(file: str, flag: str) -> torch.Tensor:

@@ -20,15 +20,11 @@ class Lamb(torch.optim.Optimizer):
     def __init__(self, params, lr: float, betas=(0.9, 0.999), eps: float = 1e-6, weight_decay: float = 0.0,
                  max_grad_norm: float | None = 1.0):
         if not lr >= 0 or not eps >= 0 or not weight_decay >= 0 or not all(0 <= b < 1 for b in betas):
-            numbers = f"lr {lr}, eps {eps}, weight_decay {weight_decay} must not be negative"
-            raise ValueError(f"Lamb: {numbers}, betas {betas} lie in [0, 1)")
+            raise ValueError(f"Lamb: lr {lr}, eps {eps}, weight_decay {weight_decay} must be >= 0, betas {betas} < 1")
         options = dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
         super().__init__(params, options)
 
-    def load_state_dict(self, state_dict: dict) -> None:
-        super().load_state_dict(state_dict)
-        for p, state in self.state.items():  # torch leaves `step` on the host for all but its own fused optimizers
-            state["step"] = state["step"].to(p.device)
+        self.register_load_state_dict_post_hook(fit_to_parameters)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -67,6 +63,14 @@ class Lamb(torch.optim.Optimizer):
         torch._foreach_add_(params, update)
 
 
+def fit_to_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """Loaded state gets its parameters' memory layout and device: fused kernels take both for granted. torch alone
+    keeps the layout of the file, and LAMB's `step` on the host."""
+    for p, state in optimizer.state.items():
+        for key, value in state.items():
+            state[key] = torch.empty_like(p).copy_(value) if value.shape == p.shape else value.to(p.device)
+
+
 def global_norm(tensors: list[torch.Tensor]) -> torch.Tensor:
     """L2 norm over all tensors together, a 0-dim tensor; NaN or inf if any element is."""
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
@@ -99,10 +103,12 @@ def make_optimizer(name: str, model: nn.Module, lr: float, weight_decay: float) 
     if name == "lamb":
         return Lamb(groups, lr=lr, eps=1e-8, max_grad_norm=None)
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, eps=1e-8, fused=True)
-    optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=name == "nesterov", fused=True)
-    for p in (p for group in groups for p in group["params"]):  # else not set if found_inf skips the very first step
-        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        optimizer = torch.optim.AdamW(groups, lr=lr, eps=1e-8, fused=True)
+    else:
+        optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=name == "nesterov", fused=True)
+        for p in (p for group in groups for p in group["params"]):  # else not set if found_inf skips the first step
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    optimizer.register_load_state_dict_post_hook(fit_to_parameters)
     return optimizer
 
 

@@ -49,7 +49,7 @@ def benchmark(run: Run, build: Callable[[], torch.nn.Module], loss: Callable[...
     args, recipe = run.args, run.recipe
     batch = args.micro_batch or (64 if run.device.type == "cuda" else 8)
     parameters, gmacs = count(build, recipe.img_size)
-    model = build().to(run.device)
+    model = build().to(run.device, memory_format=run.layout)
     wrapped = run.prepare(model, batch)
     optimizer = make_optimizer(recipe.optimizer, model, recipe.lr, recipe.weight_decay)
     precision = Precision(run.amp, run.device, clip_grad=recipe.clip_grad)

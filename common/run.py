@@ -40,10 +40,6 @@ _CURRENT: list = []  # this process' Run
 _STORE: list = []  # where its ranks meet
 
 
-class Stopped(SystemExit):
-    """A signal asked for an end; what there was to save is saved. Its code is 128 + signal."""
-
-
 def launch(main: Callable[[], None]) -> None:
     """Runs a script's main and ends the process, whatever main ended by and whatever still runs beside it."""
     sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # it may know ASCII only
@@ -117,7 +113,7 @@ def connect(device: str | None, timeout: int) -> tuple[torch.device, int, int]:
     if device == "cuda":
         if local >= gpus:
             raise UserError(f"torchrun starts more ranks per node than there are GPUs ({gpus}); lower --nproc_per_node")
-        device = f"cuda:{local}"
+        device, torch.backends.cudnn.benchmark = f"cuda:{local}", True  # the fastest kernel of those measured
         torch.cuda.set_device(local)
     if given and not dist.is_initialized():
         wait, backend = datetime.timedelta(seconds=timeout), "nccl" if "cuda" in device else "gloo"
@@ -136,8 +132,7 @@ def connect(device: str | None, timeout: int) -> tuple[torch.device, int, int]:
 class SyncedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     """BatchNorm of the batches (B, C, ...) of all ranks together, as torch has it for GPUs only; same state dict."""
 
-    def _check_input_dim(self, x: torch.Tensor) -> None:
-        pass
+    _check_input_dim = staticmethod(lambda x: None)  # of any number of dimensions
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:
@@ -148,9 +143,7 @@ class SyncedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
 
 
 def synchronise(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-    """`model` with every BatchNorm synchronised; its parameters and buffers stay what they are."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return model
+    """`model` with every BatchNorm synchronised over several ranks; its parameters and buffers stay what they are."""
     if device.type == "cuda":
         return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for module in model.modules():
@@ -180,6 +173,8 @@ class Run:
         share = max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
         self.workers = share if args.workers is None else args.workers  # loader processes of this rank
         self.lag = FLAG_LAG if self.device.type == "cuda" else 0
+        # A GPU's convolutions in 16 bits take channels side by side; planes would be copied in every step.
+        self.layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
         self.pending: list[tuple] = []  # steps whose flags the host has not read
         self.bar, self.writer, self.lock = tqdm(disable=True), None, None
         _CURRENT.append(self)
@@ -281,7 +276,7 @@ class Run:
         """The model as it is trained: BatchNorm synchronised, compiled if asked for, wrapped for several ranks."""
         if micro_batch == 1 and any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in model.modules()):
             raise UserError("--micro-batch 1: this model's BatchNorm needs at least 2 images per forward pass")
-        model, cuda = synchronise(model, self.device), self.device.type == "cuda"
+        model, cuda = synchronise(model, self.device) if self.world > 1 else model, self.device.type == "cuda"
         if self.args.compile:
             if not (importlib.util.find_spec("triton") if cuda else any(map(shutil.which, ("c++", "g++", "clang++")))):
                 needed = "the package triton" if cuda else "a C++ compiler"
@@ -495,7 +490,7 @@ class Run:
             _quit(130)
         self.stop_signal = int(number)
         if not self.started:  # nothing to save yet, or ever
-            raise Stopped(128 + number)
+            raise SystemExit(128 + number)
 
     def _stop(self) -> None:
         number = int(self.stop_signal or signal.SIGTERM)
@@ -503,7 +498,7 @@ class Run:
         if self.started and (self.out / "last.pt").exists():
             hint = f"the same command with --resume auto --out {self.out} goes on"
             self.say(f"stopped by signal {number} at epoch {self.epoch}, step {self.step}; {hint}")
-        raise Stopped(128 + number)
+        raise SystemExit(128 + number)
 
     def close(self, status: int) -> None:
         self.bar.close()

@@ -53,13 +53,13 @@ def set_up(
     run.num_classes = len(data.classes)
     if taught:
         taught.check(data.classes)
-        taught.model.to(run.device)
+        taught.model.to(run.device, memory_format=run.layout)
     torch.manual_seed(args.seed)
     model = make_model(args, recipe, run.num_classes)
     if args.weights:
         content, where = checkpoint.of_run(run), f"--weights {args.weights}"
         checkpoint.fit(model, content, where, run.say, ema=args.use_ema, adapt=adapt, new_head=True)
-    model.to(run.device)
+    model.to(run.device, memory_format=run.layout)
     optimizer = make_optimizer(recipe.optimizer, model, recipe.lr, recipe.weight_decay)
     precision = Precision(run.amp, run.device, accumulation=data.accumulation, clip_grad=recipe.clip_grad)
     ema = EMA(model, recipe.ema) if getattr(recipe, "ema", 0) else None

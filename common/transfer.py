@@ -277,7 +277,7 @@ def features(args) -> None:
     run = Run("transfer", args, None, None)
     model, name, size, ratio, top1 = load_network(args, run.say)
     embed, identity = classifier_inputs(model, name), fingerprint(model)
-    model.to(run.device)
+    model.to(run.device, memory_format=run.layout)
     result = {
         "model": args.name or name, "weights": args.weights, "fingerprint": identity, "img_size": list(size),
         "eval_crop_ratio": ratio, "pretraining_top1": top1, "seeds": args.seeds, "sets": {}, "missing": {},

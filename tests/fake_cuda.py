@@ -708,7 +708,7 @@ def training_step(script: str, model: str, batch: int, *flags: str) -> FakeCuda:
     module = importlib.import_module(script)
     args, recipe, _ = module.parse_args(["--model", model, *flags])
     with FakeCuda("meta", keep_ops=True) as gpu:
-        net = module.make_model(args, recipe, 1000).to("cuda").train()
+        net = module.make_model(args, recipe, 1000).to("cuda", memory_format=torch.channels_last).train()
         optimizer = make_optimizer(recipe.optimizer, net, recipe.lr, recipe.weight_decay)
         precision = Precision("bf16", CUDA, clip_grad=recipe.clip_grad)
         ema = EMA(net, recipe.ema) if getattr(recipe, "ema", 0) else None

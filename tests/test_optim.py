@@ -181,3 +181,27 @@ def test_J2_a_restored_state_lies_on_its_parameters_device(name):
     restored.load_state_dict(optimizer.state_dict())
     states = {p: state for p, state in restored.state.items()}
     assert len(states) == 2 and all(v.device == p.device for p, state in states.items() for v in state.values())
+
+
+@pytest.mark.parametrize("layouts", [[torch.channels_last, torch.contiguous_format][::way] for way in (1, -1)])
+@pytest.mark.parametrize("name", ["lamb", "adamw", "sgd"])
+def test_state_is_loaded_in_the_parameters_own_layout(name, layouts):
+    """A run on a GPU (channels last) that goes on on a CPU, or the other way: fused kernels go through memory in order,
+    whatever the strides say."""
+
+    def step(optimizer, model, seed):
+        images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+        model(images).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    torch.manual_seed(0)
+    one = nn.Conv2d(3, 4, 5).to(memory_format=layouts[0])
+    first = make_optimizer(name, one, 0.1, 0.05)
+    step(first, one, 0)
+    two = copy.deepcopy(one).to(memory_format=layouts[1])
+    second = make_optimizer(name, two, 0.1, 0.05)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    step(first, one, 1)
+    step(second, two, 1)
+    torch.testing.assert_close(two.weight, one.weight, rtol=1e-5, atol=1e-6, check_stride=False)
