@@ -327,14 +327,18 @@ class CaiT(nn.Module):
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpoint and self.training else block(x)
         tokens = [self.cls_token, self.dist_token] if self.distilled else [self.cls_token]
-        return torch.cat(tokens, dim=1).expand(len(x), -1, -1), x
+        return torch.cat(tokens, dim=1).expand(x.shape[0], -1, -1), x
 
-    def heads(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Logits of the class head and, with the distillation token, of the distillation head, each (B, K)."""
+    def forward_features(self, images: torch.Tensor) -> torch.Tensor:
+        """Class token, distillation token if there is one, and patches as the heads are given the tokens: (B, T, C)."""
         tokens, patches = self.stages(images)
         for block in self.blocks_token_only:
             tokens = block(tokens, patches)
-        x = self.norm(tokens)
+        return self.norm(torch.cat([tokens, patches], dim=1))
+
+    def heads(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Logits of the class head and, with the distillation token, of the distillation head, each (B, K)."""
+        x = self.forward_features(images)
         return (self.head(x[:, 0]), self.head_dist(x[:, 1])) if self.distilled else (self.head(x[:, 0]),)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:

@@ -233,15 +233,19 @@ class ViT(nn.Module):
         """Parameters of two or more dimensions that are not decayed; the distillation token is."""
         return {"pos_embed", "cls_token"}
 
-    def heads(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Logits of the class head and, with the distillation token, of the distillation head, each (B, K)."""
+    def forward_features(self, images: torch.Tensor) -> torch.Tensor:
+        """Class token, distillation token if there is one, and patches as the heads are given the tokens: (B, T, C)."""
         x = self.patch_embed(images)
         tokens = [self.cls_token, self.dist_token] if self.distilled else [self.cls_token]
-        x = torch.cat([*(t.expand(len(x), -1, -1) for t in tokens), x], dim=1) + self.pos_embed  # (B, 1 or 2 + N, C)
+        x = torch.cat([torch.cat(tokens, dim=1).expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
         x = F.dropout(x, self.dropout, self.training)
         for block in self.blocks:
             x = block(x)
-        x = self.norm(x[:, : len(tokens)])
+        return self.norm(x)
+
+    def heads(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Logits of the class head and, with the distillation token, of the distillation head, each (B, K)."""
+        x = self.forward_features(images)
         return (self.head(x[:, 0]), self.head_dist(x[:, 1])) if self.distilled else (self.head(x[:, 0]),)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:

@@ -272,12 +272,16 @@ class ViT(nn.Module):
         """Parameters of two or more dimensions that are not decayed all the same."""
         return {"pos_embed", "cls_token"}
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward_features(self, images: torch.Tensor) -> torch.Tensor:
+        """Class token and patches, as the head is given the token: (B, 1 + N, C)."""
         x = self.patch_embed(images) + self.pos_embed  # (B, N, C)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)  # (B, 1 + N, C)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)  # (B, 1 + N, C)
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpoint and self.training else block(x)
-        return self.head(self.norm(x[:, 0]))
+        return self.norm(x)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.forward_features(images)[:, 0])
 
 
 def build_model(

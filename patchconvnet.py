@@ -363,7 +363,7 @@ class PatchConvNet(nn.Module):
         """Parameters of two or more dimensions that are not decayed all the same."""
         return {"cls_token"}
 
-    def features(self, images: torch.Tensor) -> torch.Tensor:
+    def forward_features(self, images: torch.Tensor) -> torch.Tensor:
         """Patches before the pooling, (B, H, W, C)."""
         if self.trunk is not None:
             return self.trunk(images).permute(0, 2, 3, 1)
@@ -377,18 +377,18 @@ class PatchConvNet(nn.Module):
         return x
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        patches = self.features(images).flatten(1, 2)  # (B, N, C)
+        patches = self.forward_features(images).flatten(1, 2)  # (B, N, C)
         if self.cls_token is None:
             return self.head(self.norm(patches.mean(dim=1)))
         pool = self.blocks_token_only[0]
         if not self.per_class:
-            tokens = self.cls_token.repeat(len(patches), 1, 1)
+            tokens = self.cls_token.repeat(patches.shape[0], 1, 1)
             return self.head(self.norm(pool(tokens, *pool.keys_and_values(tokens, patches)))[:, 0])
         k, v = pool.keys_and_values(self.cls_token, patches)  # of the patches alone: the same for all classes
 
         def class_logits(tokens: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
             """Logits (B, T) of T classes by their tokens (1, T, C) and classifiers (T, C), (T,)."""
-            x = self.norm(pool(tokens.repeat(len(k), 1, 1), k, v))
+            x = self.norm(pool(tokens.repeat(k.shape[0], 1, 1), k, v))
             return torch.einsum("btc,tc->bt", x, weight.to(x.dtype)) + bias
 
         weight, bias = torch.cat([h.weight for h in self.head]), torch.cat([h.bias for h in self.head])  # (K, C), (K,)
@@ -459,7 +459,7 @@ def carry_over(model: nn.Module, state: dict[str, torch.Tensor], content: dict, 
 @torch.no_grad()
 def attention_maps(model: PatchConvNet, images: torch.Tensor, classes: list[int] | None = None) -> torch.Tensor:
     """Each patch's share in the pooling, mean over heads: (B, T, H, W), T = 1 or, per class, len(classes)."""
-    features = model.features(images)
+    features = model.forward_features(images)
     tokens = model.cls_token if classes is None or not model.per_class else model.cls_token[:, classes]
     weights = model.blocks_token_only[0].weights(tokens.expand(len(images), -1, -1), features.flatten(1, 2))
     return weights.mean(dim=1).unflatten(2, features.shape[1:3])

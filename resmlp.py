@@ -183,7 +183,7 @@ class CrossPatch(nn.Linear):
         A, device = self.weight, x.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             A = A.to(torch.get_autocast_dtype(device))  # after the expansion it would be one dense copy per image
-        return torch.baddbmm(self.bias[:, None], A.expand(len(x), -1, -1), x)
+        return torch.baddbmm(self.bias[:, None], A.expand(x.shape[0], -1, -1), x)
 
 
 class CrossPatchMLP(MLP):
@@ -306,16 +306,21 @@ class ResMLP(nn.Module):
         """Parameters of two or more dimensions that are not decayed all the same."""
         return {"cls_token"}
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward_features(self, images: torch.Tensor) -> torch.Tensor:
+        """Patches before they are averaged, (B, N, C), or with class-MLP pooling (B, 1 + N, C), its token first."""
         x = self.patch_embed(images).to(self.head.weight.dtype)  # under autocast too the stream is not of 16 bits
         for block in self.blocks:
             x = block(x)
-        if self.pooling == "average":
-            return self.head(self.norm(x).mean(dim=1))
-        token = self.cls_token.repeat(len(x), 1, 1)
-        for block in self.blocks_token_only:
-            token = block(token, x)
-        return self.head(self.norm(token)[:, 0])
+        if self.pooling == "class-mlp":
+            token = self.cls_token.repeat(x.shape[0], 1, 1)
+            for block in self.blocks_token_only:
+                token = block(token, x)
+            x = torch.cat([token, x], dim=1)
+        return self.norm(x)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.forward_features(images)
+        return self.head(x.mean(dim=1) if self.pooling == "average" else x[:, 0])
 
 
 def build_model(

@@ -150,7 +150,7 @@ def test_per_class_tokens_see_the_patches_only_and_pieces_change_nothing(monkeyp
     images = torch.randn(2, 3, 40, 56)
     whole = model.eval()(images)
     # Class i by itself: the pooling with its token, then its classifier.
-    patches, pool = model.features(images).flatten(1, 2), model.blocks_token_only[0]
+    patches, pool = model.forward_features(images).flatten(1, 2), model.blocks_token_only[0]
     for i in (0, 6):
         token = model.cls_token[:, i : i + 1].expand(2, -1, -1)
         alone = model.head[i](model.norm(pool(token, *pool.keys_and_values(token, patches))))[:, 0, 0]
@@ -200,7 +200,7 @@ def test_any_resolution_with_the_same_weights(size):
     torch.manual_seed(0)
     model = patchconvnet.build_model("patchconvnet_s20", 5).eval()
     with torch.no_grad():
-        features = model.features(torch.randn(1, 3, *size))
+        features = model.forward_features(torch.randn(1, 3, *size))
         assert features.shape == (1, -(-size[0] // 16), -(-size[1] // 16), 384)
         assert model(torch.randn(1, 3, *size)).shape == (1, 5)
 
@@ -212,8 +212,8 @@ def test_the_column_computes_a_crop_as_it_computes_the_whole():
         for block in model.blocks:
             block.attn.qkv_pos[4].conv_expand.weight.zero_()
         images = torch.randn(1, 3, 160, 240)
-        whole = model.features(images)
-        crop = model.features(images[:, :, 32:128, 64:208])  # 12 x 18 patches from (4, 8)
+        whole = model.forward_features(images)
+        crop = model.forward_features(images[:, :, 32:128, 64:208])  # 12 x 18 patches from (4, 8)
     margin = 6  # one per block, and the stem's
     inner = crop[:, 5:7, margin:-margin]
     assert torch.allclose(inner, whole[:, 9:11, 8 + margin : 26 - margin], atol=1e-4) and inner.shape[2] == 6
