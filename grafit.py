@@ -691,6 +691,14 @@ def take_trunk(model: nn.Module, state: dict, content: dict, say) -> None:
         say(f"trunk taken from the checkpoint; new: {', '.join(sorted({k.split('.')[0] for k in fresh}))}")
 
 
+def load_model(source: str, device: str = "cpu") -> tuple:
+    """(model in eval mode, class names, transform) of a checkpoint of this script: a path or an address.
+    transform: PIL image or path -> (3, H, W), normalised."""
+    from common.models import load
+
+    return load("grafit", source, device)
+
+
 def train(run) -> None:
     """The loop; what it starts from (data, network, what was saved) is common.script.set_up's."""
     from common import evaluate, script

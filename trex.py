@@ -362,6 +362,14 @@ def take_encoder(model: nn.Module, state: dict, content: dict, say) -> None:
         say(f"encoder taken from the checkpoint; new: {', '.join(parts)}")
 
 
+def load_model(source: str, device: str = "cpu") -> tuple:
+    """(model in eval mode, class names, transform) of a checkpoint of this script: a path or an address.
+    transform: PIL image or path -> (3, H, W), normalised."""
+    from common.models import load
+
+    return load("trex", source, device)
+
+
 def train(run) -> None:
     """The loop; what it starts from (data, network, what was saved) is common.script.set_up's."""
     from common import evaluate, script

@@ -3,8 +3,10 @@ hold plain types and tensors only and load with torch.load(weights_only=True) in
 
 import argparse
 import contextlib
+import importlib
 import os
 import pickle
+import re
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from common.errors import RunError, UserError, one_line
 
 FORMAT = 1
+OFFICIAL_FILES = "https://dl.fbaipublicfiles.com/deit"
 HEADS = ("head.", "head_dist.", "fc.", "classifier.", "heads.")  # classifiers: of the methods, of torchvision's models
 
 
@@ -75,10 +78,34 @@ def _sync_folder(folder: Path) -> None:
     os.close(fd)
 
 
+def official(method: str, asked: str, model: str | None = None, size: int | None = None) -> str:
+    """The address of the official file that "official" (of this model and size) or "official:NAME" (a file of the
+    script's OFFICIAL, or a model: its first one) stands for; UserError if there is none."""
+    table, name = getattr(importlib.import_module(method), "OFFICIAL", {}), asked.partition(":")[2] or model
+    files = [stem for stem, row in table.items() if stem == name or (row[0] == name and size in (None, row[1]))]
+    if not files:
+        raise UserError(f"{asked}: no official file of {name}{f' at {size}' if size else ''}; all: {', '.join(table)}")
+    return f"{OFFICIAL_FILES}/{files[0]}.pth"
+
+
+def fetched(address: str) -> Path:
+    """A file of the web in torch.hub's cache, downloaded if it is not there; a hash in its name is checked."""
+    file = Path(torch.hub.get_dir(), "checkpoints", address.rpartition("/")[2])
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        hashed = re.search(r"-([0-9a-f]{8,})\.", file.name)
+        try:
+            torch.hub.download_url_to_file(address, str(file), hashed and hashed[1])
+        except (OSError, RuntimeError, ValueError) as error:  # URLError is an OSError; RuntimeError: another hash
+            reason = f"cannot be downloaded ({one_line(error)})"
+            raise UserError(f"{address}: {reason}; fetch it yourself and give the file's path") from None
+    return file
+
+
 def load(path: str | Path, flag: str) -> dict:
-    """The checkpoint's content on the CPU, of a .safetensors file its bare state dict. UserError, naming `flag`, for a
-    missing, damaged or unsafe file."""
-    path, where = Path(path), f"{flag} {path}"
+    """The checkpoint's content on the CPU, of a .safetensors file its bare state dict; path: a file or an address.
+    UserError, naming `flag`, for a missing, damaged or unsafe file."""
+    path, where = fetched(str(path)) if "://" in str(path) else Path(path), f"{flag} {path}"
     if not path.is_file():
         raise UserError(f"{where}: " + ("is a folder; name the checkpoint file" if path.is_dir() else "no such file"))
     try:
@@ -173,6 +200,8 @@ def of_run(run) -> dict:
     """The content of --weights (last.pt of --out without it); UserError if it is another model's."""
     args = run.args
     args.weights = args.weights or str(run.out / "last.pt")
+    if args.weights.partition(":")[0] == "official":
+        args.weights = official(run.method, args.weights, args.model, min(run.recipe.img_size))
     content = load(args.weights, "--weights")
     if isinstance(content.get("model_name"), str) and content["model_name"] != args.model:
         held = f"{content.get('method')} {content['model_name']}"

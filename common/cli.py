@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import os
 import typing
 
 import torchvision
@@ -38,7 +39,8 @@ def make_parser(method: str, doc: str, recipe_class: type, recipes, *, model: st
     parser = Parser(prog=f"{method}.py", description=doc.split("\n\nChecked")[0])
     flag = parser.add_argument
     flag("--model", default=model, metavar="NAME", help=f"see --list-models; default: {model}")
-    flag("--recipe", default=recipe, metavar="NAME", help=f"{', '.join(recipes)}; default: {recipe}")
+    flag("--recipe", metavar="NAME", help=f"{', '.join(recipes)}; default: {recipe}, or shapes without data")
+    parser.paper = recipe
     flag("--list-models", action="store_true", help="print the models and stop")
     flag("--show-batch", metavar="FILE", help="write what the network is fed as a PNG and stop")
     flag("--benchmark", action="store_true", help="measure images/s and peak memory of training and inference and stop")
@@ -54,31 +56,45 @@ def make_parser(method: str, doc: str, recipe_class: type, recipes, *, model: st
     return parser
 
 
+def whole(least: int):
+    """A flag's whole number of at least so much."""
+
+    def number(text: str) -> int:
+        if not least <= int(text) < 2**31:
+            raise argparse.ArgumentTypeError(f"{text} must be {least} or more")
+        return int(text)
+
+    return number
+
+
 def _add_run_flags(parser: Parser) -> None:
     flag = parser.add_argument_group("data").add_argument
-    flag("--data", metavar="DATA", help="shapes (default), FOLDER, FILE.tar or NAME:FOLDER: see common/sources.py")
+    flag("--data", metavar="DATA", help="shapes, FOLDER, FILE.tar or NAME:FOLDER: see common/sources.py; default: "
+         "$IMAGENET if that is set, else shapes")
     flag("--val-data", metavar="PATH", help="validation images not in --data: folder or tar; none: train without")
     flag("--coarse-labels", metavar="FILE", help="JSON, class name to coarse class; trained on by --data DATA@coarse")
-    flag("--workers", type=int, metavar="N", help="loader processes per rank; default: its share of the cores, <= 16")
+    flag("--workers", type=whole(0), metavar="N", help="loader processes per rank; default: its cores, at most 16")
     flag = parser.add_argument_group("run").add_argument
     flag("--out", metavar="FOLDER", help="checkpoints and log go here; default: runs/METHOD_MODEL")
     resume = "go on from a checkpoint; auto (or no value): the newest good one in --out, if any"
     flag("--resume", nargs="?", const="auto", metavar="FILE", help=resume)
     flag("--allow-changes", action="store_true", help="let --resume go on though recipe or data differ")
     flag("--weights", metavar="FILE", help="start from these weights (ours or official ones), with a fresh optimizer")
-    flag("--save-steps", type=int, default=0, metavar="N", help="write last.pt every N steps, besides at epochs' ends")
-    flag("--seed", type=int, default=0, metavar="N", help="of weights, order, augmentation and mixing; default: 0")
+    flag("--save-steps", type=whole(0), default=0, metavar="N", help="write last.pt every N steps and at epochs' ends")
+    flag("--seed", type=whole(0), default=0, metavar="N", help="of weights, order, augmentation and mixing; default: 0")
     flag("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     flag("--amp", choices=("bf16", "fp16", "fp32"), help="precision; default: bf16 on CUDA, fp32 on the CPU")
-    flag("--micro-batch", type=int, metavar="N", help="images per rank and forward pass; default: at most 256")
+    flag("--micro-batch", type=whole(1), metavar="N", help="images per rank and forward pass; default: at most 256")
     flag("--compile", action="store_true", help="torch.compile the model")
-    flag("--timeout", type=int, default=600, metavar="SECONDS", help="how long ranks wait for each other; default: 600")
+    flag("--timeout", type=whole(1), default=600, metavar="S", help="seconds ranks wait for each other; default: 600")
     flag("--tensorboard", action="store_true", help="also write TensorBoard events to --out")
     flag("--debug", action="store_true", help="show tracebacks of expected errors")
     flag = parser.add_argument_group("evaluation").add_argument
     flag("--eval", action="store_true", help="evaluate --weights (or last.pt of --out) on --data instead of training")
     flag("--eval-data", nargs="+", metavar="PATH", help="evaluate on these folders or tars (ImageNet-V2, ...) too")
     flag("--real-labels", metavar="FILE", help="ImageNet-Real's real.json: also report accuracy against these labels")
+    flag("--predict", nargs="+", metavar="PATH", help="print the classes of these images or folders by --weights")
+    flag("--top", type=whole(1), default=5, metavar="N", help="of --predict: how many classes; default: 5")
     flag("--use-ema", action="store_true", help="evaluate, or start from, the averaged weights of --weights")
 
 
@@ -113,13 +129,18 @@ def parse(parser: Parser, argv: list[str] | None, models, recipes) -> argparse.N
     """The arguments; UserError unless --model and --recipe are among those given ("torchvision/NAME" stands for all of
     torchvision's classifiers)."""
     args = parser.parse_args(argv)
+    args.note = None  # on what was chosen for the user
     if args.model.startswith("torchvision/") and "torchvision/NAME" in models:
         check_torchvision("--model torchvision/", args.model.removeprefix("torchvision/"))
     else:
         check_choice("--model", args.model, models)
+    if args.data is None and not (args.eval_data or args.predict or args.benchmark):
+        args.data, args.note = os.environ.get("IMAGENET"), "no --data: took $IMAGENET"
+        if not args.data:
+            args.data, args.recipe = "shapes", args.recipe or "shapes"
+            args.note = "no --data, no $IMAGENET: the built-in data set shapes; the paper's run takes --data /imagenet"
+    args.recipe = args.recipe or parser.paper
     check_choice("--recipe", args.recipe, recipes)
-    if args.data is None and not args.eval_data:
-        args.data = "shapes"
     return args
 
 

@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import json
+import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,12 +17,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from common import checkpoint
-from common.data import Samples, eval_batches, make_loader, to_device
+from common.data import Samples, eval_batches, make_loader, moved, to_device
 from common.errors import RunError, UserError, one_line
 from common.images import decode, eval_transform
 from common.precision import Precision
 from common.run import Run
-from common.sources import Source, open_data, open_images
+from common.sources import EXTENSIONS, Files, Source, open_data, open_images
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in 0..1, RGB
 NEIGHBOURS = (10, 15, 20, 25, 30)  # k of the kNN classifier is chosen among these (thesis section 2.4.3)
@@ -174,6 +176,40 @@ def evaluate_weights(run: Run, make_model: Callable, adapt: Callable | None, pre
         for head in dict.fromkeys(k.partition("_")[2] for k in metrics):
             own = [f"{k.partition('_')[0]} {v:.5g}" for k, v in metrics.items() if k.partition("_")[2] == head]
             run.say("  ".join([head, *own] if head else own))
+
+
+def predict_images(run: Run, make_model: Callable, adapt: Callable | None, predict: Predict = logits_of) -> None:
+    """--predict: classes and probabilities of image files and of all below folders, a line each; in --out as JSON lines
+    too. RunError at the end if some could not be read."""
+    args, files = run.args, []
+    for path in map(Path, args.predict):
+        inside = sorted(p for p in path.rglob("*") if p.name.lower().endswith(EXTENSIONS)) if path.is_dir() else [path]
+        if not path.exists() or not inside:
+            raise UserError(f"--predict {path}: " + ("holds no images" if path.exists() else "no such file or folder"))
+        files += map(str, inside)
+    model, recipe, classes = trained_model(run, make_model, adapt)
+    source, size = Files("", files, classes, np.zeros(len(files))), args.micro_batch or 64
+    loader, bad = eval_loader(source, recipe.img_size, recipe.eval_crop_ratio, size, run), 0
+    if args.out:
+        run.out.mkdir(parents=True, exist_ok=True)
+    with open(run.out / "predictions.jsonl" if args.out else os.devnull, "w") as out:
+        for keys, batch in zip(eval_batches(len(source), size, 1, 0), loader):
+            parts = [loader.dataset.__getitems__([key]) for key in keys] if isinstance(batch, str) else [batch]
+            for part in parts:
+                if isinstance(part, str):
+                    print(f"cannot read {part}", file=sys.stderr)
+                    bad += 1
+                    continue
+                images, _, _, indices = moved(part, run.device)
+                with torch.no_grad(), Precision(run.amp, run.device).autocast():
+                    shares = predict(model, normalize(images))[""].float().softmax(dim=1)
+                shares, labels = shares.topk(min(args.top, shares.shape[1]))
+                for index, *found in zip(indices.tolist(), labels.tolist(), shares.tolist()):
+                    found = [(classes[label], round(share, 6)) for label, share in zip(*found)]
+                    run.say("  ".join([source.name(index), *(f"{name} {share:.4f}" for name, share in found)]))
+                    out.write(json.dumps({"file": source.name(index), "classes": dict(found)}) + "\n")
+    if bad:
+        raise RunError(f"--predict: {bad} of {len(source)} images could not be read")
 
 
 def real_labels(file: str, source: Source) -> list[list[int]]:

@@ -1,6 +1,7 @@
 """Trained classifiers, whatever made them: a checkpoint of one of the scripts, or a model of torchvision's."""
 
 import argparse
+import dataclasses
 import hashlib
 import importlib
 from collections.abc import Callable
@@ -8,15 +9,17 @@ from pathlib import Path
 
 import torch
 import torchvision
+from PIL import Image
 from torch import nn
 
-from common import checkpoint
+from common import checkpoint, evaluate
 from common.cli import check_choice
 from common.errors import UserError, one_line
+from common.images import eval_transform, from_pil
 
 
 def from_checkpoint(content: dict, where: str, img_size: tuple[int, int], say: Callable, *, name: str | None = None,
-                ema: bool = False) -> nn.Module:
+                ema: bool = False, options: dict | None = None) -> nn.Module:
     """The model of a script's checkpoint (ema: its averaged weights), or SCRIPT/MODEL `name` with weights that do not
     name it (official ones), for images of `img_size`. Some scripts have fit_resolution, for checkpoint.fit."""
     method, _, model_name = (name or f"{content['method']}/{content['model_name']}").partition("/")
@@ -27,7 +30,7 @@ def from_checkpoint(content: dict, where: str, img_size: tuple[int, int], say: C
     try:
         if name:
             check_choice(f"--model {method}/", model_name, script.MODELS)
-            model = script.build_model(model_name, classes or 1000, img_size)
+            model = script.build_model(model_name, classes or 1000, img_size, **(options or {}))
         else:
             recipe = script.Recipe(**{**checkpoint.recipe_of(content), "img_size": tuple(img_size)})
             args = argparse.Namespace(model=model_name, grad_checkpoint=False)
@@ -38,6 +41,33 @@ def from_checkpoint(content: dict, where: str, img_size: tuple[int, int], say: C
         raise UserError(f"{where}: was written by another version of {method}.py ({error})") from None
     checkpoint.fit(model, content, where, say, ema=ema, adapt=getattr(script, "fit_resolution", None))
     return model
+
+
+def load(method: str, source: str, device: str = "cpu") -> tuple[nn.Module, list[str], Callable]:
+    """What every script's load_model returns. ImageNet's own class names stand for the numbers of official files, and
+    the crop is the one that the script's recipe tests with. UserError for what cannot be had or is another script's."""
+    address = checkpoint.official(method, source) if source.startswith("official:") else source
+    content, where = checkpoint.load(address, "load_model"), f"load_model {source}"
+    script, name, options = importlib.import_module(method), None, {}
+    recipe = {"img_size": (224, 224), **dataclasses.asdict(next(iter(script.RECIPES.values())))}
+    recipe |= checkpoint.recipe_of(content)
+    if content.get("method", method) != method:
+        raise UserError(f"{where}: holds {content['method']} {content['model_name']}; {content['method']}.py loads it")
+    if "method" not in content:
+        row = getattr(script, "OFFICIAL", {}).get(Path(address).stem)
+        if row is None:
+            raise UserError(f"{where}: does not say which model it holds; official files keep their names")
+        name, recipe["img_size"], options = f"{method}/{row[0]}", (row[1], row[1]), dict(*row[3:])
+    model = from_checkpoint(content, where, recipe["img_size"], print, name=name, options=options).to(device).eval()
+    classes, size, ratio = checkpoint.classes_of(content), recipe["img_size"], recipe["eval_crop_ratio"]
+    if classes == [str(i) for i in range(1000)]:
+        classes = torchvision.models.ResNet50_Weights.DEFAULT.meta["categories"]
+
+    def transform(image: Image.Image | str | Path) -> torch.Tensor:
+        pixels = from_pil(image) if isinstance(image, Image.Image) else evaluate.read_file(image, "transform")
+        return evaluate.normalize(eval_transform(pixels, size, ratio)[None])[0]
+
+    return model, classes, transform
 
 
 def fingerprint(model: nn.Module) -> str:

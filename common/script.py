@@ -8,7 +8,7 @@ import torch
 
 from common import checkpoint, report
 from common.data import TrainingData
-from common.evaluate import Predict, eval_loader, evaluate_weights, logits_of
+from common.evaluate import Predict, eval_loader, evaluate_weights, logits_of, predict_images
 from common.models import Teacher, on_meta
 from common.optim import EMA, make_optimizer
 from common.precision import Precision
@@ -30,6 +30,8 @@ def run_script(
     run = Run(method, args, recipe, paper)
     if args.eval or args.eval_data:
         evaluate_weights(run, make_model, adapt, predict)
+    elif args.predict:
+        predict_images(run, make_model, adapt, predict)
     elif args.benchmark:
         report.benchmark(run, lambda: make_model(args, recipe, 1000), loss)
     else:

@@ -706,7 +706,7 @@ def training_step(script: str, model: str, batch: int, *flags: str) -> FakeCuda:
     from common.precision import Precision
 
     module = importlib.import_module(script)
-    args, recipe, _ = module.parse_args(["--model", model, *flags])
+    args, recipe, _ = module.parse_args(["--model", model, "--data", "imagenet", *flags])
     with FakeCuda("meta", keep_ops=True) as gpu:
         net = module.make_model(args, recipe, 1000).to("cuda", memory_format=torch.channels_last).train()
         optimizer = make_optimizer(recipe.optimizer, net, recipe.lr, recipe.weight_decay)

@@ -67,11 +67,11 @@ def test_A4_values_out_of_range(deit3_here, flag, value):
 
 
 def test_A5_a_final_learning_rate_above_the_peak(deit3_here):
-    refused(deit3_here("--lr", "5e-6"), "--lr 5e-06", "--min-lr 1e-05")
+    refused(deit3_here("--recipe", "in1k", "--lr", "5e-6"), "--lr 5e-06", "--min-lr 1e-05")
 
 
 def test_smoothing_does_not_go_with_binary_cross_entropy(deit3_here):
-    refused(deit3_here("--smoothing", "0.1"), "--loss ce")
+    refused(deit3_here("--recipe", "in1k", "--smoothing", "0.1"), "--loss ce")
 
 
 def test_A6_an_odd_batch_with_mixup_works(deit3_here, tmp_path):

@@ -193,9 +193,9 @@ def test_fine_tuning_transfer_and_cifar10_from_scratch():
 
 
 def test_the_learning_rate_follows_the_batch_unless_it_is_given():
-    assert deit.parse_args(["--batch-size", "512"])[1].lr == pytest.approx(5e-4)
-    assert deit.parse_args(["--batch-size", "512", "--lr", "1e-3"])[1].lr == 1e-3
-    assert deit.parse_args([])[1] == deit.paper_recipe("in1k", "deit_b")
+    assert deit.parse_args(["--recipe", "in1k", "--batch-size", "512"])[1].lr == pytest.approx(5e-4)
+    assert deit.parse_args(["--recipe", "in1k", "--batch-size", "512", "--lr", "1e-3"])[1].lr == 1e-3
+    assert deit.parse_args(["--data", "/imagenet"])[1] == deit.paper_recipe("in1k", "deit_b")
 
 
 # ---- Augmentation ----------------------------------------------------------------------------------------------------

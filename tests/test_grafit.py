@@ -336,7 +336,7 @@ def test_the_recipe_of_sections_2_4_3_and_2_5():
     assert (transfer.epochs, transfer.lr, transfer.batch_size, transfer.trainable, transfer.classifier) == (
         240, 0.01, 512, "classifier", "mlp",
     )
-    assert grafit.parse_args(["--batch-size", "256"])[1].lr == pytest.approx(0.1)
+    assert grafit.parse_args(["--recipe", "grafit", "--batch-size", "256"])[1].lr == pytest.approx(0.1)
     for data, epochs in (("flowers102:/x", 1000), ("cars:/x", 1000), ("food101:/x", 300), ("inat2018@genus:/x", 300)):
         assert grafit.paper_recipe("transfer_full", data).epochs == epochs
         assert grafit.paper_recipe("transfer", data).epochs == 240

@@ -97,7 +97,7 @@ def test_the_two_recipes_of_the_paper():
         assert (one.epochs, one.lr, one.batch_size, one.weight_decay, one.warmup_epochs) == (100, 0.1, 256, 1e-4, 10)
         assert (one.img_size, one.local_size, one.local_crops, one.temperature) == ((224, 224), (96, 96), 8, 0.1)
     assert trex.RECIPES["trex_plain"].memory_size == trex.RECIPES["trex_star_plain"].memory_size == 0
-    assert trex.parse_args(["--batch-size", "1024"])[1].lr == pytest.approx(0.4)
+    assert trex.parse_args(["--recipe", "trex", "--batch-size", "1024"])[1].lr == pytest.approx(0.4)
 
 
 # ---- Memory ----------------------------------------------------------------------------------------------------------

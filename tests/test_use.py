@@ -1,10 +1,20 @@
-"""A trained network in use: what the head is given, export."""
+"""A trained network in use: what the head is given, export, loading, prediction."""
 
+import hashlib
+import http.server
 import importlib
+import io
+import json
+import threading
 
 import pytest
 import torch
-from conftest import NANO, SCRIPTS
+from conftest import NANO, SCRIPTS, SMALL, WITHOUT_MIXING, reference
+from PIL import Image
+
+from common import checkpoint
+from common.errors import UserError
+from common.images import eval_transform, from_pil
 
 IMAGES = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -23,7 +33,10 @@ HEADS = [  # script, model, options, shape of one image's features, logits of fe
     ("cait", "cait_nano_distilled", {}, (18, 96), lambda m, x: (m.head(x[:, 0]) + m.head_dist(x[:, 1])) / 2),
     ("resmlp", "resmlp_nano", {}, (16, 96), lambda m, x: m.head(x.mean(1))),
     ("resmlp", "resmlp_nano", {"pooling": "class-mlp"}, (17, 96), lambda m, x: m.head(x[:, 0])),
-    ("patchconvnet", "patchconvnet_nano", {"pooling": "average"}, (4, 4, 64), lambda m, x: m.head(m.norm(x.mean((1, 2))))),  # fmt: skip
+    (
+        "patchconvnet", "patchconvnet_nano", {"pooling": "average"}, (4, 4, 64),
+        lambda m, x: m.head(m.norm(x.mean((1, 2)))),
+    ),
 ]
 
 
@@ -43,3 +56,147 @@ def test_exported_programs_take_any_batch(script):
     program = torch.export.export(model, (IMAGES[:2],), dynamic_shapes=({0: torch.export.Dim("b")},)).module()
     for count in (1, 2, 5):
         torch.testing.assert_close(program(IMAGES[:count]), model(IMAGES[:count]))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, folder):
+    """trained(SCRIPT): best.pt of one epoch on `folder`."""
+    made = {}
+
+    def make(script, here):
+        if script not in made:
+            small = WITHOUT_MIXING if script in ("trex", "grafit") else SMALL
+            out = tmp_path_factory.mktemp(script)
+            flags = ["--data", folder, "--epochs", 1, "--warmup-epochs", 0, "--out", out]
+            result = here(script, "--model", NANO[script], *small, *flags)
+            assert result.status == 0, result
+            made[script] = out / "best.pt"
+        return made[script]
+
+    return make
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_trained_model_is_loaded_with_its_classes_and_transform(script, trained, here, folder):
+    """transform takes pictures and paths; the model gives what the script's own evaluation computes."""
+    module, weights = importlib.import_module(script), trained(script, here)
+    model, classes, transform = module.load_model(str(weights))
+    assert classes == ["ant", "bee", "cat", "dog"] and not model.training
+    file = folder / "val/bee/bee_000.jpg"
+    image = transform(file)
+    assert torch.equal(image, transform(str(file))) and image.shape == (3, 32, 32) and image.dtype == torch.float32
+    picture = Image.open(file)
+    pixels = eval_transform(from_pil(picture), (32, 32), checkpoint.load(weights, "")["recipe"]["eval_crop_ratio"])
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    torch.testing.assert_close(transform(picture), (pixels / 255 - mean) / std, atol=1e-5, rtol=1e-5)
+    outputs = model(image[None]).detach()
+    assert outputs.shape == (1, 4) if script != "grafit" else outputs.norm().item() == pytest.approx(1, rel=1e-5)
+    other = "deit" if script != "deit" else "cait"
+    with pytest.raises(UserError, match=f"{script}.py loads it"):
+        importlib.import_module(other).load_model(str(weights))
+
+
+def predicted(out: str) -> dict[str, list[str]]:
+    """{file: class, probability, class, probability, ...} of the lines on standard output that name a picture."""
+    lines = [line.split("  ") for line in out.splitlines() if ".jpg" in line]
+    return {name: [word for pair in pairs for word in pair.rsplit(" ", 1)] for name, *pairs in lines}
+
+
+@pytest.mark.parametrize("script", [s for s in SCRIPTS if s != "grafit"])
+def test_predictions_are_the_loaded_models(script, trained, here, folder, tmp_path):
+    """Of a folder and of single files; a file that is no image is named, the others are answered, the status is 1."""
+    weights = trained(script, here)
+    (tmp_path / "broken.jpg").write_bytes(b"not an image")
+    paths = ["--predict", folder / "val/ant", tmp_path / "broken.jpg", folder / "val/dog/dog_001.jpg"]
+    flags = ["--model", NANO[script], "--weights", weights, "--workers", 0, "--device", "cpu", "--top", 3]
+    result = here(script, *flags, *paths, "--out", tmp_path / "out")
+    assert result.status == 1 and "broken.jpg" in result.err and "1 of 7 images" in result.err, result
+    found = predicted(result.out)
+    assert list(found) == [str(folder / f"val/ant/ant_{i:03d}.jpg") for i in range(5)] + [str(paths[-1])]
+    records = [json.loads(line) for line in (tmp_path / "out/predictions.jsonl").read_text().splitlines()]
+    model, classes, transform = importlib.import_module(script).load_model(str(weights))
+    for (file, answers), record in zip(found.items(), records):
+        with torch.no_grad():
+            shares, best = model(transform(file)[None]).softmax(1)[0].topk(3)
+        assert answers[::2] == [classes[i] for i in best] == list(record["classes"]) and record["file"] == file
+        assert [float(share) for share in answers[1::2]] == pytest.approx(shares.tolist(), abs=1e-4)
+    assert here(script, *flags, "--predict", folder / "val/ant").status == 0
+
+
+def test_what_cannot_be_predicted_is_refused(trained, here, tmp_path):
+    flags = ["--model", NANO["deit3"], "--weights", trained("deit3", here), "--workers", 0]
+    for path, said in ((tmp_path / "none", "no such file or folder"), (tmp_path, "holds no images")):
+        result = here("deit3", *flags, "--predict", path)
+        assert result.status == 2 and said in result.err and str(path) in result.err
+    result = here("deit3", *flags, "--predict", tmp_path, "--top", 0)
+    assert result.status == 2 and "--top: 0 must be 1 or more" in result.err
+
+
+# ---- Official files --------------------------------------------------------------------------------------------------
+
+
+def test_the_official_files_are_the_references():
+    """Every file, address, model, size and printed accuracy."""
+    for script in SCRIPTS:
+        table = getattr(importlib.import_module(script), "OFFICIAL", {})
+        mine = {f"{checkpoint.OFFICIAL_FILES}/{stem}.pth": row for stem, row in table.items()}
+        theirs = [f for f in reference("official_weights")["files"] if f["script"] == script]
+        expected = {f["url"]: (f["model"], f["img_size"], f["top1"], *filter(None, [f.get("options")])) for f in theirs}
+        assert mine == expected
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """A folder that stands for the official address, and what was asked of it; downloads are kept below tmp_path."""
+    asked, root = [], tmp_path / "served"
+    root.mkdir()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=root)
+
+        def log_message(self, *args):
+            asked.append(self.path)
+
+    server = http.server.ThreadingHTTPServer(("localhost", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(checkpoint, "OFFICIAL_FILES", f"http://localhost:{server.server_port}")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    yield root, asked
+    server.shutdown()
+    server.server_close()
+
+
+def saved(model: torch.nn.Module) -> bytes:
+    buffer = io.BytesIO()
+    torch.save({"model": model.state_dict()}, buffer)
+    return buffer.getvalue()
+
+
+def test_official_weights_come_by_name_are_checked_and_kept(served, here, monkeypatch):
+    import deit
+
+    root, asked = served
+    model, address = deit.build_model("deit_nano", img_size=32), checkpoint.OFFICIAL_FILES
+    digest = hashlib.sha256(saved(model)).hexdigest()[:8]
+    name = f"tiny_patch8-{digest}"
+    monkeypatch.setattr(deit, "OFFICIAL", {name: ("deit_nano", 32, 50.0), "tiny_64": ("deit_nano", 64, None)})
+    (root / f"{name}.pth").write_bytes(saved(model))
+    for source in ("official:deit_nano", f"official:{name}", f"{address}/{name}.pth"):
+        loaded, classes, transform = deit.load_model(source)
+        assert torch.equal(loaded(IMAGES), model.eval()(IMAGES))
+        assert transform(Image.new("RGB", (50, 40))).shape == (3, 32, 32)
+        assert len(classes) == 1000 and classes[0] == "tench"
+    assert len(asked) == 1  # then it is kept
+    flags = ["--model", "deit_nano", "--workers", 0, "--device", "cpu", "--img-size"]
+    result = here("deit", *flags, 32, "--weights", "official", "--benchmark")
+    result = here("deit", *flags, 48, "--weights", "official", "--eval", "--data", "shapes")
+    assert result.status == 2 and "no official file of deit_nano at 48" in result.err and "tiny_64" in result.err
+    result = here("deit", *flags, 64, "--weights", "official", "--eval", "--data", "shapes")
+    assert result.status == 2 and "tiny_64.pth: cannot be downloaded" in result.err and "404" in result.err
+    (root / "wrong-00000000.pth").write_bytes(saved(model))
+    with pytest.raises(UserError, match="invalid hash"):
+        deit.load_model(f"{address}/wrong-00000000.pth")
+    with pytest.raises(UserError, match="does not say which model"):
+        (root / "other.pth").write_bytes(saved(model))
+        deit.load_model(f"{address}/other.pth")
