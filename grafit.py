@@ -17,13 +17,15 @@ ImageNet, iNaturalist. There is no official code.
 
 Axes: B images, T views (augmentations) of each, D embedding, M training images, K classes, H x W pixels.
 
-Where the thesis is silent:
+Where the thesis is silent or contradicts itself:
 - tau of the target network: 0.996, where BYOL (arXiv:2006.07733) starts; BYOL raises it to 1, the thesis does not;
 - projector and predictor: BYOL's MLP, its hidden layer twice as wide as the trunk's features (4096 for ResNet-50). This
   gives the 32.9 M parameters of Table 2.7; its 23.8 M for Grafit FC would need a projection to 128, the text says 256;
 - RandAugment and erasing: as in the thesis' next chapter (Table 3.9); weight decay 1e-4 and 5 epochs of warm-up: Goyal
   et al. (arXiv:1706.02677), whose learning rate the thesis follows;
 - the memory starts at 0, so that its first update stores the direction of the image's first embedding;
+- transfer: the trunk "remains fixed" (2.4.6), yet the same paragraph and 2.5.4 fine-tune it, and 92.5 on Cars is out of
+  reach of frozen features: all of it is trained (--trainable classifier: it is not);
 - CIFAR's ResNet: torchvision's with a 3 x 3 stem of stride 1 and no pooling after it.
 """
 
@@ -79,7 +81,7 @@ class Recipe:
     augment: Annotated[str, "rand (RandAugment), crop (and flip) or test (FixRes)", ("rand", "crop", "test")] = "rand"
     erasing: Annotated[float, "probability of random erasing", "in [0, 1]"] = 0.25
     cutmix: Annotated[float, "alpha of cutmix's Beta law, with the method ce; 0: off", "0 or more"] = 0.0
-    mix_group: Annotated[int, "images that share one cutmix draw", "1 or more"] = 64
+    mix_group: Annotated[int, "images that share one cutmix draw; 1 without", "1 or more"] = 64
     classifier: Annotated[str, "linear or mlp (Tables 2.15, 2.16), with ce, ce_instance", ("linear", "mlp")] = "linear"
     trainable: Annotated[str, "all, or trunk frozen (but its norms)", ("all", "classifier", "classifier+norm")] = "all"
     eval_crop_ratio: Annotated[float, "share of the resized image that the test crop keeps", "in (0, 1]"] = 0.875
@@ -89,8 +91,7 @@ TUNING = dict(batch_size=512, warmup_epochs=0, method="ce", classifier="mlp")  #
 RECIPES = {
     "grafit": Recipe(),
     "cifar": Recipe(views=8, img_size=(32, 32), eval_crop_ratio=1.0),
-    # Sections 2.4.6, 2.5.4: trunk frozen, an MLP as classifier; the baseline's trunk is tuned too: --trainable all.
-    "transfer": Recipe(epochs=240, lr=0.01, trainable="classifier", **TUNING),
+    "transfer": Recipe(epochs=240, lr=0.01, **TUNING),  # sections 2.4.6, 2.5.4
     # Table 2.10: full fine-tuning with CutMix, longer; then FixRes (arXiv:1906.06423) at the test resolution, 384:
     # classifier and BatchNorm on test images. The thesis gives no numbers for the latter.
     "transfer_full": Recipe(epochs=300, lr=0.01, cutmix=1.0, **TUNING),
@@ -214,8 +215,7 @@ def instance_loss(predictions: list[torch.Tensor], targets: list[torch.Tensor]) 
     predictions, targets: T tensors (B, D) each, T at least 2 (ValueError). No gradient reaches the targets."""
     T = len(predictions)
     if T < 2 or len(targets) != T:
-        numbers = f"{T} predictions and {len(targets)} targets"
-        raise ValueError(f"{numbers}: as many of one as of the other are needed, at least 2")
+        raise ValueError(f"{T} predictions and {len(targets)} targets: as many of both are needed, at least 2")
     q, z = unit(torch.stack(predictions)), unit(torch.stack(targets).detach())  # (T, B, D)
     pairs = (q.sum(0) * z.sum(0)).sum(1) - (q * z).sum((0, 2))  # all pairs less those with i = j
     return -pairs.mean() / (T * (T - 1))
@@ -452,7 +452,7 @@ def conditional_scores(
 ) -> torch.Tensor:
     """Eq. 2.5: cosines (B, M) of queries and collection, the queries' coarse probabilities (B, Kc), the collection's
     coarse labels (M,) -> psi (B, M) = cos + log(p / (1 - p)) with p the query's probability of the item's coarse label.
-    p and 1 - p are at least 1e-12: psi is finite at p = 0 and 1."""
+    p and 1 - p are at least 1e-12: psi is finite at p = 0 and 1, the oracle's."""
     p, other = coarse_probabilities.clamp(min=1e-12), (1 - coarse_probabilities).clamp(min=1e-12)
     return cosine + (p.log() - other.log())[:, coarse_labels]
 
@@ -472,10 +472,12 @@ def level_trained(source, classes: list[str]) -> str | None:
 
 
 def coarse_to_fine(
-    queries: torch.Tensor, query_levels: dict, gallery: torch.Tensor, gallery_levels: dict, trained: str, sigma: float
+    queries: torch.Tensor, query_levels: dict, gallery: torch.Tensor, gallery_levels: dict, trained: str, sigma: float,
+    logits: torch.Tensor | None = None,
 ) -> dict[str, dict[str, float]]:
     """At every label level: on-the-fly classification and category-level retrieval of queries (B, D) among the training
-    images, gallery (M, D), by an embedding that was trained with the labels of level `trained`.
+    images, gallery (M, D), by an embedding that was trained with the labels of level `trained`. logits (B, Kc) of
+    a classifier: p_c of Eq. 2.5 is their softmax; None: L_knn "scores all classes with Equation 2.3", by all images.
 
     {level: {"k", "knn" (top-1, %), "map" (cosine), "map_conditional" (Eq. 2.5), "map_oracle" (all %)}}. k: the best of
     10, 15, 20, 25, 30 on a tenth (at most 10,000) of the training images, held out; of equally good ones the smallest.
@@ -484,25 +486,24 @@ def coarse_to_fine(
 
     counts, (known, coarse) = evaluate.NEIGHBOURS, gallery_levels[trained]
     order = torch.randperm(len(gallery), generator=torch.Generator().manual_seed(0)).to(queries.device)
-    count = min(-(-len(gallery) // 10), 10_000)
-    held, rest = order[:count], order[count:]
+    held, rest = order.tensor_split([min(-(-len(gallery) // 10), 10_000)])
     held_cosines, held_nearest = evaluate.nearest(gallery[held], gallery[rest], max(counts))
     cosines, neighbours = evaluate.nearest(queries, gallery, max(counts))
-    result = {}
+    truth, count, result = query_levels[trained][1], len(known), {}
+
+    def conditional(cosine: torch.Tensor, rows: slice) -> torch.Tensor:
+        p = evaluate.vote(cosine, coarse.expand_as(cosine), sigma, count) if logits is None else logits[rows].softmax(1)
+        return conditional_scores(cosine, p, coarse)
+
+    def oracle(cosine: torch.Tensor, rows: slice) -> torch.Tensor:
+        return conditional_scores(cosine, F.one_hot(truth[rows], count).to(cosine), coarse)
+
     for level, (classes, labels) in gallery_levels.items():
         validation = evaluate.knn_answers(held_cosines, labels[rest[held_nearest]], sigma, len(classes))
         k = max(counts, key=lambda k: ((validation[k] == labels[held]).sum().item(), -k))
         right = evaluate.knn_answers(cosines, labels[neighbours], sigma, len(classes))[k] == query_levels[level][1]
         result[level] = {"k": k, "knn": 100 * right.double().mean().item()}
-
-    k, truth = result[trained]["k"], query_levels[trained][1]
-    votes = evaluate.vote(cosines[:, :k], coarse[neighbours[:, :k]], sigma, len(known))
-    rankings = {
-        "map": None, "map_conditional": lambda cosine, rows: conditional_scores(cosine, votes[rows], coarse),
-        "map_oracle": lambda cosine, rows: cosine - 4.0 * (truth[rows, None] != coarse),  # cosines span 2
-    }
-    for level, (_, labels) in gallery_levels.items():
-        for name, scores in rankings.items():
+        for name, scores in (("map", None), ("map_conditional", conditional), ("map_oracle", oracle)):
             data = queries, query_levels[level][1], gallery, labels
             result[level][name] = 100 * evaluate.mean_average_precision(*data, scores=scores)
     return result
@@ -526,7 +527,7 @@ def matrices(results: dict[str, dict[str, dict[str, float]]]) -> str:
 
 
 def embed(run, model: nn.Module, recipe: Recipe, source, title: str) -> torch.Tensor:
-    """Embeddings (N, D) of a data set's images, on all ranks."""
+    """Embeddings (N, D) of a data set's images, or what else the model gives in eval mode, on all ranks."""
     from common import evaluate
 
     size, batch = recipe.img_size, run.args.micro_batch or 64
@@ -544,7 +545,11 @@ def evaluate_levels(run, networks: list[tuple], source, val, file: str | None) -
         gallery = embed(run, model, recipe, source, "training images")
         queries = embed(run, model, recipe, val, "validation images")
         data = queries, levels(val, run.device), gallery, levels(source, run.device)
-        results[name if level in results else level] = coarse_to_fine(*data, level, recipe.sigma)
+        logits = None
+        if hasattr(model, "fc"):  # the coarse classifier, whose softmax is used (2.2.1)
+            logits = embed(run, nn.Sequential(model.trunk, model.fc), recipe, val, "validation classes")
+            logits = logits[:, [classes.index(c) for c in data[3][level][0]]]
+        results[name if level in results else level] = coarse_to_fine(*data, level, recipe.sigma, logits)
     if file and run.rank == 0:
         report.save_json(run.out / file, results)
     run.say(matrices(results))
@@ -631,8 +636,7 @@ def retrieve(run) -> None:
                 framed.append(picture(source.read(i), [wrong if labels else unknown, *right][-1]))  # the finest is last
             title = f"{title}: {recipe.method}, trained on {level} labels ({file})"
             rows.append((title, [picture(image, (0, 0, 0)), *framed]))
-    legend = {f"right at: {name}": colour for name, colour in colours.items()}
-    legend |= {"no level": wrong, "label of the query not known": unknown}
+    legend = {f"right at: {name}": colour for name, colour in colours.items()} | {"at none": wrong, "unknown": unknown}
     rows += [(title, [Image.new("RGB", (40, 10), colour)]) for title, colour in legend.items()]
     if run.rank == 0:
         report.save_sheet(run.out / "retrieved.png", rows)
@@ -654,17 +658,17 @@ def parse_args(argv: list[str] | None = None):
     args = cli.parse(parser, argv, MODELS, RECIPES)
     paper = paper_recipe(args.recipe, args.data or "")
     recipe = cli.override(paper, args, lr_follows_batch=True)
-    (supervised, instance, projector), lacks = METHODS[recipe.method], f"the method {recipe.method} has no"
+    supervised, instance, projector = METHODS[recipe.method]
+    if not recipe.cutmix:  # what is not mixed does not bind the batch size
+        recipe, paper = (dataclasses.replace(r, mix_group=1) for r in (recipe, paper))
     if recipe.method != "ce":
         cli.refuse(args, ("cutmix",), f"mixes labels, which only the method ce can take, not {recipe.method}")
-    if supervised != "ce":
-        cli.refuse(args, ("classifier", "trainable"), f"{lacks} classifier")
-    if supervised != "knn":
-        cli.refuse(args, ("memory_dtype",), f"{lacks} memory")
-    if not instance:
-        cli.refuse(args, ("views", "instance_weight", "target_decay"), f"{lacks} instance loss")
-    if not projector:
-        cli.refuse(args, ("proj_dim",), f"{lacks} projector")
+    for part, has, flags in (
+        ("classifier", supervised == "ce", ("classifier", "trainable")), ("projector", projector, ("proj_dim",)),
+        ("instance loss", instance, ("views", "instance_weight", "target_decay")),
+        ("memory", supervised == "knn", ("memory_dtype",)),
+    ):
+        cli.refuse(args, () if has else flags, f"the method {recipe.method} has no {part}")
     if args.retrieve:
         cli.refuse(args, ("eval_data",), "has no effect beside --retrieve, which looks at --data")
     if not (args.eval or args.retrieve):
@@ -683,10 +687,11 @@ def make_model(args, recipe: Recipe, num_classes: int) -> nn.Module:
 
 def take_trunk(model: nn.Module, state: dict, content: dict, say) -> None:
     """Fits --weights to a network that is to be trained: the trunk is taken, of torchvision's weights too, and what
-    else has the same name and shape; the rest starts afresh."""
+    else has the same name and shape; the rest starts afresh, a target network as a copy."""
     from common.checkpoint import take_part
 
     fresh = take_part(model, state, "trunk.")
+    state.update({k: state[k.removeprefix("target.")] for k in fresh if k.startswith("target.")})
     if fresh:
         say(f"trunk taken from the checkpoint; new: {', '.join(sorted({k.split('.')[0] for k in fresh}))}")
 
@@ -702,6 +707,7 @@ def load_model(source: str, device: str = "cpu") -> tuple:
 def train(run) -> None:
     """The loop; what it starts from (data, network, what was saved) is common.script.set_up's."""
     from common import evaluate, script
+    from common.errors import UserError
     from common.optim import cosine_lr
 
     recipe = run.recipe
@@ -715,9 +721,10 @@ def train(run) -> None:
         memory = Memory(len(data.source), recipe.proj_dim, dtype) if supervised == "knn" else None
         return {"memory": memory and memory.to(run.device)}
 
-    data, model, wrapped, optimizer, precision, _, _ = script.set_up(
-        run, TrainTransform(recipe), make_model, adapt=take_trunk, extra=make_memory
-    )
+    options = dict(adapt=take_trunk, extra=make_memory)
+    data, model, wrapped, optimizer, precision, *_ = script.set_up(run, TrainTransform(recipe), make_model, **options)
+    if not (run.args.weights or run.epoch or run.step) and ("transfer" in run.args.recipe or recipe.trainable != "all"):
+        raise UserError(f"--recipe {run.args.recipe} --trainable {recipe.trainable}: needs a trained trunk (--weights)")
     memory, memory_labels = run.parts["memory"], torch.from_numpy(data.source.labels).to(run.device)
     for epoch in range(run.epoch, recipe.epochs):
         wrapped.train()
@@ -737,7 +744,7 @@ def train(run) -> None:
                         loss = loss + F.cross_entropy(logits, labels)
                     if supervised == "knn":
                         loss = loss + knn_loss(g, labels, memory.embeddings, memory_labels, batch.indices, recipe.sigma)
-                        embeddings.append(g.detach().float())
+                        embeddings.append(unit(g.detach()))
                     if instance:
                         loss = loss + recipe.instance_weight * instance_loss(predictions, model.targets(views))
                 precision.backward(loss)
@@ -767,9 +774,8 @@ def benchmark_loss(recipe: Recipe, model: nn.Module, images: torch.Tensor, label
     if supervised == "ce":
         loss = loss + F.cross_entropy(logits, labels)
     if supervised == "knn":
-        memory = torch.ones(2**16, recipe.proj_dim, device=images.device)
-        memory_labels = torch.arange(2**16, device=images.device) % 127
-        loss = loss + knn_loss(g, labels, memory, memory_labels, labels, recipe.sigma)
+        memory, classes = images.new_ones(2**16, recipe.proj_dim), torch.arange(2**16, device=images.device) % 127
+        loss = loss + knn_loss(g, labels, memory, classes, labels, recipe.sigma)
     if instance:
         loss = loss + instance_loss(predictions, getattr(model, "module", model).targets(views))
     return loss

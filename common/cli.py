@@ -84,7 +84,7 @@ def _add_run_flags(parser: Parser) -> None:
     flag("--seed", type=whole(0), default=0, metavar="N", help="of weights, order, augmentation and mixing; default: 0")
     flag("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     flag("--amp", choices=("bf16", "fp16", "fp32"), help="precision; default: bf16 on CUDA, fp32 on the CPU")
-    flag("--micro-batch", type=whole(1), metavar="N", help="images per rank and forward pass; default: at most 256")
+    flag("--micro-batch", type=whole(1), metavar="N", help="images per rank and forward pass; default: about 256 at most")
     flag("--compile", action="store_true", help="torch.compile the model")
     flag("--timeout", type=whole(1), default=600, metavar="S", help="seconds ranks wait for each other; default: 600")
     flag("--tensorboard", action="store_true", help="also write TensorBoard events to --out")

@@ -126,10 +126,10 @@ def split_batch(batch_size: int, world: int, micro_batch: int | None, group: int
         raise UserError(f"--micro-batch {micro_batch}: must be a multiple of {mixed}")
     if batch_size % unit:
         near = " and ".join(map(str, sorted({max(1, batch_size // unit) * unit, (batch_size // unit + 1) * unit})))
-        least = "" if micro_batch else " (--mix-group, the least a rank can take)"
         raise UserError(f"--batch-size {batch_size}: not a multiple of {world} ranks x {micro_batch or group} images"
-                        f"{least}; the nearest that are: {near}")
-    micro = micro_batch or max(m for m in range(group, local + 1, group) if local % m == 0 and (m <= 256 or m == group))
+                        f"{' (--mix-group)' * (group > 1 and not micro_batch)}; the nearest that are: {near}")
+    fits = [m for m in range(group, local + 1, group) if local % m == 0 and m >= min(local, 32)]  # for BatchNorm's sake
+    micro = micro_batch or max((m for m in fits if m <= 256), default=fits[0])
     return micro, local // micro
 
 

@@ -415,7 +415,7 @@ def _inaturalist(name: str, folder: Path, split: str, year: int) -> Source:
     files = [file_of[a["image_id"]] for a in listing["annotations"]]
     labels = np.array([label_of[a["category_id"]] for a in listing["annotations"]])
     levels = {}
-    for level in ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"):
+    for level in ("kingdom", "phylum", "class", "order", "family", "genus", "name"):  # thesis section 2.4.1
         if all(level in c for c in categories):
             values, to_level = np.unique([str(c[level]) for c in categories], return_inverse=True)
             levels["species" if level == "name" else level] = (values.tolist(), to_level[labels])

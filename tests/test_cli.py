@@ -55,6 +55,14 @@ def test_the_global_batch_is_split_without_remainder(world):
     assert micro * accumulation * world == 2048 and micro % 64 == 0 and micro <= 256
 
 
+@pytest.mark.parametrize("local, micro", [(1, 1), (7, 7), (250, 250), (257, 257), (514, 257), (1018, 509), (1000, 250)])
+def test_without_mixing_any_batch_that_the_ranks_share_equally_does(local, micro):
+    """A divisor of 32 to 256 images, for BatchNorm; where there is none, the next larger one."""
+    assert split_batch(4 * local, 4, None, 1) == (micro, local // micro)
+    with pytest.raises(UserError, match=f"4 ranks x 1 images; the nearest that are: {4 * local} and {4 * local + 4}"):
+        split_batch(4 * local + 1, 4, None, 1)
+
+
 OUT_OF_RANGE = [
     ("batch-size", 0), ("lr", 0), ("lr", -1), ("lr", "nan"), ("epochs", 0), ("drop-path", 1.0), ("smoothing", 1.5),
     ("mixup", -1), ("warmup-epochs", 6), ("img-size", 0), ("eval-crop-ratio", 0), ("mix-group", 0), ("repeats", 0)

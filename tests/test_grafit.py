@@ -192,7 +192,7 @@ def test_coarse_to_fine_equals_brute_force():
     for level, labels in (("coarse", coarse), ("fine", fine)):
         right = votes(found[level]["k"], labels, 12).argmax(1) == query_levels[level][1]
         assert found[level]["knn"] == pytest.approx(100 * right.double().mean().item(), abs=1e-6)
-    p = votes(found["coarse"]["k"], coarse, 3)
+    p = votes(len(gallery), coarse, 3)  # Eq. 2.3 sums over all training images, not over k
     oracle = F.one_hot(query_levels["coarse"][1], 3).double()
     for name, scores in (
         ("map", cosine), ("map_conditional", grafit.conditional_scores(cosine, p, coarse)),
@@ -203,6 +203,12 @@ def test_coarse_to_fine_equals_brute_force():
             by_hand = [average_precision(s.argsort(descending=True), labels == y) for s, y in asked]
             assert found[level][name] == pytest.approx(100 * np.mean(by_hand), abs=1e-6), (name, level)
     assert found["coarse"]["map_oracle"] == pytest.approx(100)
+    logits = 3 * torch.randn(60, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    other = grafit.coarse_to_fine(queries, query_levels, gallery, gallery_levels, "coarse", 0.05, logits)
+    scores = zip(grafit.conditional_scores(cosine, logits.softmax(1), coarse), query_levels["fine"][1])
+    by_hand = [average_precision(s.argsort(descending=True), fine == y) for s, y in scores]
+    assert other["fine"].pop("map_conditional") == pytest.approx(100 * np.mean(by_hand), abs=1e-6)
+    assert all(other["fine"][key] == found["fine"][key] for key in other["fine"])  # nothing else depends on them
 
 
 def test_the_number_of_neighbours_is_chosen_without_the_test_set():
@@ -301,6 +307,21 @@ def test_the_target_is_an_average_without_gradient():
     assert not in_groups & {id(p) for p in model.target.parameters()}
 
 
+@pytest.mark.parametrize("start", ["trunk", "snca"])
+def test_a_target_network_that_the_weights_lack_starts_as_a_copy(start):
+    torch.manual_seed(0)
+    trunk, own = grafit.make_trunk("regnet_nano"), grafit.Grafit("regnet_nano", "snca", proj_dim=16)
+    model = grafit.Grafit("regnet_nano", "grafit", proj_dim=16)
+    state = dict((trunk if start == "trunk" else own).state_dict())
+    grafit.take_trunk(model, state, {}, print)
+    model.load_state_dict(state)
+    found = model.state_dict()
+    copied = [k for k in found if k.startswith("target.")]
+    assert all(torch.equal(found[k], found[k.removeprefix("target.")]) for k in copied)
+    assert start == "snca" or torch.equal(found["target.trunk.stem.0.weight"], trunk.stem[0].weight)
+    assert start == "trunk" or torch.equal(found["target.projector.0.weight"], own.projector[0].weight)
+
+
 @pytest.mark.parametrize("method", grafit.METHODS)
 def test_every_method_has_what_its_row_of_table_2_7_says_and_nothing_else(method):
     supervised, instance, projector = grafit.METHODS[method]
@@ -334,7 +355,7 @@ def test_the_recipe_of_sections_2_4_3_and_2_5():
     assert (r.instance_weight, r.proj_dim, r.img_size) == (1.0, 256, (224, 224))
     assert (cifar.views, cifar.img_size, cifar.epochs, cifar.lr) == (8, (32, 32), 600, 0.4)
     assert (transfer.epochs, transfer.lr, transfer.batch_size, transfer.trainable, transfer.classifier) == (
-        240, 0.01, 512, "classifier", "mlp",
+        240, 0.01, 512, "all", "mlp",
     )
     assert grafit.parse_args(["--recipe", "grafit", "--batch-size", "256"])[1].lr == pytest.approx(0.1)
     for data, epochs in (("flowers102:/x", 1000), ("cars:/x", 1000), ("food101:/x", 300), ("inat2018@genus:/x", 300)):
@@ -391,6 +412,13 @@ def test_a_run_is_evaluated_at_every_level_and_eval_repeats_it(here, trained, fo
     assert [float(x) for x in row.split()[2:]] == [pytest.approx(value, abs=0.006) for value in values]
 
 
+class Alone:
+    """A run as far as `extract` knows it."""
+
+    world, rank, workers, device, amp = 1, 0, 0, torch.device("cpu"), "fp32"
+    gather, check_stop = staticmethod(lambda x: x), staticmethod(lambda: None)
+
+
 def frame(picture: Image.Image, column: int, top: int) -> tuple:
     return picture.getpixel((column * 108 + 1, top + 1))
 
@@ -414,10 +442,6 @@ def test_retrieve_draws_frames_by_the_finest_level_that_is_right(here, trained, 
     content = load(trained["coarse"] / "last.pt")
     model = grafit.Grafit("regnet_nano", "grafit", proj_dim=256).eval()
     model.load_state_dict(content["model"])
-
-    class Alone:
-        world, rank, workers, device, amp = 1, 0, 0, torch.device("cpu"), "fp32"
-        gather, check_stop = staticmethod(lambda x: x), staticmethod(lambda: None)
 
     gallery, queries = (extract(model, splits[s], (32, 32), 1.0, Alone) for s in ("train", "val"))
     nearest = (queries[index] @ gallery.T).argsort(descending=True)[:10]
@@ -466,6 +490,24 @@ def test_every_other_method_trains(here, folder, coarse, tmp_path, method):
     assert all(0 <= metrics[key] <= 100 for key in grafit.METRICS)
 
 
+def test_cross_entropys_conditional_ranking_is_by_its_softmax(here, folder, coarse, tmp_path):
+    flags = ["--method", "ce", "--data", f"{folder}@coarse", "--coarse-labels", coarse, "--out", tmp_path / "o"]
+    assert here("grafit", *SMALL, *flags).status == 0
+    found = json.loads((tmp_path / "o/results.json").read_text())["coarse"]["fine"]
+    from common.sources import open_data
+
+    splits = open_data(str(folder), coarse_labels=str(coarse))
+    model = grafit.Grafit("regnet_nano", "ce", 2)
+    model.load_state_dict(load(tmp_path / "o/last.pt")["model"])
+    gallery, queries = (extract(model.eval(), splits[s], (32, 32), 1.0, Alone) for s in ("train", "val"))
+    logits = extract(lambda x: model.fc(model.trunk(x)), splits["val"], (32, 32), 1.0, Alone)
+    known = [grafit.levels(splits[s]) for s in ("val", "train")]
+    expected = grafit.coarse_to_fine(queries, known[0], gallery, known[1], "coarse", 0.05, logits)["fine"]
+    assert found == {key: pytest.approx(value, abs=1e-3) for key, value in expected.items()}
+    by_neighbours = grafit.coarse_to_fine(queries, known[0], gallery, known[1], "coarse", 0.05)["fine"]
+    assert abs(by_neighbours["map_conditional"] - found["map_conditional"]) > 0.1
+
+
 def test_fine_tuning_takes_the_trunk_and_freezes_what_it_says(here, folder, trained, tmp_path):
     start = load(trained["coarse"] / "last.pt")["model"]
     sizes = ["--img-size", 32, "--batch-size", 16, "--mix-group", 4, "--epochs", 2]
@@ -476,10 +518,15 @@ def test_fine_tuning_takes_the_trunk_and_freezes_what_it_says(here, folder, trai
         changed = {k for k in start if k.startswith("trunk.") and not torch.equal(start[k], state[k])}
         return state, changed
 
-    result = run("--recipe", "transfer", "--weights", trained["coarse"] / "last.pt", "--out", tmp_path / "frozen")
+    for flags in (["transfer"], ["transfer", "--trainable", "classifier"], ["transfer_full"], ["fixres"]):
+        refused(run("--recipe", *flags, "--out", tmp_path / "untrained"), f"--recipe {flags[0]}", "--weights")
+    frozen = ["--trainable", "classifier", "--weights", trained["coarse"] / "last.pt", "--out", tmp_path / "frozen"]
+    result = run("--recipe", "transfer", *frozen)
     assert result.status == 0 and "trunk taken from the checkpoint; new: fc" in result.out, result
     state, changed = trunk("frozen")
     assert not changed and state["fc.3.weight"].shape == (4, 128)
+    result = run("--recipe", "transfer", "--weights", trained["coarse"] / "last.pt", "--out", tmp_path / "tuned")
+    assert result.status == 0 and trunk("tuned")[1] == {k for k in start if k.startswith("trunk.")}, result
     # from torchvision's form of weights, all of it trained, with CutMix
     plain = {k.removeprefix("trunk."): v for k, v in start.items() if k.startswith("trunk.")}
     torch.save(plain, tmp_path / "plain.pth")
@@ -504,6 +551,14 @@ def test_fine_tuning_takes_the_trunk_and_freezes_what_it_says(here, folder, trai
     assert result.status == 0 and f"top1 {top1:.5g}" in result.out, result
     result = here("grafit", *NANO, "--eval", "--data", folder, *weights)
     assert f"classifier  top1 {top1:.5g}" in result.out and "kNN, top-1" in result.out, result
+
+
+def test_groups_bind_the_batch_size_only_where_images_are_mixed():
+    flags = ["--method", "ce", "--batch-size", "250"]
+    assert all(grafit.parse_args(more)[1].mix_group == 1 for more in ([], flags, [*flags, "--mix-group", "8"]))
+    _, recipe, paper = grafit.parse_args([*flags, "--cutmix", "1.0", "--mix-group", "50"])
+    assert (recipe.mix_group, paper.mix_group) == (50, 64)
+    assert grafit.parse_args(["--recipe", "transfer_full", "--data", "cars:/x"])[1].mix_group == 64
 
 
 def test_wrong_use_is_refused(here, folder, trained, tmp_path):
