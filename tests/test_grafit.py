@@ -3,13 +3,16 @@
 import functools
 import json
 import random
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import PeakMemory, fewer_shapes, load, log_of, reference, sine
+from conftest import ROOT, PeakMemory, fewer_shapes, load, log_of, reference, sine
 from PIL import Image
 from test_cli import refused
 
@@ -234,6 +237,39 @@ def test_chunks_do_not_change_a_conditional_ranking(chunk):
     scores = grafit.conditional_scores(cosine, probabilities, coarse)
     by_hand = [average_precision(s.argsort(descending=True), labels[2] == y) for s, y in zip(scores, labels[0])]
     assert found == pytest.approx(np.mean(by_hand), abs=1e-9)
+
+
+# A piece of WordNet, in the format of data.noun: synset, file, part of speech, words (hexadecimal), each with a number,
+# links, each of four words, gloss. A dog has two hypernyms, of which canine is the alphabetically first.
+WORDNET = """  1 This software and database is being provided to you, the LICENSEE, by
+00000001 03 n 01 entity 0 002 ~ 00000002 n 0000 ~ 00000009 n 0000 | that which is
+00000002 03 n 0a animal 0 animate_being 0 beast 0 brute 0 creature 0 fauna 0 a 0 b 0 c 0 d 0 002 @ 00000001 n 0000 + 00000009 a 0101 | it
+00000003 05 n 01 carnivore 0 003 @ 00000002 n 0000 ~ 00000004 n 0000 #m 00000009 n 0000 | it eats | meat
+00000004 05 n 02 Canine 0 canid 0 002 @ 00000003 n 0000 ~ 00000005 n 0000 | fissiped
+00000005 05 n 01 dog 0 004 @ 00000008 n 0000 @ 00000004 n 0000 ~ 00000006 n 0000 @i 00000009 n 0000 | Fido
+00000006 05 n 01 corgi 0 001 @ 00000005 n 0000 | a Welsh dog
+00000007 05 n 01 cat 0 001 @ 00000003 n 0000 | it purrs
+00000008 05 n 01 domestic_animal 0 001 @ 00000002 n 0000 | it is tame
+00000009 06 n 01 thing 0 001 @ 00000001 n 0000 | no animal
+00000010 06 n 01 cup 0 001 @ 00000009 n 0000 | it holds tea
+00000011 06 n 01 teacup 0 001 @ 00000010 n 0000 | a cup for tea
+"""  # noqa: E501
+
+
+def test_readme_derives_coarse_labels_from_wordnet(tmp_path):
+    """With WordNet 3.0 and ImageNet's 1000 classes: 127, as Huh et al. have."""
+    (tmp_path / "data.noun").write_text(WORDNET)
+    for wnid in ("n00000005", "n00000006", "n00000007", "n00000010", "n00000011"):
+        (tmp_path / "train" / wnid).mkdir(parents=True)
+    snippet = re.search(r"<<'END'\n(.*?)\nEND\n", (ROOT / "README.md").read_text(), re.S)[1]
+    command = [sys.executable, "-", tmp_path / "data.noun", tmp_path / "train"]
+    result = subprocess.run(command, input=snippet, capture_output=True, text=True, check=True)
+    assert json.loads(result.stdout) == {
+        "n00000005": "n00000003 carnivore",  # not canine, its hypernym: the cat's lies above that
+        "n00000006": "n00000003 carnivore", "n00000007": "n00000003 carnivore",
+        "n00000010": "n00000009 thing", "n00000011": "n00000009 thing",
+    }
+    assert result.stderr == "2 coarse classes\n"
 
 
 # ---- Network ---------------------------------------------------------------------------------------------------------
