@@ -12,8 +12,9 @@ of an image should agree. ResNet-50 on ImageNet with 127 coarse labels, tested o
     python grafit.py --model resnet50 --data inat2018:/data --eval --weights genus/last.pt --also family/last.pt
 
 Checked here: Equations 2.1 to 2.6 with their gradients, memory updates, conditional ranking and average precision
-against reference numbers; three methods on a part of CIFAR-100 (README). Not run here: the whole of CIFAR-100,
-ImageNet, iNaturalist. There is no official code.
+against reference numbers; two epochs of Grafit and SNCA+, in double precision, against a second implementation in the
+tests; three methods on a part of CIFAR-100 (README). Not run here: the whole of CIFAR-100, ImageNet, iNaturalist.
+There is no official code.
 
 Axes: B images, T views (augmentations) of each, D embedding, M training images, K classes, H x W pixels.
 
@@ -26,6 +27,7 @@ Where the thesis is silent or contradicts itself:
 - the memory starts at 0, so that its first update stores the direction of the image's first embedding;
 - transfer: the trunk "remains fixed" (2.4.6), yet the same paragraph and 2.5.4 fine-tune it, and 92.5 on Cars is out of
   reach of frozen features: all of it is trained (--trainable classifier: it is not);
+- p_c of Eq. 2.5: with ce and ce_instance the softmax (2.2.1), with the others, instance too, Eq. 2.3's sum (2.3.1);
 - CIFAR's ResNet: torchvision's with a 3 x 3 stem of stride 1 and no pooling after it.
 """
 

@@ -1,7 +1,10 @@
 """grafit.py: its equations against reference numbers, its parts against plain forms, and as a whole."""
 
+import copy
+import dataclasses
 import functools
 import json
+import math
 import random
 import re
 import subprocess
@@ -17,11 +20,13 @@ from PIL import Image
 from test_cli import refused
 
 import grafit
-from common.evaluate import NEIGHBOURS, extract, mean_average_precision
+from common.data import GlobalBatches, Samples
+from common.evaluate import NEIGHBOURS, extract, mean_average_precision, normalize
 from common.images import eval_transform, from_numpy
 from common.models import on_meta
 from common.optim import param_groups
 from common.report import count
+from common.sources import open_data
 
 CASES = reference("grafit")
 QUERIES, MEMORY = sine(CASES["inputs"]["query_embeddings"]), sine(CASES["inputs"]["memory_embeddings"])
@@ -471,8 +476,6 @@ def test_retrieve_draws_frames_by_the_finest_level_that_is_right(here, trained, 
     assert result.status == 0, result
     sheet = Image.open(tmp_path / "o/retrieved.png")
     # By hand: the ten nearest training images of the query and the level at which they are right.
-    from common.sources import open_data
-
     splits = open_data(str(folder), coarse_labels=str(coarse))
     index = next(i for i in range(len(splits["val"])) if splits["val"].name(i) == str(query))
     content = load(trained["coarse"] / "last.pt")
@@ -530,8 +533,6 @@ def test_cross_entropys_conditional_ranking_is_by_its_softmax(here, folder, coar
     flags = ["--method", "ce", "--data", f"{folder}@coarse", "--coarse-labels", coarse, "--out", tmp_path / "o"]
     assert here("grafit", *SMALL, *flags).status == 0
     found = json.loads((tmp_path / "o/results.json").read_text())["coarse"]["fine"]
-    from common.sources import open_data
-
     splits = open_data(str(folder), coarse_labels=str(coarse))
     model = grafit.Grafit("regnet_nano", "ce", 2)
     model.load_state_dict(load(tmp_path / "o/last.pt")["model"])
@@ -635,3 +636,106 @@ def test_the_gpus_way_through_the_memory_waits_for_nothing_and_gives_the_same_lo
         loss = grafit._NeighbourLoss.apply(z, memory_labels[own], memory, memory_labels, own, 0.05, 7, by_label)
         found.append((loss, *torch.autograd.grad(loss, z)))
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*found)) and torch.equal(memory, kept)
+
+
+# ---- A second implementation -----------------------------------------------------------------------------------------
+
+
+def plain_training(model, batches, method: str, memory, memory_labels) -> None:
+    """Section 2.3.1 word for word, on trunk, projector and predictor of a network: two epochs, one of them warm-up, of
+    the learning rate 0.1; weight decay 1e-4, Nesterov momentum 0.9, sigma 0.05, tau 0.9, lambda 1."""
+    trunk, projector = model.trunk, model.projector
+    learned = [trunk, projector] + ([model.predictor] if method == "grafit" else [])
+    target_trunk, target_projector = copy.deepcopy(trunk), copy.deepcopy(projector)
+    parameters = [p for part in learned for p in part.parameters()]
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 1e-4},
+        {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True, foreach=False)
+    for step, (views, labels, numbers) in enumerate(batches):
+        epoch = 2 * step / len(batches)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1 * epoch if epoch < 1 else 0.1 * (1 + math.cos(math.pi * epoch / 2)) / 2
+        g = projector(trunk(torch.cat(views)))
+        first = g[: len(labels)] / g[: len(labels)].pow(2).sum(1, keepdim=True).sqrt()
+        norms = memory.pow(2).sum(1, keepdim=True).sqrt()
+        cosines = first @ (memory / norms.clamp(min=1e-12)).T
+        others = torch.ones(cosines.shape, dtype=torch.bool)
+        others[torch.arange(len(numbers)), numbers] = False
+        p = torch.exp(cosines / 0.05) * others
+        p = p / p.sum(1, keepdim=True)  # Eq. 2.2
+        loss = -(p * (labels[:, None] == memory_labels)).sum(1).log().mean()  # Eq. 2.3
+        if method == "grafit":
+            q, T = model.predictor(g).chunk(len(views)), len(views)
+            with torch.no_grad():
+                z = target_projector(target_trunk(torch.cat(views))).chunk(T)
+            for i in range(T):
+                for j in range(T):
+                    if i != j:
+                        loss = loss - torch.cosine_similarity(q[i], z[j]).mean() / (T * (T - 1))  # Eq. 2.1
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            for own, target in ((trunk, target_trunk), (projector, target_projector)):
+                for theta, xi in zip(own.parameters(), target.parameters()):
+                    xi.copy_(0.9 * xi + (1 - 0.9) * theta)
+            for number, embedding in zip(numbers.tolist(), first):
+                memory[number] = (memory[number] + embedding) / 2
+    if method == "grafit":
+        model.target.load_state_dict({
+            **{f"trunk.{k}": v for k, v in target_trunk.state_dict().items()},
+            **{f"projector.{k}": v for k, v in target_projector.state_dict().items()},
+        })
+
+
+@pytest.mark.parametrize("method", ["grafit", "snca"])
+def test_two_epochs_end_as_a_plain_loop_does(here, folder, coarse, tmp_path, monkeypatch, method):
+    """There is no official code. The loop above shares the order and augmentation of the images and the layers of the
+    network with grafit.py, nothing else; both in double precision."""
+
+    class Wide(grafit.Grafit):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.double()
+
+        def forward(self, views):
+            return super().forward([v.double() for v in views] if isinstance(views, list) else views.double())
+
+        def targets(self, views):
+            return super().targets([v.double() for v in views])
+
+    wide_memory = functools.partial(grafit.Memory, dtype=torch.float64)
+    recipe = dataclasses.replace(
+        grafit.RECIPES["shapes"], method=method, views=3, augment="crop", erasing=0.0, img_size=(32, 32)
+    )
+    source = open_data(f"{folder}@coarse", coarse_labels=str(coarse), splits=("train",))["train"]
+    samples = Samples(source, grafit.TrainTransform(recipe), seed=5)
+    order = GlobalBatches(
+        len(source), batch_size=20, micro_batch=20, group=1, world_size=1, rank=0, repeats=1, seed=5
+    )
+    batches = []
+    for order.epoch in range(2):
+        for keys in order:
+            (images,), _, labels, numbers = samples.__getitems__(keys)
+            batches.append(([normalize(view).double() for view in images.unbind(1)], labels, numbers))
+    torch.manual_seed(5)
+    model = Wide("regnet_nano", method, 2, 16).train()
+    memory = torch.zeros(len(source), 16, dtype=torch.float64)
+    plain_training(model, batches, method, memory, torch.from_numpy(source.labels))
+
+    monkeypatch.setattr(grafit, "Grafit", Wide)
+    monkeypatch.setattr(grafit, "Memory", lambda images, dim, dtype: wide_memory(images, dim))
+    flags = [*NANO, "--recipe", "shapes", "--method", method, "--data", f"{folder}@coarse", "--coarse-labels", coarse]
+    flags += [*"--seed 5 --epochs 2 --batch-size 20 --proj-dim 16 --lr 0.1 --warmup-epochs 1 --val-data none".split()]
+    if method == "grafit":
+        flags += ["--views", 3, "--target-decay", 0.9, "--instance-weight", 1.0]
+    result = here("grafit", *flags, "--out", tmp_path / "o")
+    assert result.status == 0, result
+    found, expected = load(tmp_path / "o/last.pt"), model.state_dict()
+    assert found["model"].keys() == expected.keys() and len(batches) == 6
+    for key, value in {**found["model"], "memory": found["memory"]["embeddings"]}.items():
+        wanted = memory if key == "memory" else expected[key]
+        assert value.dtype == wanted.dtype and torch.allclose(value, wanted, rtol=0, atol=1e-10), key
+    assert memory.norm(dim=1).max() > 0.5
