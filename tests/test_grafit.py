@@ -248,7 +248,7 @@ def test_chunks_do_not_change_a_conditional_ranking(chunk):
 # links, each of four words, gloss. A dog has two hypernyms, of which canine is the alphabetically first.
 WORDNET = """  1 This software and database is being provided to you, the LICENSEE, by
 00000001 03 n 01 entity 0 002 ~ 00000002 n 0000 ~ 00000009 n 0000 | that which is
-00000002 03 n 0a animal 0 animate_being 0 beast 0 brute 0 creature 0 fauna 0 a 0 b 0 c 0 d 0 002 @ 00000001 n 0000 + 00000009 a 0101 | it
+00000002 03 n 0a animal 0 beast 0 brute 0 d 0 e 0 f 0 g 0 h 0 i 0 j 0 002 @ 00000001 n 0000 + 00000009 a 0101 | it
 00000003 05 n 01 carnivore 0 003 @ 00000002 n 0000 ~ 00000004 n 0000 #m 00000009 n 0000 | it eats | meat
 00000004 05 n 02 Canine 0 canid 0 002 @ 00000003 n 0000 ~ 00000005 n 0000 | fissiped
 00000005 05 n 01 dog 0 004 @ 00000008 n 0000 @ 00000004 n 0000 ~ 00000006 n 0000 @i 00000009 n 0000 | Fido
@@ -258,7 +258,7 @@ WORDNET = """  1 This software and database is being provided to you, the LICENS
 00000009 06 n 01 thing 0 001 @ 00000001 n 0000 | no animal
 00000010 06 n 01 cup 0 001 @ 00000009 n 0000 | it holds tea
 00000011 06 n 01 teacup 0 001 @ 00000010 n 0000 | a cup for tea
-"""  # noqa: E501
+"""
 
 
 def test_readme_derives_coarse_labels_from_wordnet(tmp_path):
