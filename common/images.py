@@ -4,7 +4,6 @@ orientation is not applied (the papers' numbers were measured without it); of an
 
 import contextlib
 import io
-import struct
 import warnings
 
 import numpy as np
@@ -13,23 +12,19 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg
 
-MAX_PIXELS = 178_956_970  # Pillow's limit for a decompression bomb; JPEGs decoded without Pillow are held to it too
-
 
 def decode(data: bytes) -> torch.Tensor:
     """Encoded image (any format Pillow reads) -> uint8 (3, H, W), RGB. OSError or ValueError, with a reason, for what
-    is not a whole image of 8 bits per channel or 16-bit grey."""
-    bits, height, width, channels = _jpeg_header(data)
-    if height * width > MAX_PIXELS:
-        raise ValueError(f"image of {width} x {height} pixels is larger than the limit of {MAX_PIXELS}")
-    # CMYK and 12-bit JPEGs go to Pillow, whose conversion to RGB is the reference.
-    if channels in (1, 3) and bits == 8 and data.rstrip(b"\0").endswith(b"\xff\xd9"):
-        with contextlib.suppress(RuntimeError):  # Pillow decides, and its message is the clearer one
-            return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+    is not a whole image of 8 bits per channel or 16-bit grey, or has more pixels than Pillow's limit."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # corrupt EXIF, unusual palettes: the pixels are what counts
         try:
-            image = Image.open(io.BytesIO(data))
+            image = Image.open(io.BytesIO(data))  # reads the header alone
+            # CMYK goes to Pillow, whose conversion to RGB is the reference; files cut short, for its message.
+            whole = image.format in ("JPEG", "MPO") and data.rstrip(b"\0").endswith(b"\xff\xd9")
+            if whole and image.mode in ("RGB", "L"):
+                with contextlib.suppress(RuntimeError):  # Pillow decides
+                    return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
             if image.mode.startswith("I;16"):  # convert("RGB") would clip 16-bit values to white, not scale them
                 grey = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
                 return from_numpy(np.repeat(grey[:, :, None], 3, axis=2))
@@ -41,17 +36,6 @@ def decode(data: bytes) -> torch.Tensor:
             raise ValueError(str(error)) from None
         except (SyntaxError, EOFError, IndexError, TypeError) as error:  # Pillow's parsers, on damaged headers
             raise OSError(f"cannot read image: {error}") from None
-
-
-def _jpeg_header(data: bytes) -> tuple[int, int, int, int]:
-    """(bits per channel, height, width, channels) from the first start-of-frame marker; zeros if there is none."""
-    at = 2 if data[:2] == b"\xff\xd8" else len(data)
-    while at + 10 <= len(data) and data[at] == 0xFF:
-        marker, length = struct.unpack_from(">BH", data, at + 1)
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return struct.unpack_from(">BHHB", data, at + 4)
-        at += 1 if marker == 0xFF else 2 + length  # 0xFF: padding before a marker
-    return 0, 0, 0, 0
 
 
 def from_numpy(array: np.ndarray) -> torch.Tensor:
