@@ -327,7 +327,7 @@ def resize_pos_embed(
     pos_embed: torch.Tensor, grid: tuple[int, int], *, old_grid: tuple[int, int] | None = None
 ) -> torch.Tensor:
     """Position embedding (1, prefix + N, C) for another grid than the old one (None: a square): bicubic (a = -0.75),
-    which about keeps the vectors' norm (section 3.3), not antialiased, in float32 or wider; prefix tokens stay."""
+    which about keeps the vectors' norm (section 3.4.5), not antialiased, in float32 or wider; prefix tokens stay."""
     tokens = pos_embed.shape[1]
     side = math.isqrt(tokens)
     old_grid = old_grid or (side, side)
@@ -412,7 +412,8 @@ class TrainTransform:
         self.jitter, self.policy = recipe.color_jitter, recipe.augment
         names = "+".join(CHOICES) if self.policy == "3-augment" else self.policy
         self.choices = [CHOICES.index(n) + 1 for n in names.split("+") if n in CHOICES]
-        self.learned = {"auto": v2.AutoAugment(), "trivial": v2.TrivialAugmentWide()}.get(self.policy)
+        how = dict(interpolation=v2.InterpolationMode.BICUBIC, fill=FILL)  # as officially
+        self.learned = {"auto": v2.AutoAugment(**how), "trivial": v2.TrivialAugmentWide(**how)}.get(self.policy)
 
     def __call__(self, image: torch.Tensor, rng: random.Random) -> tuple[torch.Tensor, tuple[float, ...]]:
         from common import images
@@ -428,7 +429,7 @@ class TrainTransform:
         elif self.learned:  # torchvision's policies draw from torch's global generator: seed it for this image
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(rng.getrandbits(63))
-                image = self.learned(image)
+                image = images.from_pil(self.learned(images.to_pil(image)))
         elif self.choices:
             choice, radius = rng.choice(self.choices), rng.uniform(0.1, 2.0)
         if self.jitter and not (self.learned or self.policy == "rand"):  # none on top of these, as officially

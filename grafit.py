@@ -659,7 +659,7 @@ def parse_args(argv: list[str] | None = None):
          help=f"write OUT/retrieved.png, the 10 nearest training images of each, and stop; IMAGE: {images}")
     args = cli.parse(parser, argv, MODELS, RECIPES)
     paper = paper_recipe(args.recipe, args.data or "")
-    recipe = cli.override(paper, args, lr_follows_batch=True)
+    recipe = cli.override(paper, args)
     supervised, instance, projector = METHODS[recipe.method]
     if not recipe.cutmix:  # what is not mixed does not bind the batch size
         recipe, paper = (dataclasses.replace(r, mix_group=1) for r in (recipe, paper))

@@ -553,7 +553,7 @@ class TrainTransform:
 
     def __init__(self, recipe: Recipe):
         self.size, self.policy = recipe.img_size, recipe.augment
-        self.auto = v2.AutoAugment()
+        self.auto = v2.AutoAugment(interpolation=v2.InterpolationMode.BICUBIC, fill=FILL)  # as officially
 
     def __call__(self, image: torch.Tensor, rng: random.Random) -> tuple[torch.Tensor, tuple[float, ...]]:
         from common import images
@@ -567,7 +567,7 @@ class TrainTransform:
         elif self.policy == "auto":  # torchvision's policy draws from torch's global generator: seed it for this image
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(rng.getrandbits(63))
-                image = self.auto(image)
+                image = images.from_pil(self.auto(images.to_pil(image)))
         return image, ()
 
 

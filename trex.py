@@ -341,7 +341,7 @@ def parse_args(argv: list[str] | None = None):
     parser.add_argument("--export", metavar="FILE",
                         help="write the encoder of --weights with torchvision's names and stop")
     args = cli.parse(parser, argv, MODELS, RECIPES)
-    return args, cli.override(RECIPES[args.recipe], args, lr_follows_batch=True), RECIPES[args.recipe]
+    return args, cli.override(RECIPES[args.recipe], args), RECIPES[args.recipe]
 
 
 def make_model(args, recipe: Recipe, num_classes: int) -> TReX:

@@ -83,8 +83,8 @@ def _add_run_flags(parser: Parser) -> None:
     flag("--save-steps", type=whole(0), default=0, metavar="N", help="write last.pt every N steps and at epochs' ends")
     flag("--seed", type=whole(0), default=0, metavar="N", help="of weights, order, augmentation and mixing; default: 0")
     flag("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
-    flag("--amp", choices=("bf16", "fp16", "fp32"), help="precision; default: bf16 on CUDA, fp32 on the CPU")
-    flag("--micro-batch", type=whole(1), metavar="N", help="images per rank and forward pass; default: about 256 at most")
+    flag("--amp", choices=("bf16", "fp16", "fp32"), help="precision; default: fp32, but bf16 to train on CUDA")
+    flag("--micro-batch", type=whole(1), metavar="N", help="images per rank and forward pass; default: at most 256")
     flag("--compile", action="store_true", help="torch.compile the model")
     flag("--timeout", type=whole(1), default=600, metavar="S", help="seconds ranks wait for each other; default: 600")
     flag("--tensorboard", action="store_true", help="also write TensorBoard events to --out")
@@ -108,17 +108,15 @@ def _add_recipe_flags(parser: Parser, recipe_class: type) -> None:
 
 
 def converter(kind):
-    """str -> value of the annotated type; None is written "none", a size "224" or "224x160"."""
+    """str -> value of the annotated type; a size is "224" or "224x160", None is "none": ... here, None: not given."""
     options = [o for o in typing.get_args(kind) or (kind,) if o is not type(None)]
 
     def convert(text: str):
         if type(None) in typing.get_args(kind) and text.lower() == "none":
-            return None
+            return ...
         if kind == tuple[int, int]:
-            sides = [int(side) for side in text.split("x")]
-            if len(sides) > 2:
-                raise ValueError
-            return sides[0], sides[-1]
+            height, width = map(int, text.split("x") * (1 if "x" in text else 2))
+            return height, width
         return {"true": True, "false": False}[text.lower()] if kind is bool else options[0](text)
 
     convert.__name__ = "size" if kind == tuple[int, int] else getattr(kind, "__name__", "number")
@@ -144,13 +142,16 @@ def parse(parser: Parser, argv: list[str] | None, models, recipes) -> argparse.N
     return args
 
 
-def override(paper, args: argparse.Namespace, *, lr_follows_batch: bool = False):
-    """The paper's recipe with the flags that were given; UserError for values that cannot be. lr_follows_batch: without
-    --lr the learning rate changes in proportion to the batch size."""
-    names = [f.name for f in dataclasses.fields(paper)]
-    recipe = dataclasses.replace(paper, **{n: getattr(args, n) for n in names if getattr(args, n) is not None})
-    if lr_follows_batch and args.lr is None:
-        recipe = dataclasses.replace(recipe, lr=paper.lr * recipe.batch_size / paper.batch_size)
+def override(paper, args: argparse.Namespace):
+    """The paper's recipe with the flags that were given; UserError for values that cannot be. One rule for all methods:
+    without --lr every rate that is not given changes in proportion to the batch size; a constant one stays constant."""
+    given = {k: None if v is ... else v for k, v in vars(args).items() if v is not None and hasattr(paper, k)}
+    if args.lr is None:
+        share = given.get("batch_size", paper.batch_size) / paper.batch_size
+        given = {rate: getattr(paper, rate) * share for rate in ("lr", "min_lr", "warmup_lr")} | given
+    elif paper.min_lr == paper.lr:
+        given = {"min_lr": args.lr} | given
+    recipe = dataclasses.replace(paper, **given)
     check_recipe(recipe)
     if getattr(recipe, "distillation", None) == "none":
         refuse(args, ("teacher", "teacher_weights"), "has no effect without a teacher; add --distillation hard")
@@ -161,8 +162,7 @@ def override(paper, args: argparse.Namespace, *, lr_follows_batch: bool = False)
 
 def differences(recipe, paper) -> list[str]:
     """["batch_size 1024 (paper: 2048)", ...]"""
-    pairs = [(f.name, getattr(recipe, f.name), getattr(paper, f.name)) for f in dataclasses.fields(recipe)]
-    return [f"{name} {mine} (paper: {theirs})" for name, mine, theirs in pairs if mine != theirs]
+    return [f"{k} {v} (paper: {getattr(paper, k)})" for k, v in vars(recipe).items() if v != getattr(paper, k)]
 
 
 RULES = {  # in a Recipe field's annotation: which numbers it may have

@@ -1,7 +1,6 @@
 """What a run shows about itself: size, cost, speed, pictures."""
 
 import contextlib
-import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -84,14 +83,15 @@ def describe(run: Run, build: Callable[[], torch.nn.Module], data: TrainingData)
     cost = f"{parameters / 1e6:.2f} M parameters, {gmacs:.3f} GMACs at {size[0]} x {size[1]}"
     images = f"{len(data.source)} training images, {'no' if data.val is None else len(data.val)} validation images"
     batch = f"{run.world} ranks x {data.micro_batch} x {data.accumulation} accumulation, {run.amp} on {run.device.type}"
-    fields = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(recipe).items())
     ours = " (but this recipe is none of the paper's)" if args.recipe == "shapes" else ""
+    scaled = f"the paper's {run.paper.lr:g} at batch {run.paper.batch_size}, in proportion to the batch"
     return (
         f"model    {args.model}, {cost}, {len(data.classes)} classes\n"
         f"data     {args.data}, {images}\n"
         f"batch    {recipe.batch_size} = {batch}, {run.workers} workers per rank\n"
         f"steps    {recipe.epochs} epochs x {data.steps}\n"
-        f"recipe   {args.recipe}: {fields}\n"
+        f"rate     {recipe.lr:g} at its peak: {scaled if args.lr is None else 'given by --lr'}\n"
+        f"recipe   {args.recipe}: {', '.join(f'{name} {value}' for name, value in vars(recipe).items())}\n"
         f"differs from the paper: {'; '.join(differences(recipe, run.paper)) or 'nothing'}{ours}"
     )
 

@@ -1,5 +1,6 @@
 """Command lines: the rows A of the fault list, evaluation, pictures and other things a user asks for."""
 
+import importlib
 import json
 import shutil
 import signal
@@ -9,10 +10,12 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY, Result, encoded, load, log_of, picture, start, write_folder
+from conftest import ROOT, SCRIPTS, TINY, Result, encoded, load, log_of, picture, start, write_folder
 from PIL import Image
 
+import deit
 import deit3
+from common import run
 from common.data import split_batch
 from common.errors import UserError
 
@@ -76,6 +79,53 @@ def test_A4_values_out_of_range(deit3_here, flag, value):
 
 def test_A5_a_final_learning_rate_above_the_peak(deit3_here):
     refused(deit3_here("--recipe", "in1k", "--lr", "5e-6"), "--lr 5e-06", "--min-lr 1e-05")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_rate_follows_the_batch_unless_lr_is_given(script):
+    module, rates = importlib.import_module(script), ("lr", "min_lr", "warmup_lr")
+    for name in module.RECIPES:
+        paper = module.parse_args(["--recipe", name])[2]
+        half = ["--recipe", name, "--batch-size", str(paper.batch_size // 2)]
+        assert [getattr(module.parse_args(half)[1], r) for r in rates] == [getattr(paper, r) / 2 for r in rates], name
+        given = module.parse_args([*half, "--lr", str(paper.lr)])[1]
+        assert [getattr(given, r) for r in rates] == [getattr(paper, r) for r in rates], name
+        assert module.parse_args([*half, "--min-lr", "0"])[1].min_lr == 0
+
+
+def test_a_constant_rate_stays_constant():
+    for given in (["--batch-size", "256"], ["--batch-size", "1024"], ["--lr", "2e-6"], ["--lr", "1e-4"]):
+        recipe = deit.parse_args(["--recipe", "finetune", *given])[1]
+        assert recipe.lr == recipe.min_lr != 5e-6, given
+    assert deit.parse_args(["--recipe", "finetune", "--lr", "1e-4", "--min-lr", "0"])[1].min_lr == 0
+
+
+def test_none_is_a_value():
+    recipe = deit3.parse_args(["--layer-scale", "none", "--clip-grad", "none"])[1]
+    assert recipe.layer_scale is recipe.clip_grad is None
+    assert deit3.parse_args(["--eval-crop-ratio", "1.0"])[1].layer_scale == 1e-4
+
+
+def test_the_banner_says_the_rate_and_why(deit3_here, tmp_path, folder):
+    lines = []
+    for given in ([], ["--lr", "0.02"]):
+        command = [*TINY, "--data", folder, "--epochs", 1, "--warmup-epochs", 0, *given]
+        out = deit3_here(*command, "--out", tmp_path / f"o{len(given)}").out.splitlines()
+        lines += [line for line in out if line.startswith("rate ")]
+    assert lines == [
+        "rate     0.0025 at its peak: the paper's 0.01 at batch 64, in proportion to the batch",
+        "rate     0.02 at its peak: given by --lr",
+    ]
+
+
+@pytest.mark.parametrize("flags, amp", [([], "bf16"), (["--eval"], "fp32"), (["--eval", "--amp", "bf16"], "bf16")])
+def test_evaluation_is_in_fp32_on_a_gpu_too(flags, amp, monkeypatch):
+    monkeypatch.setattr(run, "connect", lambda *_: (torch.device("cuda"), 0, 1))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+    monkeypatch.setattr(run.signal, "signal", lambda *_: None)
+    made = run.Run("deit3", *deit3.parse_args(flags))
+    run._CURRENT.remove(made)
+    assert made.amp == amp
 
 
 def test_smoothing_does_not_go_with_binary_cross_entropy(deit3_here):
@@ -168,7 +218,7 @@ def test_A14_resuming_with_other_flags(deit3_here, tmp_path, folder):
     command = [*TINY, "--data", folder, "--out", tmp_path]
     assert deit3_here(*command).status == 0
     for change, part in (
-        (["--lr", "0.005"], "lr was 0.01, now 0.005"),
+        (["--lr", "0.005"], "lr was 0.0025, now 0.005"),
         (["--epochs", "3"], "epochs was 2, now 3"),
         (["--seed", "1"], "seed was 0, now 1"),
     ):

@@ -1,6 +1,7 @@
 """deit.py against the official models' and components' numbers, against other libraries, and as a whole."""
 
 import hashlib
+import importlib
 import math
 import random
 from urllib.error import URLError
@@ -32,10 +33,11 @@ from test_cli import refused
 from test_run import child, status_of
 
 import deit
+from common.data import split_batch
 from common.evaluate import normalize
 from common.images import eval_transform, from_numpy, from_pil, to_pil
 from common.models import from_checkpoint
-from common.optim import param_groups
+from common.optim import make_optimizer, param_groups
 from common.sources import Shapes
 
 MODELS = reference("deit")
@@ -184,12 +186,25 @@ def test_distillation_of_section_3_3():
 def test_fine_tuning_transfer_and_cifar10_from_scratch():
     r = deit.paper_recipe("finetune", "deit_b")
     assert (r.epochs, r.img_size, r.augment, r.erasing, r.mixup) == (25, (384, 384), "rand", 0.25, 0.8)
+    assert (r.batch_size, r.lr, r.min_lr, r.mix_group, r.drop_path) == (512, 5e-6, 5e-6, 32, 0.0)
     assert deit.paper_recipe("cifar10", "deit_b") == deit.Recipe(epochs=7200)
     names = ("cifar100", "flowers102", "inat2019")
     rows = {name: deit.paper_recipe("transfer", "deit_b", data=f"{name}:/d") for name in names}
-    assert {k: (r.epochs, r.lr) for k, r in rows.items()} == {
-        "cifar100": (1000, 1e-5), "flowers102": (1000, 1e-4), "inat2019": (360, 1e-4)
+    assert {k: (r.epochs, r.lr, r.min_lr) for k, r in rows.items()} == {
+        "cifar100": (1000, 1e-5, 1e-7), "flowers102": (1000, 1e-4, 1e-6), "inat2019": (360, 1e-4, 1e-6)
     }
+
+
+@pytest.mark.parametrize("script", ["deit", "cait"])
+def test_fine_tuning_fits_the_official_16_gpus(script):
+    recipe = importlib.import_module(script).parse_args(["--recipe", "finetune"])[1]
+    assert split_batch(recipe.batch_size, 16, None, recipe.mix_group) == (32, 1)
+
+
+def test_table_3_8s_sgd_is_nesterovs():
+    recipe = deit.parse_args(["--optimizer", "nesterov"])[1]
+    optimizer = make_optimizer(recipe.optimizer, torch.nn.Linear(2, 2), recipe.lr, recipe.weight_decay)
+    assert optimizer.defaults["nesterov"] and optimizer.defaults["momentum"] == 0.9
 
 
 def test_the_learning_rate_follows_the_batch_unless_it_is_given():
@@ -319,6 +334,17 @@ def test_B19_transform_gives_the_right_shape_for_any_image_and_the_same_pixels_a
     assert one.shape == (3, 32, 48) and one.dtype == torch.uint8 and len(a) == 5
     assert torch.equal(one, two) and a == b
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("script", ["deit", "cait", "resmlp", "patchconvnet", "deit3"])
+def test_auto_augment_is_bicubic_and_fills_with_the_mean(script):
+    module = importlib.import_module(script)
+    transform = module.TrainTransform(module.Recipe(augment="auto", img_size=(32, 32)))
+    white = from_pil(Image.new("RGB", (40, 40), "white"))
+    seen = torch.stack([transform(white, random.Random(i))[0] for i in range(20)]).permute(1, 0, 2, 3).flatten(1)
+    assert (seen.T == torch.tensor(deit.FILL)).all(1).any()  # what a shear uncovers
+    policy = transform.learned if script == "deit3" else transform.auto
+    assert policy.interpolation == torchvision.transforms.InterpolationMode.BICUBIC
 
 
 def test_pil_round_trip():

@@ -203,12 +203,14 @@ def test_another_resolution_warns_that_it_is_lossy(here, folder, tmp_path):
 def test_recipes_of_section_4_3():
     r = resmlp.paper_recipe("in1k")
     assert (r.epochs, r.optimizer, r.lr, r.weight_decay, r.batch_size) == (400, "lamb", 5e-3, 0.2, 1024)
-    assert (r.repeats, r.augment) == (3, "rand")
+    assert (r.repeats, r.augment, r.drop_path, r.eval_crop_ratio) == (3, "rand", 0.1, 0.9)
     r = resmlp.paper_recipe("old_fashioned")
     assert (r.epochs, r.optimizer, r.lr, r.batch_size, r.schedule) == (90, "sgd", 0.1, 256, "waterfall")
     assert (r.augment, r.mixup) == ("none", 0)
     assert resmlp.paper_recipe("in21k").epochs == 60
-    assert resmlp.paper_recipe("transfer", data="cifar10:/d").lr == 5e-5
+    for name, rates in {"cifar10": (5e-5, 1e-7), "cars": (5e-4, 1e-6)}.items():
+        r = resmlp.paper_recipe("transfer", data=f"{name}:/d")
+        assert (r.lr, r.min_lr) == rates
 
 
 def test_the_waterfall_falls_at_thirds(here, folder, tmp_path):
