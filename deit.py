@@ -304,10 +304,9 @@ def resize_pos_embed(
 ) -> torch.Tensor:
     """Position embedding (1, prefix + N, C) for another grid than the old one (None: a square): bicubic (a = -0.75),
     which about keeps the vectors' norm (section 3.4.5), not antialiased, in float32 or wider; prefix tokens stay."""
-    tokens = pos_embed.shape[1]
-    side = math.isqrt(tokens)
+    side = math.isqrt(pos_embed.shape[1])
     old_grid = old_grid or (side, side)
-    prefix = tokens - old_grid[0] * old_grid[1]
+    prefix = pos_embed.shape[1] - old_grid[0] * old_grid[1]
     if old_grid == tuple(grid):
         return pos_embed
     patches = pos_embed[:, prefix:].to(torch.promote_types(pos_embed.dtype, torch.float32))

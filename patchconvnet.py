@@ -24,6 +24,9 @@ Where the official code differs from what stands here:
 - stochastic depth masks a binomial number of samples there; here a fixed number is drawn, only these are computed;
 - its starting values of LayerScale are 1e-4 for S60 and 1e-6 for S120, B120 and L60; the thesis gives none. Here: 1e-4
   for S up to 60 blocks, else 1e-6;
+- Apex's LAMB clips the gradient (section 6.2.1); section 5.2.3 says that nothing is clipped: nothing is, but in `a2`;
+- the command's default is RandAugment of magnitude 9; section 5.2.3 names the variant of Wightman et al. [215]: 7
+  (Table 6.1), which stands here;
 - learning rate and mixup draw: as said in deit.py.
 """
 
@@ -58,7 +61,7 @@ class Recipe:
     epochs: Annotated[int, "passes over as many images as the data set has", "1 or more"] = 400
     batch_size: Annotated[int, "images per optimizer step, over all GPUs", "1 or more"] = 2048
     optimizer: Annotated[str, "lamb, adamw or sgd", ("lamb", "adamw", "sgd")] = "lamb"
-    lr: Annotated[float, "peak learning rate, at that batch size", "above 0"] = 3e-3
+    lr: Annotated[float, "peak learning rate; unset: in proportion to the batch", "above 0"] = 3e-3
     min_lr: Annotated[float, "learning rate at the end of the cosine", "0 or more"] = 1e-5  # official code, as the next
     warmup_lr: Annotated[float, "learning rate at step 0", "0 or more"] = 1e-6  # the thesis gives none
     warmup_epochs: Annotated[int, "epochs of linear warm-up", "0 or more"] = 5  # chapter 3
@@ -66,11 +69,13 @@ class Recipe:
     clip_grad: Annotated[float | None, "largest norm of the whole gradient; none: no clipping", "above 0"] = None
     img_size: Annotated[tuple[int, int], "training and test resolution in pixels, S or HxW", "1 or more"] = (224, 224)
     repeats: Annotated[int, "repeated augmentation: times an image is taken in a row", "1 or more"] = 3
-    augment: Annotated[str, "rand (RandAugment 9/0.5), auto (AutoAugment) or none", ("rand", "auto", "none")] = "rand"
+    augment: Annotated[str, "rand (RandAugment), auto (AutoAugment) or none", ("rand", "auto", "none")] = "rand"
+    magnitude: Annotated[float, "RandAugment's, of at most 10: that of [215] (Table 6.1)", "0 or more"] = 7.0
     mixup: Annotated[float, "alpha of mixup's Beta law; 0: off", "0 or more"] = 0.8
     cutmix: Annotated[float, "alpha of cutmix's Beta law; 0: off", "0 or more"] = 1.0
     mix_group: Annotated[int, "images that share one mixup or cutmix draw (officially: a GPU's)", "1 or more"] = 64
-    smoothing: Annotated[float, "label smoothing", "in [0, 1)"] = 0.1
+    loss: Annotated[str, "ce or bce (on binarised mixed labels)", ("ce", "bce")] = "ce"
+    smoothing: Annotated[float, "label smoothing, with ce only", "in [0, 1)"] = 0.1
     drop_path: Annotated[float | None, "stochastic depth, one rate in all blocks; unset: Table 5.8", "in [0, 1)"] = None
     stem: Annotated[str, "conv, or linear projection of patches (Table 5.7)", ("conv", "linear")] = "conv"
     norm: Annotated[str, "of the blocks: layernorm or batchnorm (Table 5.8)", ("layernorm", "batchnorm")] = "layernorm"
@@ -86,12 +91,19 @@ RECIPES = {
     # Section 5.2.3: batch 1024, rate "fixed" to 1e-5, weight decay 0.01, 10 epochs, drop-path less 0.1 (section 5.3.4).
     # Also for one token per class (Figure 5.6): --class-tokens per_class --img-size 224.
     "finetune": Recipe(epochs=10, batch_size=1024, lr=1e-5, min_lr=1e-5, warmup_epochs=0, img_size=(384, 384)),
-    # Section 5.2.3: 90 epochs; repeated augmentation on ImageNet-1k only.
+    # Section 5.2.3: 90 epochs (4096 images per step: rate 4e-3); repeated augmentation on ImageNet-1k only.
     "in21k": Recipe(epochs=90, repeats=1),
+    # At 384, then `finetune` for what is larger (section 5.3.2).
     "in21k_to_in1k": Recipe(epochs=100, batch_size=1024, lr=5e-4),
-    # Table 5.5, "the procedure used in chapter 3": CaiT's rule (section 3.7.1.3), learning rate / 10 (Cars, Flowers,
-    # iNaturalist) or / 100 (CIFAR), 1000 epochs (360 on iNaturalist). At 320: --img-size 320.
-    "transfer": Recipe(epochs=1000, lr=3e-4, min_lr=1e-6),
+    # Table 5.5, "the procedure used in chapter 3": CaiT's rule (section 3.7.1.3), learning rates, peak and last, / 10
+    # (Cars, Flowers, iNaturalist) or / 100 (CIFAR), 1000 epochs (360 on iNaturalist). At 320: --img-size 320.
+    "transfer": Recipe(epochs=1000, lr=3e-4, min_lr=1e-6, repeats=1),
+    # Sections 5.3.4 (resnet50_attention) and 6.3.4 (torchvision/resnet50): procedure A2 of Wightman et al. [215], 300
+    # epochs, by their column of Table 6.1 (its mixup is 0.2; arXiv:2110.00476 has 0.1). No branch is dropped here.
+    "a2": Recipe(
+        epochs=300, lr=5e-3, weight_decay=0.02, clip_grad=1.0, mixup=0.2, loss="bce", smoothing=0.0,
+        eval_crop_ratio=0.95,
+    ),
     # Not of the thesis: the built-in data set in minutes on two CPU cores.
     "shapes": Recipe(
         epochs=6, batch_size=64, lr=1e-2, warmup_epochs=1, img_size=(48, 48), repeats=1, augment="none", mixup=0.0,
@@ -99,7 +111,9 @@ RECIPES = {
     ),
 }
 TRANSFER = {  # data set: what `transfer` changes for it
-    "cifar10": dict(lr=3e-5), "cifar100": dict(lr=3e-5), "inat2018": dict(epochs=360), "inat2019": dict(epochs=360),
+    **dict.fromkeys(("cifar10", "cifar100"), dict(lr=3e-5, min_lr=1e-7)),
+    **dict.fromkeys(("inat2018", "inat2019"), dict(epochs=360)),
+    "flowers102": dict(batch_size=512, lr=7.5e-5),  # it has 2040 images; the rate in proportion
 }
 
 
@@ -112,7 +126,7 @@ def paper_recipe(name: str, model: str, *, data: str = "") -> Recipe:
     drop_path = row.get("drop_path")
     if drop_path and name in ("finetune", "in21k_to_in1k"):  # section 5.3.4
         drop_path = round(max(0.0, drop_path - 0.1), 4)
-    if name == "in1k" and row.get("dim", 0) > 384:
+    if name in ("in1k", "transfer") and "depth" in row and row["dim"] > 384:
         recipe = dataclasses.replace(recipe, weight_decay=0.05)
     return dataclasses.replace(recipe, drop_path=drop_path)
 
@@ -462,6 +476,15 @@ def carry_over(model: nn.Module, state: dict[str, torch.Tensor], content: dict, 
     say(f"class token and classifier carried over to {K} tokens, one per class")
 
 
+# ---- Loss ------------------------------------------------------------------------------------------------------------
+
+
+def bce_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Binary cross-entropy, mean over B and K; every class with a share in the mixed image counts fully. The other loss
+    is F.cross_entropy, which takes soft targets (B, K) too."""
+    return F.binary_cross_entropy_with_logits(logits, (targets > 0).to(logits.dtype))
+
+
 # ---- Analysis: Figures 5.5 and 5.6 -----------------------------------------------------------------------------------
 
 
@@ -552,7 +575,7 @@ class TrainTransform:
     """A loader process' part, all but mixing: (uint8 image (3, H, W), rng) -> (uint8 (3, *img_size), no parameters)."""
 
     def __init__(self, recipe: Recipe):
-        self.size, self.policy = recipe.img_size, recipe.augment
+        self.size, self.policy, self.magnitude = recipe.img_size, recipe.augment, recipe.magnitude
         self.auto = v2.AutoAugment(interpolation=v2.InterpolationMode.BICUBIC, fill=FILL)  # as officially
 
     def __call__(self, image: torch.Tensor, rng: random.Random) -> tuple[torch.Tensor, tuple[float, ...]]:
@@ -563,7 +586,7 @@ class TrainTransform:
         if rng.random() < 0.5:
             image = image.flip(-1)
         if self.policy == "rand":
-            image = images.from_pil(rand_augment(images.to_pil(image), rng))
+            image = images.from_pil(rand_augment(images.to_pil(image), rng, self.magnitude))
         elif self.policy == "auto":  # torchvision's policy draws from torch's global generator: seed it for this image
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(rng.getrandbits(63))
@@ -575,14 +598,14 @@ class TrainTransform:
 FILL = (124, 116, 104)  # round(255 * ImageNet mean)
 
 
-# Copied from deit.py
-def rand_augment(image: Image.Image, rng: random.Random) -> Image.Image:
-    """RandAugment as DeiT uses it (timm's rand-m9-mstd0.5-inc1): two draws from 15 operations, each applied with
-    probability 0.5 at magnitude N(9, 0.5) clipped to 0..10."""
+# Adapted from deit.py: any magnitude
+def rand_augment(image: Image.Image, rng: random.Random, magnitude: float) -> Image.Image:
+    """RandAugment (timm's rand-mM-mstd0.5-inc1): two draws from 15 operations, each applied with probability 0.5 at
+    magnitude N(M, 0.5) clipped to 0..10."""
     for _ in range(2):
         operation = rng.choice(OPERATIONS)
         if rng.random() <= 0.5:
-            level = min(10.0, max(0.0, rng.gauss(9, 0.5))) / 10
+            level = min(10.0, max(0.0, rng.gauss(magnitude, 0.5))) / 10
             image = apply_operation(image, operation, level, -1 if rng.random() > 0.5 else 1)
     return image
 
@@ -696,6 +719,8 @@ def parse_args(argv: list[str] | None = None):
     args = cli.parse(parser, argv, [*MODELS, "torchvision/NAME"], RECIPES)
     paper = paper_recipe(args.recipe, args.model, data=args.data or "")
     recipe = cli.override(paper, args)
+    if recipe.loss == "bce" and recipe.smoothing:
+        raise cli.UserError("--smoothing: would switch on every class of --loss bce; use --smoothing 0 or --loss ce")
     if args.model not in MODELS:
         cli.refuse(args, ("stem", "norm", "pooling", "class_tokens"), "not for torchvision's models; leave it out")
     if "drop_path" not in MODELS.get(args.model, {}):
@@ -734,6 +759,7 @@ def train(run) -> None:
     from common.optim import cosine_lr
 
     recipe = run.recipe
+    criterion = bce_loss if recipe.loss == "bce" else F.cross_entropy
 
     def prepare(batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(images before mixing, images as the network sees them, soft targets) on the device."""
@@ -754,7 +780,7 @@ def train(run) -> None:
             for batch in data.micro_batches():
                 _, images, targets = prepare(batch)
                 with precision.forward(wrapped):
-                    loss = F.cross_entropy(wrapped(images), targets)
+                    loss = criterion(wrapped(images), targets)
                 precision.backward(loss)
             lr = lr_at(epoch + step / data.steps)
             stats, _ = precision.step(optimizer, lr, asked=run.asked())
@@ -771,9 +797,10 @@ def main() -> None:
     args, recipe, paper = parse_args()
     if args.attention_maps:
         return write_maps(Run("patchconvnet", args, recipe, paper))
+    criterion = bce_loss if recipe.loss == "bce" else F.cross_entropy
     script.run_script(
         "patchconvnet", args, recipe, paper, MODELS, train=train, make_model=make_model, adapt=carry_over,
-        loss=lambda model, images, labels: F.cross_entropy(model(images), labels),
+        loss=lambda model, images, labels: criterion(model(images), mix_targets(labels, [Mix(1.0)], 1000, 0.0)),
     )
 
 

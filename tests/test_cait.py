@@ -266,9 +266,10 @@ def test_recipe_of_section_3_7():
     assert (r.epochs, r.batch_size, r.optimizer, r.lr) == (400, 1024, "adamw", 1e-3)
     assert (r.weight_decay, r.warmup_epochs, r.repeats, r.eval_crop_ratio) == (0.05, 5, 3, 1.0)
     assert (r.augment, r.erasing, r.mixup, r.cutmix, r.smoothing) == ("rand", 0.25, 0.8, 1.0, 0.1)
-    for name, row in {"cifar10": (1000, 1e-5), "cars": (1000, 1e-4), "inat2018": (360, 1e-4)}.items():
+    rows = {"cifar10": (1000, 1e-5, 1e-7), "cars": (1000, 1e-4, 1e-6), "inat2018": (360, 1e-4, 1e-6)}
+    for name, row in rows.items():
         r = cait.paper_recipe("transfer", "cait_s36", data=f"{name}:/d")
-        assert (r.epochs, r.lr) == row, name
+        assert (r.epochs, r.lr, r.min_lr) == row, name
     assert cait.paper_recipe("finetune", "cait_s36").img_size == (384, 384)
 
 

@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import (
     FixedDraws,
     check_architecture,
@@ -197,6 +198,42 @@ def test_drop_rates_of_table_6_14(model, in1k, in21k):
     assert deit3.paper_recipe("in21k", model).drop_path == in21k
 
 
+@pytest.mark.parametrize(
+    "model, from_21k, after_800, above_224",
+    [("vit_s", 0.05, 0, 0), ("vit_b", 0.15, 0.2, 0.15), ("vit_l", 0.4, 0.45, 0.4), ("vit_h", 0.45, 0.55, 0.5)]
+)
+def test_drop_rates_of_fine_tuning_are_the_official_ones(model, from_21k, after_800, above_224, tmp_path):
+    runs = {400: tmp_path / "a.pt", 800: tmp_path / "b.pt"}
+    for epochs, file in runs.items():
+        torch.save({"recipe": {"epochs": epochs}, "model": {"w": torch.zeros(2)}}, file)
+
+    def rate(*flags):
+        return deit3.parse_args(["--model", model, "--recipe", *map(str, flags)])[1].drop_path
+
+    assert rate("in21k_to_in1k") == rate("in21k_to_in1k", "--img-size", 384) == from_21k
+    assert rate("finetune", "--weights", runs[800]) == after_800
+    assert rate("finetune", "--weights", runs[400]) == rate("finetune") == deit3.DROP_PATH[model][0]
+    for file in (runs[800], tmp_path / "none.pt"):
+        assert rate("finetune", "--img-size", "384", "--weights", file) == above_224
+    assert rate("finetune", "--weights", runs[800], "--drop-path", 0.3) == 0.3
+    assert rate("in1k", "--weights", runs[800]) == deit3.DROP_PATH[model][0]
+
+
+def test_a_checkpoint_is_asked_for_its_epochs_only(tmp_path):
+    (tmp_path / "text.pt").write_text("not a checkpoint")
+    torch.save({"model": {"w": torch.zeros(2)}}, tmp_path / "official.pth")
+    files = (None, tmp_path / "text.pt", tmp_path / "official.pth", tmp_path / "missing", tmp_path, "official:deit_b")
+    assert [deit3.epochs_of(f and str(f)) for f in files] == [0] * 6
+
+
+def test_torchvisions_models_keep_their_own_stochastic_depth():
+    assert deit3.parse_args(["--model", "torchvision/swin_s"])[1].drop_path is None
+    for name, rate in {"swin_s": 0.3, "swin_b": 0.5}.items():
+        with torch.device("meta"):
+            model = deit3.build_model(f"torchvision/{name}")
+        assert max(m.p for m in model.modules() if isinstance(m, torchvision.ops.StochasticDepth)) == rate
+
+
 def test_longer_schedules_regularise_more():
     r = deit3.paper_recipe("in1k", "vit_b", epochs=800)
     assert (r.weight_decay, r.drop_path) == (0.05, pytest.approx(0.2))
@@ -205,7 +242,8 @@ def test_longer_schedules_regularise_more():
 
 
 def test_transfer_adapts_to_the_data_set():
-    assert deit3.paper_recipe("transfer", "vit_b", data="cifar100:/data").lr == 3e-5
+    r = deit3.paper_recipe("transfer", "vit_b", data="cifar100:/data")
+    assert (r.lr, r.min_lr) == (3e-5, 1e-7)
     assert deit3.paper_recipe("transfer", "vit_b", data="inat2018@genus:/data").epochs == 360
 
 

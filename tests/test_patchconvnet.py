@@ -1,8 +1,11 @@
 """patchconvnet.py against the official models' numbers, its pooling written out, and as a whole."""
 
 import hashlib
+import importlib
 import math
+import random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,6 +28,7 @@ from test_cli import refused
 import common.shapes
 import deit
 import patchconvnet
+from common.data import epoch_length
 from common.evaluate import normalize
 from common.images import eval_transform
 from common.models import from_checkpoint
@@ -273,7 +277,44 @@ def test_recipes_of_section_5_2_3():
     assert (r.epochs, r.batch_size, r.lr, r.drop_path) == (100, 1024, 5e-4, 0.3)
     r = patchconvnet.paper_recipe("in21k", "patchconvnet_s60")
     assert (r.epochs, r.batch_size, r.lr, r.weight_decay, r.repeats, r.drop_path) == (90, 2048, 3e-3, 0.01, 1, 0.15)
-    assert patchconvnet.paper_recipe("transfer", "patchconvnet_s60", data="cifar10:/d").lr == 3e-5
+    r = patchconvnet.paper_recipe("transfer", "patchconvnet_s60", data="cifar10:/d")
+    assert (r.lr, r.min_lr, r.repeats, r.weight_decay) == (3e-5, 1e-7, 1, 0.01)
+    assert patchconvnet.paper_recipe("transfer", "patchconvnet_b120", data="cars:/d").weight_decay == 0.05
+    assert patchconvnet.Recipe().magnitude == 7
+
+
+def test_a2_is_table_6_1s_column_of_wightman_et_al():
+    for model in ("resnet50_attention", "torchvision/resnet50"):
+        r = patchconvnet.parse_args(["--model", model, "--recipe", "a2"])[1]
+        assert (r.epochs, r.batch_size, r.optimizer, r.lr, r.weight_decay) == (300, 2048, "lamb", 5e-3, 0.02)
+        assert (r.warmup_epochs, r.smoothing, r.repeats, r.clip_grad, r.augment) == (5, 0, 3, 1.0, "rand")
+        assert (r.magnitude, r.mixup, r.cutmix, r.eval_crop_ratio, r.loss) == (7, 0.2, 1.0, 0.95, "bce")
+        assert r.drop_path is None
+
+
+def test_a2_trains(here, folder, tmp_path):
+    flags = ["--model", NANO["patchconvnet"], *SMALL, "--recipe", "a2", "--epochs", 1, "--warmup-epochs", 0]
+    result = here("patchconvnet", *flags, "--data", folder, "--out", tmp_path)
+    assert result.status == 0, result
+    losses = [r["train_loss"] for r in log_of(tmp_path) if "train_loss" in r]
+    assert losses and losses[0] < math.log(4)  # binary: per class, not per image
+    refused(here("patchconvnet", "--recipe", "a2", "--smoothing", 0.1), "--smoothing", "--loss ce")
+
+
+@pytest.mark.parametrize("magnitude", [0.0, 7.0, 9.0])
+def test_rand_augment_has_the_magnitude_that_is_asked_for(magnitude, monkeypatch):
+    levels, picture = [], Image.new("RGB", (8, 8))
+    monkeypatch.setattr(patchconvnet, "apply_operation", lambda image, _, level, sign: levels.append(level) or image)
+    for i in range(300):
+        patchconvnet.rand_augment(picture, random.Random(i), magnitude)
+    assert np.mean(levels) == pytest.approx(max(magnitude / 10, 0.02), abs=0.01)
+
+
+@pytest.mark.parametrize("script", ["patchconvnet", "deit3"])
+def test_flowers_are_more_than_a_batch(script):
+    recipe = importlib.import_module(script).parse_args(["--recipe", "transfer", "--data", "flowers102:/d"])[1]
+    steps = epoch_length(2040, recipe.repeats) // recipe.batch_size
+    assert steps == 3 and recipe.lr == 3e-4 * recipe.batch_size / 2048
 
 
 @pytest.mark.parametrize(
