@@ -20,7 +20,9 @@ Where the official code differs from what stands here:
 - it permutes the attention maps for a Linear over heads; here one matrix product mixes them, about twice as fast;
 - biases that softmax cancels (of the keys, of the mixing before it) get there rounding noise for a gradient, here none;
 - stochastic depth masks a binomial number of samples there; here a fixed number is drawn, only these are computed;
-- it has no distillation token (Table 3.14);
+- it has no distillation token (Table 3.14), and evaluates M-48 in float32, as --eval does here for all models;
+- Tables 3.11 and 3.12 are of DeiT-S (12 to 36 blocks, 300 epochs, drop rates per method), not of CaiT: --branches puts
+  their branch weights into CaiT;
 - learning rate, mixup draw, dropped label on the distillation head: as said in deit.py.
 """
 
