@@ -25,7 +25,8 @@ Where the official code differs from what stands here:
 - fine-tuning at a higher resolution refuses distillation, which the thesis uses; here it goes on. The official run
   trained in eval mode, hence without stochastic depth, as `finetune` does; the thesis does not say;
 - without a teacher the distillation head gets no gradient; here it learns the true label too, as the class head does;
-- its learning rate is constant within an epoch and one epoch late; here it follows the formula at every iteration;
+- its learning rate is constant within an epoch and one epoch late; here it follows the formula at every iteration; the
+  peak alone follows the batch there, here the first and the last rate do too;
 - its mixup draw is one per GPU, hence depends on the number of GPUs; here it is one per `mix_group` images of the
   global batch, whatever runs them;
 - dropout (off but in Table 3.8) also falls on the MLP's hidden layer; here on embeddings and on the branches' output;
@@ -89,7 +90,7 @@ RECIPES = {
     # Table 3.9. 1000 epochs (Table 3.5): --epochs 1000.
     "in1k": Recipe(),
     # Section 3.4.5: 25 epochs at 384, the training's augmentation. The rest: the official run (16 GPUs x 32 images, a
-    # constant rate, no stochastic depth), the thesis gives none. Tables 3.3, 3.10: --img-size 160, 320.
+    # constant rate, no stochastic depth), the thesis gives none. A teacher is fine-tuned first (section 3.3).
     "finetune": Recipe(
         epochs=25, batch_size=512, lr=5e-6, min_lr=5e-6, weight_decay=1e-8, img_size=(384, 384), mix_group=32,
         drop_path=0.0,
