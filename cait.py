@@ -127,12 +127,6 @@ MODELS = {
     "cait_nano": dict(dim=96, depth=3, num_heads=2, patch=8, drop_path=0.0, epsilon=0.1),  # not in the thesis
 }
 MODELS |= {f"{name}_distilled": {**config, "distilled": True} for name, config in MODELS.items()}
-OFFICIAL = {  # files of the official repository: (model, image size, printed top-1, options of build_model)
-    "XXS24_224": ("cait_xxs24", 224, None), "XXS36_224": ("cait_xxs36", 224, None), "S24_224": ("cait_s24", 224, 83.5),
-    "XXS24_384": ("cait_xxs24", 384, None), "XXS36_384": ("cait_xxs36", 384, None),
-    "XS24_384": ("cait_xs24", 384, 84.1), "S24_384": ("cait_s24", 384, 85.1), "S36_384": ("cait_s36", 384, 85.4),
-    "M36_384": ("cait_m36", 384, 86.1), "M48_448": ("cait_m48", 448, 86.5),
-}
 
 
 # Copied from deit.py
@@ -737,8 +731,7 @@ def make_model(args, recipe: Recipe, num_classes: int) -> CaiT:
 
 
 def load_model(source: str, device: str = "cpu") -> tuple:
-    """(model in eval mode, class names, transform) of a checkpoint of this script or an official file: a path, an
-    address or "official:NAME", a model or a file of OFFICIAL. transform: PIL image or path -> (3, H, W), normalised."""
+    """(model in eval mode, class names, transform) of a checkpoint, ours or official: see common.models.load."""
     from common.models import load
 
     return load("cait", source, device)

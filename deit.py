@@ -135,15 +135,6 @@ MODELS = {
     "deit_nano": dict(dim=96, depth=3, heads=3, patch=8),  # not in the thesis: for the built-in data set and for tests
 }
 MODELS |= {f"{name}_distilled": {**config, "distilled": True} for name, config in MODELS.items()}
-OFFICIAL = {  # files of the official repository: (model, image size, printed top-1, options of build_model)
-    "deit_tiny_patch16_224-a1311bcf": ("deit_ti", 224, 72.2), "deit_small_patch16_224-cd65a155": ("deit_s", 224, 79.9),
-    "deit_base_patch16_224-b5f2ef4d": ("deit_b", 224, 81.8),
-    "deit_tiny_distilled_patch16_224-b40b3cf7": ("deit_ti_distilled", 224, 74.5),
-    "deit_small_distilled_patch16_224-649709d9": ("deit_s_distilled", 224, 81.2),
-    "deit_base_distilled_patch16_224-df68dfff": ("deit_b_distilled", 224, 83.4),
-    "deit_base_patch16_384-8de9b5d1": ("deit_b", 384, 82.9),
-    "deit_base_distilled_patch16_384-d0272ac0": ("deit_b_distilled", 384, 85.2),
-}
 
 
 class PatchEmbed(nn.Module):
@@ -573,8 +564,7 @@ def make_model(args, recipe: Recipe, num_classes: int) -> nn.Module:
 
 
 def load_model(source: str, device: str = "cpu") -> tuple:
-    """(model in eval mode, class names, transform) of a checkpoint of this script or an official file: a path, an
-    address or "official:NAME", a model or a file of OFFICIAL. transform: PIL image or path -> (3, H, W), normalised."""
+    """(model in eval mode, class names, transform) of a checkpoint, ours or official: see common.models.load."""
     from common.models import load
 
     return load("deit", source, device)

@@ -143,16 +143,6 @@ MODELS = {
     "vit_h26x2": dict(dim=1280, depth=26, heads=16, patch=14, branches=2),
     "vit_nano": dict(dim=96, depth=3, heads=3, patch=8),  # not in the thesis: for the built-in data set and for tests
 }
-OFFICIAL = {  # files of the official repository: (model, image size, printed top-1, options of build_model)
-    "deit_3_small_224_1k": ("vit_s", 224, 81.4), "deit_3_small_384_1k": ("vit_s", 384, 83.4),
-    "deit_3_medium_224_1k": ("vit_m", 224, 83.0), "deit_3_base_224_1k": ("vit_b", 224, 83.8),
-    "deit_3_base_384_1k": ("vit_b", 384, 85.0), "deit_3_large_224_1k": ("vit_l", 224, 84.9),
-    "deit_3_large_384_1k": ("vit_l", 384, 85.8), "deit_3_huge_224_1k": ("vit_h", 224, 85.2),
-    "deit_3_small_224_21k": ("vit_s", 224, 83.1), "deit_3_small_384_21k": ("vit_s", 384, 84.8),
-    "deit_3_medium_224_21k": ("vit_m", 224, 84.5), "deit_3_base_224_21k": ("vit_b", 224, 85.7),
-    "deit_3_base_384_21k": ("vit_b", 384, 86.7), "deit_3_large_224_21k": ("vit_l", 224, 87.0),
-    "deit_3_large_384_21k": ("vit_l", 384, 87.7), "deit_3_huge_224_21k_v1": ("vit_h", 224, 87.2),
-}
 
 
 # Copied from deit.py
@@ -673,8 +663,7 @@ def make_model(args, recipe: Recipe, num_classes: int) -> nn.Module:
 
 
 def load_model(source: str, device: str = "cpu") -> tuple:
-    """(model in eval mode, class names, transform) of a checkpoint of this script or an official file: a path, an
-    address or "official:NAME", a model or a file of OFFICIAL. transform: PIL image or path -> (3, H, W), normalised."""
+    """(model in eval mode, class names, transform) of a checkpoint, ours or official: see common.models.load."""
     from common.models import load
 
     return load("deit3", source, device)

@@ -146,16 +146,6 @@ MODELS = {
     "resnet50_attention": dict(dim=2048, layer_scale=1e-4),  # section 5.3.4: this pooling on torchvision's ResNet-50
     "patchconvnet_nano": dict(dim=64, depth=4, drop_path=0.0, layer_scale=0.1, stride=8),  # not in the thesis
 }
-OFFICIAL = {  # files of the official repository: (model, image size, printed top-1, options of build_model)
-    "s60_224_1k": ("patchconvnet_s60", 224, 82.1), "s120_224_1k": ("patchconvnet_s120", 224, 83.2),
-    "b60_224_1k": ("patchconvnet_b60", 224, 83.5), "b120_224_1k": ("patchconvnet_b120", 224, 84.1),
-    "s60_224_21k": ("patchconvnet_s60", 224, 83.5), "s60_384_21k": ("patchconvnet_s60", 384, 84.9),
-    "s60_512_21k": ("patchconvnet_s60", 512, 85.4), "b60_224_21k": ("patchconvnet_b60", 224, 85.4),
-    "b60_384_21k": ("patchconvnet_b60", 384, 86.5), "b120_224_21k": ("patchconvnet_b120", 224, 86.0),
-    "b120_384_21k": ("patchconvnet_b120", 384, 86.9),
-    "s60_multi_scratch_1k": ("patchconvnet_s60", 224, 81.1, {"class_tokens": "per_class"}),
-    "s60_multi_finetune_1k": ("patchconvnet_s60", 224, 82.0, {"class_tokens": "per_class"}),
-}
 
 
 class ConvStem(nn.Module):
@@ -746,8 +736,7 @@ def make_model(args, recipe: Recipe, num_classes: int) -> nn.Module:
 
 
 def load_model(source: str, device: str = "cpu") -> tuple:
-    """(model in eval mode, class names, transform) of a checkpoint of this script or an official file: a path, an
-    address or "official:NAME", a model or a file of OFFICIAL. transform: PIL image or path -> (3, H, W), normalised."""
+    """(model in eval mode, class names, transform) of a checkpoint, ours or official: see common.models.load."""
     from common.models import load
 
     return load("patchconvnet", source, device)

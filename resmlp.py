@@ -125,15 +125,6 @@ MODELS = {
     "resmlp_b24": dict(dim=768, depth=24, patch=16),
     "resmlp_nano": dict(dim=96, depth=4, patch=8),  # not in the thesis: for the built-in data set and for tests
 }
-OFFICIAL = {  # files of the official repository: (model, image size, printed top-1, options of build_model)
-    "resmlp_12_no_dist": ("resmlp_s12", 224, None), "resmlp_12_dist": ("resmlp_s12", 224, 77.8),
-    "resmlp_12_dino": ("resmlp_s12", 224, 62.6), "resmlp_24_no_dist": ("resmlp_s24", 224, None),
-    "resmlp_24_dist": ("resmlp_s24", 224, 80.8), "resmlp_24_dino": ("resmlp_s24", 224, 69.4),
-    "resmlp_36_no_dist": ("resmlp_s36", 224, None), "resmlp_36_dist": ("resmlp_s36", 224, 81.1),
-    "resmlpB_24_no_dist": ("resmlp_b24", 224, None, {"patch_size": 8}),
-    "resmlpB_24_dist": ("resmlp_b24", 224, 83.6, {"patch_size": 8}),
-    "resmlpB_24_22k": ("resmlp_b24", 224, 84.4, {"patch_size": 8}),
-}
 
 
 def initial_scale(depth: int) -> float:
@@ -678,8 +669,7 @@ def make_model(args, recipe: Recipe, num_classes: int) -> ResMLP:
 
 
 def load_model(source: str, device: str = "cpu") -> tuple:
-    """(model in eval mode, class names, transform) of a checkpoint of this script or an official file: a path, an
-    address or "official:NAME", a model or a file of OFFICIAL. transform: PIL image or path -> (3, H, W), normalised."""
+    """(model in eval mode, class names, transform) of a checkpoint, ours or official: see common.models.load."""
     from common.models import load
 
     return load("resmlp", source, device)

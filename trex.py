@@ -363,8 +363,7 @@ def take_encoder(model: nn.Module, state: dict, content: dict, say) -> None:
 
 
 def load_model(source: str, device: str = "cpu") -> tuple:
-    """(model in eval mode, class names, transform) of a checkpoint of this script: a path or an address.
-    transform: PIL image or path -> (3, H, W), normalised."""
+    """(model in eval mode, class names, transform) of a checkpoint: see common.models.load."""
     from common.models import load
 
     return load("trex", source, device)

@@ -3,7 +3,7 @@ hold plain types and tensors only and load with torch.load(weights_only=True) in
 
 import argparse
 import contextlib
-import importlib
+import json
 import os
 import pickle
 import re
@@ -78,14 +78,18 @@ def _sync_folder(folder: Path) -> None:
     os.close(fd)
 
 
-def official(method: str, asked: str, model: str | None = None, size: int | None = None) -> str:
-    """The address of the official file that "official" (of this model and size) or "official:NAME" (a file of the
-    script's OFFICIAL, or a model: its first one) stands for; UserError if there is none."""
-    table, name = getattr(importlib.import_module(method), "OFFICIAL", {}), asked.partition(":")[2] or model
-    files = [stem for stem, row in table.items() if stem == name or (row[0] == name and size in (None, row[1]))]
-    if not files:
-        raise UserError(f"{asked}: no official file of {name}{f' at {size}' if size else ''}; all: {', '.join(table)}")
-    return f"{OFFICIAL_FILES}/{files[0]}.pth"
+def official(method: str) -> dict[str, list]:
+    """Official files of a script: name -> [model, image size, printed top-1, options of build_model]."""
+    return json.loads(Path(__file__).with_name("official.json").read_text()).get(method, {})
+
+
+def official_address(method: str, asked: str, model: str | None = None, size: int | None = None) -> str:
+    """Of "official" (for this model and size) or "official:NAME" (a file, or a model: its first one); or UserError."""
+    files, name = official(method), asked.partition(":")[2] or model
+    fit = [file for file, row in files.items() if file == name or (row[0] == name and size in (None, row[1]))]
+    if not fit:
+        raise UserError(f"{asked}: no official file of {name}{f' at {size}' if size else ''}; all: {', '.join(files)}")
+    return f"{OFFICIAL_FILES}/{fit[0]}.pth"
 
 
 def fetched(address: str) -> Path:
@@ -201,7 +205,7 @@ def of_run(run) -> dict:
     args = run.args
     args.weights = args.weights or str(run.out / "last.pt")
     if args.weights.partition(":")[0] == "official":
-        args.weights = official(run.method, args.weights, args.model, min(run.recipe.img_size))
+        args.weights = official_address(run.method, args.weights, args.model, min(run.recipe.img_size))
     content = load(args.weights, "--weights")
     if isinstance(content.get("model_name"), str) and content["model_name"] != args.model:
         held = f"{content.get('method')} {content['model_name']}"

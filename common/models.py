@@ -46,7 +46,7 @@ def from_checkpoint(content: dict, where: str, img_size: tuple[int, int], say: C
 def load(method: str, source: str, device: str = "cpu") -> tuple[nn.Module, list[str], Callable]:
     """What every script's load_model returns. ImageNet's own class names stand for the numbers of official files, and
     the crop is the one that the script's recipe tests with. UserError for what cannot be had or is another script's."""
-    address = checkpoint.official(method, source) if source.startswith("official:") else source
+    address = checkpoint.official_address(method, source) if source.startswith("official:") else source
     content, where = checkpoint.load(address, "load_model"), f"load_model {source}"
     script, name, options = importlib.import_module(method), None, {}
     recipe = {"img_size": (224, 224), **dataclasses.asdict(next(iter(script.RECIPES.values())))}
@@ -54,7 +54,7 @@ def load(method: str, source: str, device: str = "cpu") -> tuple[nn.Module, list
     if content.get("method", method) != method:
         raise UserError(f"{where}: holds {content['method']} {content['model_name']}; {content['method']}.py loads it")
     if "method" not in content:
-        row = getattr(script, "OFFICIAL", {}).get(Path(address).stem)
+        row = checkpoint.official(method).get(Path(address).stem)
         if row is None:
             raise UserError(f"{where}: does not say which model it holds; official files keep their names")
         name, recipe["img_size"], options = f"{method}/{row[0]}", (row[1], row[1]), dict(*row[3:])

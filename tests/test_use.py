@@ -138,10 +138,9 @@ def test_what_cannot_be_predicted_is_refused(trained, here, tmp_path):
 def test_the_official_files_are_the_references():
     """Every file, address, model, size and printed accuracy."""
     for script in SCRIPTS:
-        table = getattr(importlib.import_module(script), "OFFICIAL", {})
-        mine = {f"{checkpoint.OFFICIAL_FILES}/{stem}.pth": row for stem, row in table.items()}
+        mine = {f"{checkpoint.OFFICIAL_FILES}/{name}.pth": row for name, row in checkpoint.official(script).items()}
         theirs = [f for f in reference("official_weights")["files"] if f["script"] == script]
-        expected = {f["url"]: (f["model"], f["img_size"], f["top1"], *filter(None, [f.get("options")])) for f in theirs}
+        expected = {f["url"]: [f["model"], f["img_size"], f["top1"], *filter(None, [f.get("options")])] for f in theirs}
         assert mine == expected
 
 
@@ -180,7 +179,8 @@ def test_official_weights_come_by_name_are_checked_and_kept(served, here, monkey
     model, address = deit.build_model("deit_nano", img_size=32), checkpoint.OFFICIAL_FILES
     digest = hashlib.sha256(saved(model)).hexdigest()[:8]
     name = f"tiny_patch8-{digest}"
-    monkeypatch.setattr(deit, "OFFICIAL", {name: ("deit_nano", 32, 50.0), "tiny_64": ("deit_nano", 64, None)})
+    files = {name: ["deit_nano", 32, 50.0], "tiny_64": ["deit_nano", 64, None]}
+    monkeypatch.setattr(checkpoint, "official", lambda method: files)
     (root / f"{name}.pth").write_bytes(saved(model))
     for source in ("official:deit_nano", f"official:{name}", f"{address}/{name}.pth"):
         loaded, classes, transform = deit.load_model(source)
