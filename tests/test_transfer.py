@@ -421,12 +421,17 @@ def test_the_names_of_both_benchmarks():
     assert per_class == ["aircraft", "flowers102", "pets"]
 
 
-def test_eurosats_split_is_fixed_and_sun397s_is_the_first_partition(tmp_path):
+def test_eurosats_split_is_fixed_and_sun397s_is_the_first_partition(tmp_path, monkeypatch):
     make_eurosat(tmp_path)
     one, two = (sources.open_data(f"eurosat:{tmp_path}") for _ in range(2))
     names = {split: [s.name(i) for i in range(len(s))] for split, s in one.items()}
     assert names == {split: [s.name(i) for i in range(len(s))] for split, s in two.items()}
     assert not set(names["train"]) & set(names["val"]) and two["val"].labels.tolist() == [0] * 3 + [1] * 3
+    files = [f"{name}/{i}.jpg" for name, count in (("Pasture", 2000), ("River", 2500)) for i in range(count)]
+    whole = sources.Files(tmp_path, files, ["Pasture", "River"], [0] * 2000 + [1] * 2500)  # of the real classes' sizes
+    monkeypatch.setattr(sources, "open_images", lambda *a: whole)
+    real = sources.open_data(f"eurosat:{tmp_path}")
+    assert np.bincount(real["val"].labels).tolist() == [810, 810] and len(real["train"]) == 4500 - 1620
     make_sun397(tmp_path)
     assert "training" in sources.open_data(f"sun397:{tmp_path}")["train"].name(0)
 
@@ -440,9 +445,32 @@ def test_split_files_that_could_run_code_are_refused(tmp_path):
     write(tmp_path / sources.COG_SPLITS, pickle.dumps(Evil()))
     with pytest.raises(UserError, match="asks for builtins.print"):
         sources.open_data(f"cog1:{tmp_path}")
+    for reach in (np.load, np.float64(1), np.random.RandomState, os.system):  # numpy's arrays, and no more of numpy
+        write(tmp_path / sources.COG_SPLITS, pickle.dumps(reach))
+        with pytest.raises(UserError, match="asks for (numpy|posix)"):
+            sources.open_data(f"cog1:{tmp_path}")
     write(tmp_path / sources.COG_SPLITS, pickle.dumps({"n1": 3}))
     with pytest.raises(UserError, match="not the expected form"):
         sources.open_data(f"cog1:{tmp_path}")
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("kind", ["U", "S", object])
+def test_the_official_split_files_hold_numpy_arrays(protocol, kind, tmp_path):
+    """As the official ones: levels a list of lists, the split file's names in arrays, by numpy's old and new names."""
+    make_cog(tmp_path)
+    splits = pickle.loads((tmp_path / sources.COG_SPLITS).read_bytes())
+    for parts in splits.values():
+        parts["train"], parts["val"] = np.array(parts["train"]).astype(kind), np.array(parts.pop("test")).astype(kind)
+    stored = pickle.dumps(splits, protocol=protocol)
+    if protocol < 4:  # here the names are text of any length
+        old, new = (stored.replace(b"numpy._core", b"numpy.core"), stored.replace(b"numpy.core", b"numpy._core"))
+        assert b"numpy.core" in old and b"numpy._core" in new and b"numpy._core" not in old
+    for content in (stored,) if protocol > 3 else (old, new):
+        write(tmp_path / sources.COG_SPLITS, content)
+        found = sources.open_data(f"cog2:{tmp_path}")
+        assert found["train"].name(4) == f"{tmp_path}/n00001001/n00001001_1.JPEG"
+        assert [len(s) for s in found.values()] == [6, 4] and found["val"].classes == ["n00001000", "n00001001"]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
