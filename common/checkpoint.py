@@ -53,15 +53,6 @@ def save(checkpoint: dict, path: Path, *, keep: Path | None = None) -> None:
                        "the previous checkpoint is intact") from None
 
 
-def save_copy(path: Path, copy: Path) -> None:
-    """`copy` becomes the same file as `path`, atomically, by a link where there are links; RunError if it cannot be."""
-    try:
-        _link(path, copy)
-        _sync_folder(copy.parent)
-    except OSError as error:
-        raise RunError(f"cannot write {copy}: {error.strerror}; {path} is intact") from None
-
-
 def _link(path: Path, target: Path) -> None:
     temporary = target.with_name(target.name + ".tmp")
     temporary.unlink(missing_ok=True)

@@ -450,10 +450,13 @@ class Run:
                 "waiting_for_data": waiting, "skipped_steps": self.skipped_steps, "lr": lr}
 
     def end_of_epoch(self, record: dict, score: float | None) -> None:
-        """Logs the epoch, keeps `best.pt` if `score` is the highest so far, and moves on to the next epoch."""
-        if score is not None and score > self.best:
+        """Logs the epoch and moves on to the next one. The weights are written again, now with the record of what they
+        are worth, as best.pt if no earlier `score` is higher and as last.pt at the end of training."""
+        if score is not None and score >= self.best:
             self.best = score
-            self.on_rank_0(lambda: checkpoint.save_copy(self.out / "last.pt", self.out / "best.pt"))
+            self.save("best.pt", record)  # first: if it fails, a run that resumes from last.pt comes here again
+        if self.epoch + 1 == self.recipe.epochs:
+            self.save("last.pt", record)
         self.log(record)
         shown = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in record.items() if v is not None}
         self.say("  ".join(f"{k} {v}" for k, v in shown.items()))
@@ -472,11 +475,12 @@ class Run:
                 "method": self.method, "model_name": self.args.model, "seed": self.args.seed,
                 "recipe": dataclasses.asdict(self.recipe), "data": self.data_info, "world_size": self.world}
 
-    def save(self) -> None:
-        """Writes last.pt (the one before becomes previous.pt); only rank 0 writes."""
+    def save(self, name: str = "last.pt", record: dict | None = None) -> None:
+        """Writes last.pt (the one before becomes previous.pt), or `name` with its epoch's record; only rank 0 writes."""
         self._read_flags(0)  # raises if what would be saved comes after a broken step
-        content, path = self._state(), self.out / "last.pt"
-        self.on_rank_0(lambda: checkpoint.save(content, path, keep=path.with_name("previous.pt")))
+        content, path = self._state() | {"record": record}, self.out / name
+        keep = None if record else path.with_name("previous.pt")
+        self.on_rank_0(lambda: checkpoint.save(content, path, keep=keep))
 
     def check_stop(self) -> None:
         """Ends the run if any rank was asked to, with what is on disk (before training, and during evaluation)."""

@@ -252,7 +252,7 @@ def load_network(args, say) -> tuple[torch.nn.Module, str, tuple[int, int], floa
             raise UserError(f"{where}: holds {name}, you asked for --model {args.model}; leave it out")
         size, ratio = tuple(args.img_size or recipe["img_size"]), recipe["eval_crop_ratio"]
         model = from_checkpoint(content, where, size, say, ema=args.use_ema)
-        top1 = content["best"] if math.isfinite(content.get("best", math.nan)) else None
+        top1 = (content.get("record") or {}).get("val_ema_top1" if args.use_ema else "val_top1")
     elif name is None:
         raise UserError("--model: needed with weights that are no checkpoint of a script here (torchvision/NAME or "
                         "SCRIPT/NAME)")
@@ -441,7 +441,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         flag("--out", required=True, metavar="FILE", help="the result, JSON; a table beside it, .txt")
         flag("--name", metavar="TEXT", help="what tables call the network; default: the model's name")
         flag("--top1", type=float, metavar="PERCENT", help="where the network was trained (ImageNet), for compare;"
-             " default: the best when the checkpoint was written, its own epoch's not yet counted")
+             " default: that of the checkpoint's weights, which best.pt and a whole run's last.pt hold")
     three = commands.add_parser("compare", help="adjusted log odds, correlation, scatter plot of several results")
     three.add_argument("files", nargs="+", metavar="FILE", help="results of features or finetuned")
     three.add_argument("--out", required=True, metavar="FOLDER", help="for compare.json, compare.txt and compare.png")

@@ -275,6 +275,37 @@ def test_best_is_not_overwritten_by_a_worse_epoch_after_resume(deit3_here, tmp_p
     assert torch.equal(best, load(tmp_path / "best.pt")["model"]["head.weight"])
 
 
+def test_a_checkpoint_holds_the_record_of_its_own_weights_or_none(deit3_here, tmp_path, folder, monkeypatch):
+    import common.evaluate
+
+    # epoch 1 is evaluated again by the run that goes on, epoch 2 after the crash
+    scores = iter([50.0, 20.0, 20.0, 70.0, 70.0, 60.0])
+    monkeypatch.setattr(common.evaluate, "evaluate", lambda *a, **k: {"top1": next(scores), "top5": 0.0, "loss": 1.0})
+    command = [*TINY, "--data", folder, "--out", tmp_path]
+
+    def held(name) -> tuple:
+        content = load(tmp_path / name)
+        return content["epoch"], content["best"], content["record"] and content["record"]["val_top1"]
+
+    assert deit3_here(*command).status == 0  # the first epoch is the best: its best.pt says so
+    assert held("best.pt") == (0, 50.0, 50.0) and held("last.pt") == (1, 50.0, 20.0)
+    assert held("previous.pt")[0] == 0  # it is not last.pt's own epoch
+    more = [*command, "--epochs", 4, "--resume", "--allow-changes"]
+    save = checkpoint.save
+
+    def crash(content, path, **options):
+        save(content, path, **options)
+        if path.name == "best.pt":
+            raise RunError("the power is gone")
+
+    monkeypatch.setattr(checkpoint, "save", crash)
+    assert deit3_here(*more).status == 1
+    monkeypatch.setattr(checkpoint, "save", save)
+    assert held("last.pt") == (2, 50.0, None) and held("best.pt") == (2, 70.0, 70.0)
+    assert deit3_here(*more).status == 0
+    assert held("best.pt") == (2, 70.0, 70.0) and held("last.pt") == (3, 70.0, 60.0)
+
+
 def test_an_archive_is_what_zip_tools_can_verify(tmp_path):
     checkpoint.save(CONTENT, tmp_path / "x.pt")
     assert zipfile.ZipFile(tmp_path / "x.pt").testzip() is None
