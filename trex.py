@@ -246,6 +246,12 @@ def build_model(
     return TReX(name, num_classes, hidden_layers, memory_size)
 
 
+def options_of(state: dict[str, torch.Tensor]) -> dict[str, int]:
+    """build_model's options for a full training model's state dict, as the official ones are: t-ReX* has one layer."""
+    layers = sum(k.startswith("model.head.layers.") and k.endswith(".fc.weight") for k in state)
+    return {"hidden_layers": layers, "memory_size": len(state.get("memory.labels", ()))}
+
+
 def encoder_weights(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The encoder alone, with torchvision's names: `resnet50().load_state_dict(..., strict=False)` lacks fc only."""
     prefix = "model.encoder."

@@ -21,7 +21,7 @@ from common.images import eval_transform, from_pil
 def from_checkpoint(content: dict, where: str, img_size: tuple[int, int], say: Callable, *, name: str | None = None,
                 ema: bool = False, options: dict | None = None) -> nn.Module:
     """The model of a script's checkpoint (ema: its averaged weights), or SCRIPT/MODEL `name` with weights that do not
-    name it (official ones), for images of `img_size`. Some scripts have fit_resolution, for checkpoint.fit."""
+    name it (official ones), for `img_size`. Some scripts have options_of, for build_model, and fit_resolution."""
     method, _, model_name = (name or f"{content['method']}/{content['model_name']}").partition("/")
     if not method.isidentifier() or not Path(__file__).parents[1].joinpath(f"{method}.py").is_file():
         asked = f"--model {name}" if name else where
@@ -30,6 +30,8 @@ def from_checkpoint(content: dict, where: str, img_size: tuple[int, int], say: C
     try:
         if name:
             check_choice(f"--model {method}/", model_name, script.MODELS)
+            if hasattr(script, "options_of"):
+                options = script.options_of(checkpoint.weights(content))
             model = script.build_model(model_name, classes or 1000, img_size, **(options or {}))
         else:
             recipe = script.Recipe(**{**checkpoint.recipe_of(content), "img_size": tuple(img_size)})

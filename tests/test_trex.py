@@ -303,6 +303,22 @@ def test_the_full_form_round_trips_with_official_prefixes(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values()))
 
 
+@pytest.mark.parametrize("layers, memory_size", [(1, 64), (3, 32), (0, 16), (1, 0)])
+def test_the_layers_and_the_memory_of_an_official_file_are_read_off_it(layers, memory_size, tmp_path):
+    from common import checkpoint
+    from common.models import from_checkpoint
+
+    torch.manual_seed(0)
+    model = trex.build_model("resnet_nano", 1000, hidden_layers=layers, memory_size=memory_size).eval()
+    torch.save({"model": {f"module.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "star.pth")
+    content = checkpoint.load(tmp_path / "star.pth", "--weights")
+    found = from_checkpoint(content, "--weights star.pth", (224, 224), print, name="trex/resnet_nano").eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(found.transfer_features(images), model.transfer_features(images))
+        assert torch.equal(found(images), model(images))
+
+
 def test_wrong_use(here, tmp_path):
     refused(here("trex", "--model", "resnet51"), "--model resnet51", "resnet50")
     refused(here("trex", "--model", "resnet50", "--memory-size", -1), "--memory-size -1: must be 0")
