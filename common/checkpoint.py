@@ -41,9 +41,17 @@ def save(checkpoint: dict, path: Path, *, keep: Path | None = None) -> None:
             if z.testzip() is not None:
                 raise OSError("what was read back differs from what was written")
         if keep is not None and path.exists():
-            _link(path, keep)
+            copy = keep.with_name(keep.name + ".tmp")
+            copy.unlink(missing_ok=True)
+            try:
+                os.link(path, copy)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(path, copy)
+            os.replace(copy, keep)
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
     except (OSError, RuntimeError, zipfile.BadZipFile) as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -51,22 +59,6 @@ def save(checkpoint: dict, path: Path, *, keep: Path | None = None) -> None:
         free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
         raise RunError(f"cannot write {path}: {one_line(error)} (needs about {need} bytes, {free} are free); "
                        "the previous checkpoint is intact") from None
-
-
-def _link(path: Path, target: Path) -> None:
-    temporary = target.with_name(target.name + ".tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(path, temporary)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(path, temporary)
-    os.replace(temporary, target)
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    os.fsync(fd)
-    os.close(fd)
 
 
 def official(method: str) -> dict[str, list]:

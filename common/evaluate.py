@@ -325,21 +325,26 @@ def _ranks(scores: np.ndarray, relevant: np.ndarray) -> np.ndarray:
 
 
 def logistic_regression(features: torch.Tensor, labels: torch.Tensor, num_classes: int, C: float = 1.0,
-                        max_steps: int = 2000) -> tuple[torch.Tensor, torch.Tensor]:
-    """(weight (K, D), bias (K,)) for K classes at the minimum of C sum_i CE_i + ||weight||^2 / 2 for features (M, D):
-    scikit-learn's objective (which for two classes fits one vector: its optimum at C is this one's at C / 2): losses
-    are summed, the bias is not penalised. By L-BFGS in float64 until no step improves; the bias has mean 0."""
-    x, scale = features.double(), 1 / (C * len(features))  # the mean form, whose size depends on neither C nor M
+                        max_steps: int = 2000, chunk: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weight (K, D), bias (K,) of mean 0) at the minimum of C sum_i CE_i + ||weight||^2 / 2 for features (M, D) of K
+    classes: scikit-learn's objective (which for two classes fits one vector: its optimum at C is this one's at C / 2).
+    By L-BFGS in float64 until no step improves, from 0. Logits are bounded by chunk x K numbers at a time."""
+    x, decay = features.double(), 0.5 / (C * len(features))  # the mean form: its size depends on neither C nor M
     shapes = (num_classes, features.shape[1]), (num_classes,)
     weight, bias = (torch.zeros(s, dtype=torch.float64, device=x.device, requires_grad=True) for s in shapes)
     limits = dict(max_iter=max_steps, max_eval=2 * max_steps, tolerance_grad=1e-9, tolerance_change=1e-14)
     optimizer = torch.optim.LBFGS([weight, bias], **limits, history_size=20, line_search_fn="strong_wolfe")
+    chunk = chunk or max(1, SCORES // (8 * num_classes))  # logits, their logarithms and gradients: half a GiB
 
     def objective() -> torch.Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(x @ weight.T + bias, labels) + 0.5 * scale * weight.square().sum()
-        loss.backward()
-        return loss
+        total = 0.0
+        for rows, answers in zip(x.split(chunk), labels.split(chunk)):
+            losses = F.cross_entropy(rows @ weight.T + bias, answers, reduction="sum")
+            loss = (losses + len(rows) * decay * weight.square().sum()) / len(x)
+            loss.backward()
+            total += loss.detach()
+        return total
 
     optimizer.step(objective)
     return weight.detach().to(features.dtype), (bias - bias.mean()).detach().to(features.dtype)

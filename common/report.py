@@ -185,16 +185,16 @@ def save_plot(path: str | Path, panels: list[dict[str, list]], x_label: str, y_l
 
 
 def save_scatter(path: str | Path, points: dict[str, tuple], x_label: str, y_label: str, say=print) -> None:
-    """PNG of named points (x, y); stars: the upper right of the convex hull, which no mixture of others beats."""
+    """PNG of named points (x, y, error in y or None); stars: the upper right of the hull, which no mixture beats."""
     if figure := new_figure(path, 6.4, 4.8, say):
-        axes, best = figure.subplots(), upper_right_hull(list(points.values()))
+        axes, best = figure.subplots(), upper_right_hull([point[:2] for point in points.values()])
         axes.set(xlabel=x_label, ylabel=y_label)
         axes.set_title("stars: no mixture of the others is better", fontsize="small", loc="left")
         axes.margins(0.1)
         axes.grid(alpha=0.3)
-        for name, point in points.items():
-            marker, size, colour = ("*", 14, "#c8551b") if point in best else ("o", 7, "#1f5fa8")
-            axes.plot(*point, marker, markersize=size, color=colour)
+        for name, (*point, error) in points.items():
+            marker, size, colour = ("*", 14, "#c8551b") if tuple(point) in best else ("o", 7, "#1f5fa8")
+            axes.errorbar(*point, error, fmt=marker, markersize=size, color=colour, elinewidth=1)
             axes.annotate(name, point, (6, 6), textcoords="offset points", fontsize="small", parse_math=False)
         figure.savefig(path)
 

@@ -476,11 +476,10 @@ class Run:
                 "recipe": dataclasses.asdict(self.recipe), "data": self.data_info, "world_size": self.world}
 
     def save(self, name: str = "last.pt", record: dict | None = None) -> None:
-        """Writes last.pt (the one before becomes previous.pt), or `name` with its epoch's record; only rank 0 writes."""
+        """Writes last.pt (the one before becomes previous.pt), or `name` with its epoch's record; rank 0 writes."""
         self._read_flags(0)  # raises if what would be saved comes after a broken step
         content, path = self._state() | {"record": record}, self.out / name
-        keep = None if record else path.with_name("previous.pt")
-        self.on_rank_0(lambda: checkpoint.save(content, path, keep=keep))
+        self.on_rank_0(lambda: checkpoint.save(content, path, keep=None if record else path.with_name("previous.pt")))
 
     def check_stop(self) -> None:
         """Ends the run if any rank was asked to, with what is on disk (before training, and during evaluation)."""

@@ -72,7 +72,7 @@ TREX += " --eval-crop-ratio 1"
 CROPS = "--local-crops 2 --local-size 20"
 OF_CONVNET = "--teacher-weights {runs}/convnet/0/last.pt"
 OF_LOW = "--weights {runs}/deit3_low/{seed}/last.pt"
-FEATURES = "-m common.transfer features --seeds 1"
+FEATURES = "-m common.transfer features --seeds 1 --img-size 32"
 
 COMMANDS = {  # *_fit: of half of the training images, the nearest among the other half
     "ce": f"{TEN} --epochs 40 --method ce",

@@ -132,7 +132,8 @@ def test_evaluation_benchmark_and_features_run_on_the_gpu(
     monkeypatch.setattr(transfer, "logistic_regression", lambda *problem, max_steps=None: fit(*problem, max_steps=2))
     assert here("deit3", *flags("deit3", "", amp="fp32"), "--device", "cpu").status == 0
     common, figures = ["--weights", tmp_path / "out/last.pt", "--workers", 0, "--amp", "fp32"], []
-    suite = ["transfer", "features", *common, "--sets", pictures, "--seeds", 1, "--out", tmp_path / "f.json"]
+    suite = ["transfer", "features", *common, "--sets", pictures, "--seeds", 1, "--img-size", 32, "--out"]
+    suite.append(tmp_path / "f.json")
     for place in (contextlib.nullcontext(), FakeCuda()):
         with place:
             result = here("deit3", "--eval", "--model", "vit_nano", "--data", pictures, *common)

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import NANO, SCRIPTS, SMALL, WITHOUT_MIXING, encoded, picture, write_folder
+from conftest import NANO, SCRIPTS, SMALL, WITHOUT_MIXING, PeakMemory, encoded, load, log_of, picture, write_folder
 from scipy import stats
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
@@ -99,11 +99,12 @@ def test_features_of_every_scripts_checkpoint_are_what_its_classifier_is_given(h
     small = WITHOUT_MIXING if script in ("trex", "grafit") else SMALL
     run = ["--model", NANO[script], *small, "--data", folder, "--epochs", 1, "--warmup-epochs", 0]
     assert here(script, *run, "--out", tmp_path / "run").status == 0
-    arguments = ["--weights", tmp_path / "run/last.pt", "--sets", folder, "--seeds", 1, "--workers", 0]
-    result = suite("features", *arguments, "--device", "cpu", "--out", tmp_path / "r.json")
+    arguments = ["--weights", tmp_path / "run/last.pt", "--sets", folder, "--img-size", 32, "--seeds", 1]
+    result = suite("features", *arguments, "--workers", 0, "--device", "cpu", "--out", tmp_path / "r.json")
     assert result.status == 0, result
     row = json.loads((tmp_path / "r.json").read_text())
     assert row["model"] == f"{script}/{NANO[script]}" and row["img_size"] == [32, 32] and row["measured"] == 1
+    assert row["eval_crop_ratio"] == 1 and row["pretraining_top1"] == log_of(tmp_path / "run")[-2].get("val_top1")
     found = row["sets"][str(folder)]
     assert 0 <= found["accuracy"] <= 100 and found["classifier"] == "lbfgs" and found["test_images"] == 20
     # by the classifier on top of them come the network's own answers
@@ -183,7 +184,7 @@ def test_the_held_out_fifth_is_of_every_class_and_depends_on_the_seed_only():
 def test_the_cost_is_the_best_on_the_held_out_fifth_and_the_classifier_the_optimum_on_all():
     x, y, _, _ = blobs()
     rest, held = transfer.held_out(y, 0)
-    (weight, bias), chosen = transfer.fit_logistic(x, y, rest, held, 10, "top-1")
+    (weight, bias), chosen = transfer.linear_classifier(x, y, 10, 0, sgd=False)
     theirs = LogisticRegression(C=chosen["C"], tol=1e-10, max_iter=20000).fit(x.double().numpy(), y.numpy())
     assert np.abs(weight.numpy() - theirs.coef_).max() <= 1e-2 * np.linalg.norm(theirs.coef_)
 
@@ -209,9 +210,8 @@ def test_no_figure_is_chosen_on_the_test_set():
     assert honest["deviation"] == pytest.approx(np.std(honest["runs"], ddof=1))
 
 
-def test_large_data_go_by_sgd_on_normalised_features(monkeypatch):
+def test_sgd_is_on_normalised_features_by_the_best_of_some_draws(monkeypatch):
     x, y, test_x, test_y = digits()
-    monkeypatch.setattr(transfer, "SGD_ABOVE", 1000)
     monkeypatch.setattr(transfer, "SGD_DRAWS", 4)
     seen, original = [], transfer.sgd_classifier
 
@@ -220,7 +220,7 @@ def test_large_data_go_by_sgd_on_normalised_features(monkeypatch):
         return original(features, labels, classes, lr, weight_decay, seed, epochs=30, batch=128)
 
     monkeypatch.setattr(transfer, "sgd_classifier", short)
-    found = transfer.assess(x, y, test_x, test_y, 10, "top-1", 1)
+    found = transfer.assess(x, y, test_x, test_y, 10, "top-1", 1, sgd=True)
     assert found["classifier"] == "sgd" and found["accuracy"] > 88
     assert torch.allclose(seen[0][0].norm(dim=1), torch.ones(len(seen[0][0])), atol=1e-5)
     assert len(seen) == 5 and len(seen[-1][0]) == 900 and len(seen[0][0]) == 900 - len(transfer.held_out(y, 0)[1])
@@ -416,7 +416,10 @@ def test_each_data_set_is_read_from_its_real_layout(name, tmp_path, monkeypatch)
 
 def test_the_names_of_both_benchmarks():
     assert {name: len(sets) for name, sets in transfer.GROUPS.items()} == {"trex": 13, "thesis": 6, "all": 17}
-    assert set(transfer.SETS) <= set(sources.NAMED) and set(LAYOUTS) | {"cifar10", "cifar100"} == set(transfer.SETS)
+    assert set(LAYOUTS) | {"cifar10", "cifar100", "imagenet"} == set(transfer.SETS)
+    assert set(transfer.GROUPS["all"]) <= set(sources.NAMED) and "imagenet" not in transfer.GROUPS["all"]
+    small = {"aircraft", "cars", "dtd", "eurosat", "flowers102", "pets", "food101", "sun397", "cifar10", "cifar100"}
+    assert set(transfer.SETS) - transfer.SGD == small
     per_class = [name for name, metric in transfer.SETS.items() if metric == "per-class"]
     assert per_class == ["aircraft", "flowers102", "pets"]
 
@@ -544,13 +547,18 @@ def test_compare_adjusts_correlates_and_draws(suite, tmp_path):
         assert -1 <= low <= entry["value"] <= high <= 1
         assert f"{entry['value']:.3f}   95% interval [{low:.3f}, {high:.3f}]" in result.out
     errors = [n["standard_error"] for n in found["networks"].values()]
-    assert errors == pytest.approx((adjusted.std(1, ddof=1) / math.sqrt(2)).tolist())
+    # of two sets, corrected for the mean of the six networks that was taken away
+    assert errors == pytest.approx((adjusted.std(1, ddof=1) / math.sqrt(2) * math.sqrt(6 / 5)).tolist())
+    for name, n in found["networks"].items():
+        line = next(line for line in result.out.splitlines() if line.startswith(name))
+        assert line.endswith(f"{n['mean_adjusted']:12.3f}{n['standard_error']:12.3f}")
     from PIL import Image
 
     sheet = np.array(Image.open(tmp_path / "o/compare.png").convert("RGB")).reshape(-1, 3).tolist()
     assert sheet.count([200, 85, 27]) > 30 and sheet.count([31, 95, 168]) > 30  # stars on the hull, dots below it
     assert suite("compare", *files[:5], "--out", tmp_path / "five").status == 0  # too few to be drawn from
     few = json.loads((tmp_path / "five/compare.json").read_text())["correlation"]["mean"]["pearson"]
+    assert (tmp_path / "five/compare.txt").read_text().count("   too few networks for an interval\n") == 2
     assert few["interval"] is None and few["value"] == pytest.approx(stats.pearsonr(x[:5], logit[:5].mean(1))[0])
     refused(suite("compare", *files[:2], "--out", tmp_path / "o"), "at least 3")
     (tmp_path / "no.json").write_text(json.dumps(result_of("n", None, {"a": 50.0})))
@@ -561,6 +569,39 @@ def test_compare_adjusts_correlates_and_draws(suite, tmp_path):
     refused(result, "m: a top-1 of 0 or 100%", "--top1")
     (tmp_path / "bad.json").write_text("{}")
     refused(suite("compare", tmp_path / "bad.json", "--out", tmp_path / "o"), "bad.json")
+
+
+def test_the_figure_has_log_odds_on_both_axes_and_error_bars(suite, tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn, labels, draw, label = {}, {}, Axes.errorbar, Axes.set
+
+    def noted(axes, x, y, error, **options):
+        drawn[x] = y, error
+        draw(axes, x, y, error, **options)
+
+    monkeypatch.setattr(Axes, "errorbar", noted)
+    monkeypatch.setattr(Axes, "set", lambda self, **k: (labels.update(k), label(self, **k)))
+    accuracies = [{"a": 50.0, "b": 60.0, "imagenet": 55.0}, {"a": 55.0, "b": 80.0, "imagenet": 65.0}]
+    accuracies.append({"a": 40.0, "b": 90.0})
+    for i, row in enumerate(accuracies):
+        (tmp_path / f"{i}.json").write_text(json.dumps(result_of(f"net{i}", 70.0 + i, row)))
+    files = [tmp_path / f"{i}.json" for i in range(3)]
+    assert suite("compare", *files, "--out", tmp_path / "o").status == 0
+    found = json.loads((tmp_path / "o/compare.json").read_text())  # not all hold imagenet: it is no axis, and no set
+    assert found["sets"] == ["a", "b"] and found["left_out"] == [] and found["top1"] == "where trained"
+    assert list(drawn) == pytest.approx([log_odds(0.70), log_odds(0.71), log_odds(0.72)])
+    networks = found["networks"].values()
+    assert list(drawn.values()) == [(n["mean_log_odds"], n["standard_error"]) for n in networks]
+    assert labels == {"xlabel": "log odds of top-1 where trained", "ylabel": "mean log odds of 2 sets"}
+    drawn.clear()
+    (tmp_path / "2.json").write_text(json.dumps(result_of("net2", None, accuracies[2] | {"imagenet": 45.0})))
+    result = suite("compare", *files, "--out", tmp_path / "o")  # all do
+    assert result.status == 0 and "top-1 on ImageNet" in result.out, result
+    found = json.loads((tmp_path / "o/compare.json").read_text())
+    assert [n["pretraining_top1"] for n in found["networks"].values()] == [55, 65, 45] and found["sets"] == ["a", "b"]
+    assert list(drawn) == pytest.approx([log_odds(0.55), log_odds(0.65), log_odds(0.45)])
+    assert "on ImageNet" in labels["xlabel"]
 
 
 def test_correlations_equal_scipys_with_ties_and_intervals_cover():
@@ -582,6 +623,65 @@ def test_the_hull_is_what_no_mixture_beats():
     points = [(1, 1), (2, 3), (3, 2.9), (4, 1), (3, 1), (2.5, 2.8)]
     assert upper_right_hull(points) == [(2, 3), (3, 2.9), (4, 1)]
     assert upper_right_hull([(1, 1)]) == [(1, 1)]
+
+
+def test_imagenet_is_a_set_beside_those_of_transfer(suite, network, tmp_path, monkeypatch):
+    monkeypatch.setattr(transfer, "SGD_DRAWS", 2)
+    write_folder(tmp_path / "root/imagenet", train=4, val=2)
+    make_eurosat(tmp_path / "root/eurosat")
+    make_cog(tmp_path / "root/cog2")
+    root = ["--root", tmp_path / "root"]
+    spelt = f"cog1:{tmp_path}/root/cog2"
+    asked = flags(network, tmp_path, "imagenet", "eurosat", "cog2", spelt, "pets")
+    result = suite("features", *asked, *root)
+    assert result.status == 0, result
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert (found["measured"], found["asked"]) == (3, 4) and "mean of 3 of 4 data sets, imagenet apart" in result.out
+    kinds = {"imagenet": "sgd", "eurosat": "lbfgs", "cog2": "sgd", spelt: "sgd"}  # by the set, not by its size
+    assert {name: row["classifier"] for name, row in found["sets"].items()} == kinds
+    rows = [row for name, row in found["sets"].items() if name != "imagenet"]
+    assert found["mean_log_odds"] == pytest.approx(np.mean([row["log_odds"] for row in rows]))
+    imagenet = found["sets"]["imagenet"]
+    assert (imagenet["train_images"], imagenet["test_images"]) == (16, 8) and 0 <= imagenet["knn"] <= 100
+    # alone: there is nothing to be averaged
+    assert suite("features", *flags(network, tmp_path, "imagenet"), *root).status == 0
+    assert json.loads((tmp_path / "r.json").read_text())["mean_log_odds"] is None
+    refused(suite("features", *flags(network, tmp_path, "imagenet")), "--sets imagenet", "--root")
+    refused(suite("features", *flags(network, tmp_path, "imagenet"), "--root", tmp_path), f"{tmp_path}/imagenet")
+
+
+def test_images_are_prepared_as_by_trex_whatever_was_trained_on(here, suite, folder, tmp_path, monkeypatch):
+    run = ["--model", NANO["deit3"], *SMALL, "--data", folder, "--epochs", 1, "--warmup-epochs", 0, "--ema", 0.5]
+    assert here("deit3", *run, "--out", tmp_path / "run").status == 0
+    seen = []
+
+    def extract(embed, source, size, ratio, *_, **__):
+        seen.append((tuple(size), ratio))
+        return torch.eye(len(source))[:, :8]
+
+    monkeypatch.setattr(transfer, "extract", extract)
+    base = ["features", "--weights", tmp_path / "run/last.pt", "--sets", folder, "--seeds", 1, "--device", "cpu"]
+    for extra, expected, key in ((), ((224, 224), 1.0), "val_top1"), (
+        ["--img-size", 32, "--eval-crop-ratio", 0.5, "--use-ema"], ((32, 32), 0.5), "val_ema_top1"
+    ):
+        assert suite(*base, *extra, "--out", tmp_path / "r.json").status == 0
+        assert seen == [expected] * 2 and not seen.clear()
+        found = json.loads((tmp_path / "r.json").read_text())
+        assert found["pretraining_top1"] == log_of(tmp_path / "run")[-2][key] is not None
+    # a checkpoint from the middle of a run does not know what its weights are worth
+    torch.save(load(tmp_path / "run/last.pt") | {"record": None}, tmp_path / "run/last.pt")
+    assert suite(*base, "--out", tmp_path / "r.json").status == 0
+    assert json.loads((tmp_path / "r.json").read_text())["pretraining_top1"] is None
+
+
+def test_the_logits_of_a_logistic_regression_are_never_all_there(monkeypatch):
+    draws = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2000, 4, generator=draws), torch.arange(2000) % 300
+    whole = transfer.logistic_regression(x, y, 300, 1.0, max_steps=10)
+    with PeakMemory(torch.nn.Identity()) as memory:
+        parts = transfer.logistic_regression(x, y, 300, 1.0, max_steps=10, chunk=50)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(whole, parts))
+    assert memory.peak < 2000 * 300 * 8 / 2  # half of the logits of all
 
 
 def test_fine_tuned_runs_make_the_same_table(here, suite, folder, tmp_path):
@@ -614,6 +714,8 @@ def test_wrong_use_is_refused(suite, network, tmp_path):
     refused(suite("features", *base, "--sets", "shapes", "--model", "deit3/vit_x", "--weights", network), "vit_s")
     refused(suite("features", *base, "--sets", "shapes", "--weights", network), "--model")
     refused(suite("features", *base, "--seeds", 0), "--seeds 0")
+    refused(suite("features", *base, "--img-size", "32x0"), "--img-size")
+    refused(suite("features", *base, "--eval-crop-ratio", 0), "--eval-crop-ratio 0.0: must be in (0, 1]")
     refused(suite("features", "--sets", "shapes"), "--out")
     refused(suite("features", *base, "--top1", 0.8, "--set", "shapes"), "--set")
     refused(suite("features", *base, "--top1", 120), "--top1 120")
