@@ -41,13 +41,11 @@ def save(checkpoint: dict, path: Path, *, keep: Path | None = None) -> None:
             if z.testzip() is not None:
                 raise OSError("what was read back differs from what was written")
         if keep is not None and path.exists():
-            copy = keep.with_name(keep.name + ".tmp")
-            copy.unlink(missing_ok=True)
+            keep.unlink(missing_ok=True)
             try:
-                os.link(path, copy)
+                os.link(path, keep)
             except OSError:  # a file system without hard links
-                shutil.copyfile(path, copy)
-            os.replace(copy, keep)
+                shutil.copyfile(path, keep)
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
@@ -111,8 +109,7 @@ def load(path: str | Path, flag: str) -> dict:
         raise UserError(f"{where}: reading this kind of file needs a package: pip install safetensors") from None
     except Exception as error:  # which one depends on where the damage is
         if isinstance(error, pickle.UnpicklingError) and "global" in str(error).lower():
-            held = "the file holds more than tensors and plain types and could run code"
-            raise UserError(f"{where}: refused, {held}") from None
+            raise UserError(f"{where}: refused, holds more than tensors and plain types and could run code") from None
         hint = "use another one (previous.pt and best.pt lie beside last.pt)"
         raise UserError(f"{flag}: damaged checkpoint {path}; {hint}") from None
     if not isinstance(content, dict):

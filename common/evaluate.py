@@ -325,29 +325,28 @@ def _ranks(scores: np.ndarray, relevant: np.ndarray) -> np.ndarray:
 
 
 def logistic_regression(features: torch.Tensor, labels: torch.Tensor, num_classes: int, C: float = 1.0,
-                        max_steps: int = 2000, chunk: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+                        max_steps: int = 2000, chunk: int = 4096) -> tuple[torch.Tensor, torch.Tensor]:
     """(weight (K, D), bias (K,) of mean 0) at the minimum of C sum_i CE_i + ||weight||^2 / 2 for features (M, D) of K
-    classes: scikit-learn's objective (which for two classes fits one vector: its optimum at C is this one's at C / 2).
-    By L-BFGS in float64 until no step improves, from 0. Logits are bounded by chunk x K numbers at a time."""
-    x, decay = features.double(), 0.5 / (C * len(features))  # the mean form: its size depends on neither C nor M
-    shapes = (num_classes, features.shape[1]), (num_classes,)
-    weight, bias = (torch.zeros(s, dtype=torch.float64, device=x.device, requires_grad=True) for s in shapes)
+    classes: scikit-learn's (which for two fits one vector: its optimum at C is this one's at C / 2). By L-BFGS in
+    float64 until no step improves; at most chunk x K logits at a time."""
+    x, decay = F.pad(features.double(), (0, 1), value=1.0), 0.5 / (C * len(features))  # mean form: of one CE's size
+    both = torch.zeros(num_classes, x.shape[1], dtype=torch.float64, device=x.device, requires_grad=True)  # bias last
     limits = dict(max_iter=max_steps, max_eval=2 * max_steps, tolerance_grad=1e-9, tolerance_change=1e-14)
-    optimizer = torch.optim.LBFGS([weight, bias], **limits, history_size=20, line_search_fn="strong_wolfe")
-    chunk = chunk or max(1, SCORES // (8 * num_classes))  # logits, their logarithms and gradients: half a GiB
+    optimizer = torch.optim.LBFGS([both], **limits, history_size=20, line_search_fn="strong_wolfe")
 
     def objective() -> torch.Tensor:
         optimizer.zero_grad()
         total = 0.0
         for rows, answers in zip(x.split(chunk), labels.split(chunk)):
-            losses = F.cross_entropy(rows @ weight.T + bias, answers, reduction="sum")
-            loss = (losses + len(rows) * decay * weight.square().sum()) / len(x)
+            penalty = len(rows) * decay * both[:, :-1].square().sum()
+            loss = (F.cross_entropy(rows @ both.T, answers, reduction="sum") + penalty) / len(x)
             loss.backward()
             total += loss.detach()
         return total
 
     optimizer.step(objective)
-    return weight.detach().to(features.dtype), (bias - bias.mean()).detach().to(features.dtype)
+    weight, bias = both.detach().to(features.dtype).split([features.shape[1], 1], dim=1)
+    return weight, (bias - bias.mean())[:, 0]
 
 
 def log_odds(accuracy: float) -> float:

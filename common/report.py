@@ -162,9 +162,8 @@ def new_figure(path: str | Path, width: float, height: float, say: Callable[[str
 
 def save_curves(path: str | Path, log: str | Path, panels: list[list[str]], say=print) -> None:
     """PNG with one panel per list of keys, losses or accuracies in percent, over the epochs of a log.jsonl."""
-    records, curves = [r for r in read_log(log) if "epoch" in r and "status" not in r], []
-    for keys in panels:
-        curves.append({k: [(r["epoch"], r[k]) for r in records if isinstance(r.get(k), (int, float))] for k in keys})
+    rows, number = [r for r in read_log(log) if "epoch" in r and "status" not in r], (int, float)
+    curves = [{k: [(r["epoch"], r[k]) for r in rows if isinstance(r.get(k), number)] for k in keys} for keys in panels]
     save_plot(path, curves, "epoch", ["loss" if "loss" in keys[0] else "accuracy, %" for keys in panels], say)
 
 

@@ -341,9 +341,9 @@ class Run:
         then, now = ({**s["recipe"], "seed": s["seed"], **s["data"], "data": s["data"]["digest"],
                       "classes": len(s["data"]["classes"])} for s in (saved, own))
         differ = [k for k in {**then, **now} if then.get(k) != now.get(k) and k not in ("digest", "val_images")]
-        changes = "; ".join(f"{k} was {then.get(k)}, now {now.get(k)}" for k in differ)
-        if changes and not self.args.allow_changes:
-            raise UserError(f"{flag}: the run was started differently: {changes}; "
+        change = "; ".join(f"{k} was {then.get(k)}, now {now.get(k)}" for k in differ)
+        if change and not self.args.allow_changes:
+            raise UserError(f"{flag}: the run was started differently: {change}; "
                             "repeat its flags, or add --allow-changes")
         checkpoint.load_weights(self.parts["model"], saved["model"], flag)
         for key, part in self.parts.items():
@@ -360,8 +360,7 @@ class Run:
             setattr(self, counter, saved[counter])
         torch.set_rng_state(saved["rng"]["torch"])
         random.setstate(saved["rng"]["python"])
-        told = f" with changes: {changes}" if changes else ""
-        self.say(f"resumed from {name} at epoch {self.epoch}, step {self.step}{told}")
+        self.say(f"resumed from {name} at epoch {self.epoch}, step {self.step}{change and ' with changes: ' + change}")
 
     def rng(self, purpose: str, number: int) -> random.Random:
         """A generator of this step, the same on all ranks."""
@@ -450,8 +449,7 @@ class Run:
                 "waiting_for_data": waiting, "skipped_steps": self.skipped_steps, "lr": lr}
 
     def end_of_epoch(self, record: dict, score: float | None) -> None:
-        """Logs the epoch and moves on to the next one. The weights are written again, now with the record of what they
-        are worth, as best.pt if no earlier `score` is higher and as last.pt at the end of training."""
+        """Logs the epoch; its weights become, with its record, best.pt if no `score` was higher, at the end last.pt."""
         if score is not None and score >= self.best:
             self.best = score
             self.save("best.pt", record)  # first: if it fails, a run that resumes from last.pt comes here again

@@ -447,15 +447,13 @@ def _sun397(name: str, folder: Path, split: str) -> Source:
 class _Plain(pickle.Unpickler):
     """Containers, strings, numbers and numpy's arrays, by old and new module names; what would run code is refused."""
 
-    arrays = {"numpy.ndarray": np.ndarray, "numpy.dtype": np.dtype,
-              "numpy.core.multiarray._reconstruct": np.zeros(1).__reduce__()[0],
-              "numpy.core.numeric._frombuffer": np.zeros(1).__reduce_ex__(5)[0],  # of pickle's protocol 5
-              "_codecs.encode": lambda text, _: text.encode("latin1")}  # how protocol 2 writes an array's bytes
+    known = {f.__name__: f for f in (np.ndarray, np.dtype, *(np.zeros(1).__reduce_ex__(p)[0] for p in (4, 5)))}
+    known["encode"] = lambda text, _: text.encode("latin1")  # in place of _codecs': how protocol 2 writes bytes
 
     def find_class(self, module: str, name: str):
-        if (found := self.arrays.get(f"{module}.{name}".replace("numpy._core.", "numpy.core."))) is None:
+        if module.partition(".")[0] not in ("numpy", "_codecs") or name not in self.known:
             raise pickle.PickleError(f"it asks for {module}.{name}")
-        return found
+        return self.known[name]
 
 
 def _cog(name: str, folder: Path, split: str, level: int) -> Source:
@@ -463,8 +461,7 @@ def _cog(name: str, folder: Path, split: str, level: int) -> Source:
     the levels' concepts (five lists) and {concept: {"train": file names, "test" or "val": ...}}, lists or arrays."""
     levels, splits = (_Plain((folder / file).open("rb")).load() for file in (COG_LEVELS, COG_SPLITS))
     concepts = sorted(map(str, (list(levels.values()) if isinstance(levels, dict) else levels)[level - 1]))
-    test = split != "train"
-    files = [splits[c].get("test", splits[c].get("val")) if test else splits[c]["train"] for c in concepts]
+    files = [splits[c]["train"] if split == "train" else splits[c].get("test", splits[c].get("val")) for c in concepts]
     names = [f"{c}/{os.fsdecode(name).rpartition('/')[2]}" for c, inside in zip(concepts, files) for name in inside]
     return Files(folder, names, concepts, np.repeat(np.arange(len(concepts)), [len(inside) for inside in files]))
 

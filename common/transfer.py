@@ -343,7 +343,7 @@ def read_results(files: list[str]) -> tuple[dict[str, dict], str]:
         results[Path(file).stem if name in results else name] = content
     axis = "where trained"
     if all("imagenet" in r["sets"] for r in results.values()):
-        axis = "on ImageNet, of a classifier like the others'"
+        axis = "on ImageNet, measured like the others"
         results = {n: r | {"pretraining_top1": r["sets"]["imagenet"]["top1"]} for n, r in results.items()}
     for why, wrong in (("top-1 where it was trained is not known", lambda top1: top1 is None),
                        ("a top-1 of 0 or 100% where it was trained has no log odds", lambda top1: not 0 < top1 < 100)):
