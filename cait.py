@@ -350,9 +350,7 @@ class CaiT(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         logits = self.heads(images)
-        if not self.distilled:
-            return logits[0]
-        return logits if self.training else (logits[0] + logits[1]) / 2
+        return logits if self.distilled and self.training else sum(logits) / len(logits)
 
 
 def build_model(
@@ -718,14 +716,9 @@ def parse_args(argv: list[str] | None = None):
 
 
 def make_model(args, recipe: Recipe, num_classes: int) -> CaiT:
-    """build_model for a command line; a size that does not fit is the user's mistake."""
-    from common.errors import UserError
-
+    """build_model for a command line."""
     options = dict(branches=recipe.branches, epsilon=recipe.epsilon, class_in_keys=recipe.class_in_keys)
-    try:
-        model = build_model(args.model, num_classes, recipe.img_size, recipe.drop_path, **options)
-    except ValueError as error:
-        raise UserError(f"--img-size: {error}") from None
+    model = build_model(args.model, num_classes, recipe.img_size, recipe.drop_path, **options)
     model.grad_checkpoint = args.grad_checkpoint
     return model
 
@@ -733,7 +726,6 @@ def make_model(args, recipe: Recipe, num_classes: int) -> CaiT:
 def load_model(source: str, device: str = "cpu") -> tuple:
     """(model in eval mode, class names, transform) of a checkpoint, ours or official: see common.models.load."""
     from common.models import load
-
     return load("cait", source, device)
 
 

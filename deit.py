@@ -115,7 +115,6 @@ TRANSFER = {  # data set: what `transfer` changes for it
 
 def paper_recipe(name: str, model: str, *, distillation: str | None = None, data: str = "") -> Recipe:
     """The recipe's row completed for a model, a kind of distillation and, for `transfer`, a data set.
-
     A model with the distillation token learns from the hard decisions of its teacher (Eq. 3.3), except in transfer.
     """
     recipe = RECIPES[name]
@@ -259,9 +258,7 @@ class ViT(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         logits = self.heads(images)
-        if not self.distilled:
-            return logits[0]
-        return logits if self.training else (logits[0] + logits[1]) / 2
+        return logits if self.distilled and self.training else sum(logits) / len(logits)
 
 
 def build_model(
@@ -269,7 +266,6 @@ def build_model(
     dropout: float = 0.0,
 ) -> nn.Module:
     """A fresh model: a row of MODELS, or "torchvision/NAME" (then only num_classes is used).
-
     img_size: pixels, S or (H, W), multiples of the patch; None: 224. drop_path None: Table 3.9's 0.1.
     Raises KeyError for an unknown name, ValueError for a size that does not fit.
     """
@@ -331,7 +327,6 @@ def distillation_loss(
     teacher_logits: torch.Tensor | None, kind: str = "none", alpha: float = 0.5, tau: float = 1.0,
 ) -> torch.Tensor:
     """(1 - alpha) CE(class head, targets) + alpha times the teacher's term on the distillation head, averaged over B.
-
     soft (Eq. 3.2): tau^2 KL(teacher || student), both softened by tau; hard (Eq. 3.3): CE with the teacher's decision.
     outputs: logits (B, K) of the only head, which then takes both terms ("usual" distillation), or the pair of heads.
     targets: class indices (B,) or soft targets (B, K). kind "none": the first term alone, unweighted.
@@ -554,19 +549,13 @@ def parse_args(argv: list[str] | None = None):
 
 
 def make_model(args, recipe: Recipe, num_classes: int) -> nn.Module:
-    """build_model for a command line; a size that does not fit is the user's mistake."""
-    from common.errors import UserError
-
-    try:
-        return build_model(args.model, num_classes, recipe.img_size, recipe.drop_path, recipe.dropout)
-    except ValueError as error:
-        raise UserError(f"--img-size: {error}") from None
+    """build_model for a command line."""
+    return build_model(args.model, num_classes, recipe.img_size, recipe.drop_path, recipe.dropout)
 
 
 def load_model(source: str, device: str = "cpu") -> tuple:
     """(model in eval mode, class names, transform) of a checkpoint, ours or official: see common.models.load."""
     from common.models import load
-
     return load("deit", source, device)
 
 

@@ -449,7 +449,7 @@ def augment(images: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
     on_device = moved(parameters, device)
     x = images.contiguous()  # planes: several times faster below than the loader's interleaved colours
     x = torch.where(on_device[:, 0].view(-1, 1, 1, 1) > 0, x.flip(-1), x).float() if flip.any() else x.float()
-    for number, change in ((1, luma), (2, solarize)):
+    for number, change in ((1, luma), (2, lambda x: torch.where(x < 128, x, 255 - x))):  # gray, solarize
         if (choice == number).any():
             x = torch.where(on_device[:, 1].view(-1, 1, 1, 1) == number, change(x), x)
     blurred = (choice == 3).nonzero().flatten()
@@ -467,11 +467,6 @@ def luma(x: torch.Tensor) -> torch.Tensor:
     """(B, 3, H, W) -> (B, 1, H, W): PIL's conversion to "L"; every sum below is a whole number exact in float32."""
     r, g, b = x.split(1, dim=1)
     return ((r * 19595 + g * 38470 + b * 7471 + 32768) * (1 / 65536)).floor()
-
-
-def solarize(x: torch.Tensor) -> torch.Tensor:
-    """Inverts values of 128 and more."""
-    return torch.where(x < 128, x, 255 - x)
 
 
 def gaussian_blur(x: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
@@ -648,13 +643,8 @@ def parse_args(argv: list[str] | None = None):
 
 
 def make_model(args, recipe: Recipe, num_classes: int) -> nn.Module:
-    """build_model for a command line; a size that does not fit is the user's mistake."""
-    from common.errors import UserError
-
-    try:
-        model = build_model(args.model, num_classes, recipe.img_size, recipe.drop_path, recipe.layer_scale)
-    except ValueError as error:
-        raise UserError(f"--img-size: {error}") from None
+    """build_model for a command line."""
+    model = build_model(args.model, num_classes, recipe.img_size, recipe.drop_path, recipe.layer_scale)
     model.grad_checkpoint = args.grad_checkpoint
     if recipe.trainable == "attention":
         for name, parameter in model.named_parameters():
@@ -665,7 +655,6 @@ def make_model(args, recipe: Recipe, num_classes: int) -> nn.Module:
 def load_model(source: str, device: str = "cpu") -> tuple:
     """(model in eval mode, class names, transform) of a checkpoint, ours or official: see common.models.load."""
     from common.models import load
-
     return load("deit3", source, device)
 
 

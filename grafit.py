@@ -13,8 +13,7 @@ of an image should agree. ResNet-50 on ImageNet with 127 coarse labels, tested o
 
 Checked here: Equations 2.1 to 2.6 with their gradients, memory updates, conditional ranking and average precision
 against reference numbers; two epochs of Grafit and SNCA+, in double precision, against a second implementation in the
-tests; three methods on a part of CIFAR-100 (README). Not run here: the whole of CIFAR-100, ImageNet, iNaturalist.
-There is no official code.
+tests; three methods on a part of CIFAR-100 (README). Not run here: CIFAR-100, ImageNet. There is no official code.
 
 Axes: B images, T views (augmentations) of each, D embedding, M training images, K classes, H x W pixels.
 
@@ -148,7 +147,6 @@ def mlp(dim: int, hidden: int, out: int) -> nn.Sequential:
 
 class Grafit(nn.Module):
     """Trunk f, projector P, predictor q and the target network, an average of trunk and projector (Figure 2.2).
-
     In eval mode images (B, 3, H, W) -> embeddings (B, D), L2-normalised: g = P(f) after training with the kNN loss, the
     trunk's features otherwise. In training mode a list of T views (B, 3, H, W) -> (class logits (B, K) of the first
     view, its embedding g (B, D), T predictions q(g) (B, D)); what the method does not have is None.
@@ -181,8 +179,7 @@ class Grafit(nn.Module):
         if not self.training:
             features = self.trunk(views)
             return F.normalize((self.projector(features) if self.embeds == "projection" else features).float(), dim=1)
-        features = self.trunk(torch.cat(views))
-        B = len(views[0])
+        features, B = self.trunk(torch.cat(views)), len(views[0])
         logits = self.fc(features[:B]) if hasattr(self, "fc") else None
         projections = self.projector(features) if hasattr(self, "projector") else None
         predictions = list(self.predictor(projections).chunk(len(views))) if hasattr(self, "predictor") else None
@@ -224,33 +221,19 @@ def instance_loss(predictions: list[torch.Tensor], targets: list[torch.Tensor]) 
 
 
 class _NeighbourLoss(torch.autograd.Function):
-    """Loss and gradient of Eq. 2.3 in one pass over the memory, of which a chunk at a time is compared with the batch.
-    by_label: memory and batch are walked through in the order of their labels, so that only the rows lo:hi of the batch
-    can have their label in a chunk: the sums over equal labels then cost next to nothing. A GPU would have to be waited
-    for."""
+    """Loss and gradient of Eq. 2.3 in one pass over the memory, a chunk of which at a time meets the batch."""
 
     @staticmethod
-    def forward(ctx, z, labels, memory, memory_labels, own_index, sigma, chunk, by_label):
+    def forward(ctx, z, labels, memory, memory_labels, own_index, sigma, chunk):
         # |cos| <= 1: relative to exp(1 / sigma) the smallest term is exp(-2 / sigma), and sums need no running maximum
         # as long as the number format holds that: single precision down to a sigma of 0.025.
         work = torch.float64 if z.dtype == torch.float64 or sigma < 0.025 else torch.float32
-        rows, order, spans = torch.arange(len(z), device=z.device), None, [(0, len(z))] * -(-len(memory) // chunk)
-        permutation, queries = rows, z.to(work) / sigma
-        if by_label:
-            labels, permutation = labels.long().sort(stable=True)
-            memory_labels, order = memory_labels.long().sort(stable=True)
-            places = torch.empty_like(order)
-            places[order] = torch.arange(len(order))  # of the memory's rows in that order
-            own_index, queries = places[own_index[permutation]], queries[permutation]
-            starts = torch.arange(0, len(memory), chunk)
-            first, last = memory_labels[starts], memory_labels[(starts + chunk - 1).clamp(max=len(memory) - 1)]
-            ends = torch.searchsorted(labels, last, right=True)
-            spans = zip(torch.searchsorted(labels, first).tolist(), ends.tolist())
+        rows, queries = torch.arange(len(z), device=z.device), z.to(work) / sigma
         all_sum, same_sum = queries.new_zeros(2, len(z), 1)
         all_pull, same_pull = queries.new_zeros(2, *z.shape)
-        for start, (lo, hi) in zip(range(0, len(memory), chunk), spans):
+        for start in range(0, len(memory), chunk):
             part = slice(start, start + chunk)
-            keys = memory[part if order is None else order[part]].to(work, copy=order is None)
+            keys = memory[part].to(work, copy=True)
             F.normalize(keys, dim=1, out=keys)  # in place: it is a copy
             weights = (queries @ keys.T).sub_(1 / sigma).exp_()  # (B, chunk)
             column = own_index - start
@@ -258,18 +241,17 @@ class _NeighbourLoss(torch.autograd.Function):
             weights[rows, column.clamp(0, len(keys) - 1)] *= ~inside  # j != i
             all_sum += weights.sum(1, keepdim=True)
             all_pull.addmm_(weights, keys)
-            same = weights[lo:hi].mul_(labels[lo:hi, None] == memory_labels[None, part])
-            same_sum[lo:hi] += same.sum(1, keepdim=True)
-            same_pull[lo:hi].addmm_(same, keys)
+            same = weights.mul_(labels[:, None] == memory_labels[None, part])
+            same_sum += same.sum(1, keepdim=True)
+            same_pull.addmm_(same, keys)
         has = same_sum > 0
         all_sum, same_sum = (torch.where(has, s, 1.0) for s in (all_sum, same_sum))
-        gradient = has * (all_pull / all_sum - same_pull / same_sum) / (sigma * len(z))
-        ctx.save_for_backward(torch.empty_like(z).index_copy_(0, permutation, gradient.to(z.dtype)))
+        ctx.save_for_backward((has * (all_pull / all_sum - same_pull / same_sum) / (sigma * len(z))).to(z.dtype))
         return (all_sum.log() - same_sum.log()).mean().to(z.dtype)
 
     @staticmethod
     def backward(ctx, gradient):
-        return gradient * ctx.saved_tensors[0], *[None] * 7
+        return gradient * ctx.saved_tensors[0], *[None] * 6
 
 
 def knn_loss(
@@ -282,7 +264,7 @@ def knn_loss(
     other row has counts 0. Memory beyond the arguments: a few times B x chunk and M numbers, never B x M."""
     chunk = chunk or max(256, 2 ** (26 if z.is_cuda else 18) // len(z))
     with torch.autocast(z.device.type, enabled=False):
-        return _NeighbourLoss.apply(unit(z), labels, memory, memory_labels, own_index, sigma, chunk, not z.is_cuda)
+        return _NeighbourLoss.apply(unit(z), labels, memory, memory_labels, own_index, sigma, chunk)
 
 
 class Memory(nn.Module):
@@ -480,7 +462,6 @@ def coarse_to_fine(
     """At every label level: on-the-fly classification and category-level retrieval of queries (B, D) among the training
     images, gallery (M, D), by an embedding that was trained with the labels of level `trained`. logits (B, Kc) of
     a classifier: p_c of Eq. 2.5 is their softmax; None: L_knn "scores all classes with Equation 2.3", by all images.
-
     {level: {"k", "knn" (top-1, %), "map" (cosine), "map_conditional" (Eq. 2.5), "map_oracle" (all %)}}. k: the best of
     10, 15, 20, 25, 30 on a tenth (at most 10,000) of the training images, held out; of equally good ones the smallest.
     """
@@ -511,10 +492,8 @@ def coarse_to_fine(
     return result
 
 
-METRICS = {
-    "knn": "kNN, top-1 %", "map": "mAP %", "map_conditional": "mAP %, conditional (Eq. 2.5)",
-    "map_oracle": "mAP %, oracle",
-}
+METRICS = {"knn": "kNN, top-1 %", "map": "mAP %", "map_conditional": "mAP %, conditional (Eq. 2.5)",
+           "map_oracle": "mAP %, oracle"}
 
 
 def matrices(results: dict[str, dict[str, dict[str, float]]]) -> str:
@@ -580,7 +559,7 @@ def trained_models(run) -> tuple:
 
     args, found = run.args, []
     options = dict(val_data=args.val_data, coarse_labels=args.coarse_labels, say=run.say)
-    sources = run.first(lambda: open_data(args.data, **options))
+    sources = run.first(lambda: open_data(args.data or "shapes", **options))
     for file in [args.weights or str(run.out / "last.pt"), *(args.also or [])]:
         args.weights = file
         model, recipe, names = evaluate.trained_model(run, make_model)
@@ -600,6 +579,23 @@ def compare(run) -> None:
             metrics = evaluate.accuracy(run, model, recipe, val, class_logits)
             run.say(f"{file}: classifier  " + "  ".join(f"{k} {v:.5g}" for k, v in metrics.items()))
     evaluate_levels(run, found, source, val, "matrix.json" if run.args.out else None)
+
+
+def predict_by_neighbours(run) -> None:
+    """--predict: by the classifier if there is one, else by Eq. 2.6 (k 20) among --data's training images."""
+    from common import evaluate
+
+    source, _, ((_, model, recipe, classes),) = trained_models(run)
+    names, labels = levels(source, run.device)[level_trained(source, classes)]
+    gallery, order = embed(run, model, recipe, source, "training images"), [names.index(c) for c in classes]
+
+    def predict(_, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        if hasattr(model, "fc"):
+            return class_logits(model, images)
+        p = evaluate.knn_probabilities(model(images).float(), gallery, labels, 20, recipe.sigma, len(names))
+        return {"": p[:, order].clamp(min=1e-12).log()}
+
+    evaluate.predict_images(run, make_model, None, predict)
 
 
 def retrieve(run) -> None:
@@ -653,10 +649,9 @@ def parse_args(argv: list[str] | None = None):
     from common import cli
 
     parser = cli.make_parser("grafit", __doc__, Recipe, RECIPES, model="resnet50", recipe="grafit")
-    flag, images = parser.add_argument, "a file, or a number: that validation image"
+    flag = parser.add_argument
     flag("--also", nargs="+", metavar="FILE", help="with --eval and --retrieve: further checkpoints, beside --weights")
-    flag("--retrieve", nargs="+", metavar="IMAGE",
-         help=f"write OUT/retrieved.png, the 10 nearest training images of each, and stop; IMAGE: {images}")
+    flag("--retrieve", nargs="+", metavar="IMAGE", help="files, or validation images' numbers: draw the 10 nearest")
     args = cli.parse(parser, argv, MODELS, RECIPES)
     paper = paper_recipe(args.recipe, args.data or "")
     recipe = cli.override(paper, args)
@@ -701,7 +696,6 @@ def take_trunk(model: nn.Module, state: dict, content: dict, say) -> None:
 def load_model(source: str, device: str = "cpu") -> tuple:
     """(model in eval mode, class names, transform) of a checkpoint: see common.models.load."""
     from common.models import load
-
     return load("grafit", source, device)
 
 
@@ -787,10 +781,10 @@ def main() -> None:
     from common.script import run_script
 
     args, recipe, paper = parse_args()
-    if args.retrieve:
-        return retrieve(Run("grafit", args, recipe, paper))
-    if args.eval and not (args.eval_data or args.real_labels):
-        return compare(Run("grafit", args, recipe, paper))
+    levelled = args.eval and not (args.eval_data or args.real_labels)
+    for asked, action in ((args.retrieve, retrieve), (args.predict, predict_by_neighbours), (levelled, compare)):
+        if asked:
+            return action(Run("grafit", args, recipe, paper))
     run_script(
         "grafit", args, recipe, paper, MODELS, train=train, make_model=make_model, predict=class_logits,
         loss=lambda model, images, labels: benchmark_loss(recipe, model, images, labels),

@@ -721,16 +721,11 @@ def parse_args(argv: list[str] | None = None):
 
 
 def make_model(args, recipe: Recipe, num_classes: int) -> nn.Module:
-    """build_model for a command line; what does not fit is the user's mistake."""
-    from common.errors import UserError
-
+    """build_model for a command line."""
     options = dict(class_tokens=recipe.class_tokens, stem=recipe.stem, norm=recipe.norm, pooling=recipe.pooling)
-    try:
-        model = build_model(args.model, num_classes, recipe.img_size, recipe.drop_path, **options)
-    except ValueError as error:
-        raise UserError(f"--model {args.model}: {error}") from None
+    model = build_model(args.model, num_classes, recipe.img_size, recipe.drop_path, **options)
     if args.grad_checkpoint and "depth" not in MODELS.get(args.model, {}):
-        raise UserError(f"--grad-checkpoint: not for {args.model}")
+        raise ValueError("--grad-checkpoint is not for it")
     model.grad_checkpoint = args.grad_checkpoint
     return model
 
@@ -738,7 +733,6 @@ def make_model(args, recipe: Recipe, num_classes: int) -> nn.Module:
 def load_model(source: str, device: str = "cpu") -> tuple:
     """(model in eval mode, class names, transform) of a checkpoint, ours or official: see common.models.load."""
     from common.models import load
-
     return load("patchconvnet", source, device)
 
 

@@ -657,21 +657,15 @@ def parse_args(argv: list[str] | None = None):
 
 
 def make_model(args, recipe: Recipe, num_classes: int) -> ResMLP:
-    """build_model for a command line; a size that does not fit is the user's mistake."""
-    from common.errors import UserError
-
+    """build_model for a command line."""
     ablations = dict(norm=recipe.norm, pooling=recipe.pooling, communication=recipe.communication)
     options = dict(drop_path=recipe.drop_path, patch_size=recipe.patch_size, **ablations)
-    try:
-        return build_model(args.model, num_classes, recipe.img_size, **options)
-    except ValueError as error:
-        raise UserError(f"--img-size: {error}") from None
+    return build_model(args.model, num_classes, recipe.img_size, **options)
 
 
 def load_model(source: str, device: str = "cpu") -> tuple:
     """(model in eval mode, class names, transform) of a checkpoint, ours or official: see common.models.load."""
     from common.models import load
-
     return load("resmlp", source, device)
 
 

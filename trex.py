@@ -236,11 +236,8 @@ def build_model(
     name: str, num_classes: int = 1000, img_size: int | tuple[int, int] | None = None, drop_path: float | None = None,
     *, hidden_layers: int = 3, memory_size: int = 8192,
 ) -> nn.Module:
-    """A fresh training model on one of torchvision's encoders in MODELS. memory_size 0: plain variant.
-
-    img_size and drop_path are not used: the encoder takes any size and has no stochastic depth. Raises KeyError for an
-    unknown name.
-    """
+    """A fresh training model on an encoder of MODELS (else KeyError). memory_size 0: plain variant. img_size and
+    drop_path are not used: the encoder takes any size and has no stochastic depth."""
     if name not in MODELS:
         raise KeyError(name)
     return TReX(name, num_classes, hidden_layers, memory_size)
@@ -371,7 +368,6 @@ def take_encoder(model: nn.Module, state: dict, content: dict, say) -> None:
 def load_model(source: str, device: str = "cpu") -> tuple:
     """(model in eval mode, class names, transform) of a checkpoint: see common.models.load."""
     from common.models import load
-
     return load("trex", source, device)
 
 

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import pickle
-import re
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -19,6 +18,8 @@ from common.errors import RunError, UserError, one_line
 
 FORMAT = 1
 OFFICIAL_FILES = "https://dl.fbaipublicfiles.com/deit"
+# Of each script the official repository's files: name -> [model, image size, printed top-1, options of build_model].
+OFFICIAL = json.loads(Path(__file__).with_name("official.json").read_text())
 HEADS = ("head.", "head_dist.", "fc.", "classifier.", "heads.")  # classifiers: of the methods, of torchvision's models
 
 
@@ -28,8 +29,7 @@ def save(checkpoint: dict, path: Path, *, keep: Path | None = None) -> None:
     checkpoint = plain({**checkpoint, "format": FORMAT})
     broken = [k for k, v in checkpoint["model"].items() if not torch.isfinite(v).all()]
     if broken:
-        raise RunError(f"{path} not written: {len(broken)} tensors are not finite, e.g. {broken[0]}; "
-                       "the previous checkpoint is intact")
+        raise RunError(f"{path} not written: {len(broken)} tensors are not finite, e.g. {broken[0]}; the old is kept")
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,38 +59,26 @@ def save(checkpoint: dict, path: Path, *, keep: Path | None = None) -> None:
                        "the previous checkpoint is intact") from None
 
 
-def official(method: str) -> dict[str, list]:
-    """Official files of a script: name -> [model, image size, printed top-1, options of build_model]."""
-    return json.loads(Path(__file__).with_name("official.json").read_text()).get(method, {})
-
-
 def official_address(method: str, asked: str, model: str | None = None, size: int | None = None) -> str:
     """Of "official" (for this model and size) or "official:NAME" (a file, or a model: its first one); or UserError."""
-    files, name = official(method), asked.partition(":")[2] or model
+    files, name = OFFICIAL.get(method, {}), asked.partition(":")[2] or model
     fit = [file for file, row in files.items() if file == name or (row[0] == name and size in (None, row[1]))]
     if not fit:
         raise UserError(f"{asked}: no official file of {name}{f' at {size}' if size else ''}; all: {', '.join(files)}")
     return f"{OFFICIAL_FILES}/{fit[0]}.pth"
 
 
-def fetched(address: str) -> Path:
-    """A file of the web in torch.hub's cache, downloaded if it is not there; a hash in its name is checked."""
-    file = Path(torch.hub.get_dir(), "checkpoints", address.rpartition("/")[2])
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        hashed = re.search(r"-([0-9a-f]{8,})\.", file.name)
-        try:
-            torch.hub.download_url_to_file(address, str(file), hashed and hashed[1])
-        except (OSError, RuntimeError, ValueError) as error:  # URLError is an OSError; RuntimeError: another hash
-            reason = f"cannot be downloaded ({one_line(error)})"
-            raise UserError(f"{address}: {reason}; fetch it yourself and give the file's path") from None
-    return file
-
-
 def load(path: str | Path, flag: str) -> dict:
     """The checkpoint's content on the CPU, of a .safetensors file its bare state dict; path: a file or an address.
     UserError, naming `flag`, for a missing, damaged or unsafe file."""
-    path, where = fetched(str(path)) if "://" in str(path) else Path(path), f"{flag} {path}"
+    where, safe = f"{flag} {path}", torch.serialization.safe_globals([argparse.Namespace])  # official files hold one
+    if "://" in str(path):
+        try:
+            with safe:
+                return torch.hub.load_state_dict_from_url(path, map_location="cpu", weights_only=True, check_hash=True)
+        except Exception as error:  # URLError, a hash that differs, what a damaged file raises
+            raise UserError(f"{where}: cannot be downloaded ({one_line(error)}); fetch it yourself") from None
+    path = Path(path)
     if not path.is_file():
         raise UserError(f"{where}: " + ("is a folder; name the checkpoint file" if path.is_dir() else "no such file"))
     try:
@@ -102,27 +90,23 @@ def load(path: str | Path, flag: str) -> dict:
             with zipfile.ZipFile(path) as z:
                 if z.testzip() is not None:
                     raise zipfile.BadZipFile
-        # The official DeiT and t-ReX files carry their command line; nothing else beyond plain types is let in.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with safe:  # nothing but plain types and their command line is let in
             content = torch.load(path, map_location="cpu", weights_only=True)
     except ImportError:
         raise UserError(f"{where}: reading this kind of file needs a package: pip install safetensors") from None
     except Exception as error:  # which one depends on where the damage is
         if isinstance(error, pickle.UnpicklingError) and "global" in str(error).lower():
             raise UserError(f"{where}: refused, holds more than tensors and plain types and could run code") from None
-        hint = "use another one (previous.pt and best.pt lie beside last.pt)"
-        raise UserError(f"{flag}: damaged checkpoint {path}; {hint}") from None
+        raise UserError(f"{flag}: damaged checkpoint {path}; previous.pt and best.pt lie beside last.pt") from None
     if not isinstance(content, dict):
         raise UserError(f"{where}: holds a {type(content).__name__}, not a checkpoint")
     if content.get("format", FORMAT) != FORMAT:
-        raise UserError(f"{where}: checkpoint format {content['format']}, this version reads {FORMAT}; "
-                        "use the version that wrote it")
+        raise UserError(f"{where}: checkpoint format {content['format']}, not {FORMAT}; use the version that wrote it")
     return content
 
 
 def weights(checkpoint: dict, *, ema: bool = False) -> dict[str, torch.Tensor]:
-    """The state dict inside a checkpoint of ours, an official one, or a bare one; wrappers' prefixes removed. ema: the
-    averaged weights; UserError if there are none."""
+    """The state dict in a checkpoint (ours, official or bare) without wrappers' prefixes; ema: the averaged one."""
     names = ("ema", "model_ema") if ema else ("model", "state_dict")
     state = next((checkpoint[n] for n in names if isinstance(checkpoint.get(n), dict)), None if ema else checkpoint)
     if state is None:

@@ -56,37 +56,26 @@ def make_parser(method: str, doc: str, recipe_class: type, recipes, *, model: st
     return parser
 
 
-def whole(least: int):
-    """A flag's whole number of at least so much."""
-
-    def number(text: str) -> int:
-        if not least <= int(text) < 2**31:
-            raise argparse.ArgumentTypeError(f"{text} must be {least} or more")
-        return int(text)
-
-    return number
-
-
 def _add_run_flags(parser: Parser) -> None:
     flag = parser.add_argument_group("data").add_argument
     flag("--data", metavar="DATA", help="shapes, FOLDER, FILE.tar or NAME:FOLDER: see common/sources.py; default: "
          "$IMAGENET if that is set, else shapes")
     flag("--val-data", metavar="PATH", help="validation images not in --data: folder or tar; none: train without")
     flag("--coarse-labels", metavar="FILE", help="JSON, class name to coarse class; trained on by --data DATA@coarse")
-    flag("--workers", type=whole(0), metavar="N", help="loader processes per rank; default: its cores, at most 16")
+    flag("--workers", type=int, metavar="N", help="loader processes per rank; default: its cores, at most 16")
     flag = parser.add_argument_group("run").add_argument
     flag("--out", metavar="FOLDER", help="checkpoints and log go here; default: runs/METHOD_MODEL")
     resume = "go on from a checkpoint; auto (or no value): the newest good one in --out, if any"
     flag("--resume", nargs="?", const="auto", metavar="FILE", help=resume)
     flag("--allow-changes", action="store_true", help="let --resume go on though recipe or data differ")
     flag("--weights", metavar="FILE", help="start from these weights (ours or official ones), with a fresh optimizer")
-    flag("--save-steps", type=whole(0), default=0, metavar="N", help="write last.pt every N steps and at epochs' ends")
-    flag("--seed", type=whole(0), default=0, metavar="N", help="of weights, order, augmentation and mixing; default: 0")
+    flag("--save-steps", type=int, default=0, metavar="N", help="write last.pt every N steps and at epochs' ends")
+    flag("--seed", type=int, default=0, metavar="N", help="of weights, order, augmentation and mixing; default: 0")
     flag("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     flag("--amp", choices=("bf16", "fp16", "fp32"), help="precision; default: fp32, but bf16 to train on CUDA")
-    flag("--micro-batch", type=whole(1), metavar="N", help="images per rank and forward pass; default: at most 256")
+    flag("--micro-batch", type=int, metavar="N", help="images per rank and forward pass; default: at most 256")
     flag("--compile", action="store_true", help="torch.compile the model")
-    flag("--timeout", type=whole(1), default=600, metavar="S", help="seconds ranks wait for each other; default: 600")
+    flag("--timeout", type=int, default=600, metavar="S", help="seconds ranks wait for each other; default: 600")
     flag("--tensorboard", action="store_true", help="also write TensorBoard events to --out")
     flag("--debug", action="store_true", help="show tracebacks of expected errors")
     flag = parser.add_argument_group("evaluation").add_argument
@@ -94,7 +83,7 @@ def _add_run_flags(parser: Parser) -> None:
     flag("--eval-data", nargs="+", metavar="PATH", help="evaluate on these folders or tars (ImageNet-V2, ...) too")
     flag("--real-labels", metavar="FILE", help="ImageNet-Real's real.json: also report accuracy against these labels")
     flag("--predict", nargs="+", metavar="PATH", help="print the classes of these images or folders by --weights")
-    flag("--top", type=whole(1), default=5, metavar="N", help="of --predict: how many classes; default: 5")
+    flag("--top", type=int, default=5, metavar="N", help="of --predict: how many classes; default: 5")
     flag("--use-ema", action="store_true", help="evaluate, or start from, the averaged weights of --weights")
 
 
@@ -124,9 +113,10 @@ def converter(kind):
 
 
 def parse(parser: Parser, argv: list[str] | None, models, recipes) -> argparse.Namespace:
-    """The arguments; UserError unless --model and --recipe are among those given ("torchvision/NAME" stands for all of
-    torchvision's classifiers)."""
+    """The arguments; UserError unless model and recipe are known ("torchvision/NAME": all classifiers there)."""
     args = parser.parse_args(argv)
+    for name, rule in RUN_RULES.items():
+        check_rule(name, getattr(args, name), rule)
     args.note = None  # on what was chosen for the user
     if args.model.startswith("torchvision/") and "torchvision/NAME" in models:
         check_torchvision("--model torchvision/", args.model.removeprefix("torchvision/"))
@@ -177,21 +167,38 @@ RULES = {  # in a Recipe field's annotation: which numbers it may have
 }
 
 
+RUN_RULES = dict.fromkeys(("workers", "save_steps", "seed"), "0 or more") | dict.fromkeys(
+    ("micro_batch", "timeout", "top"), "1 or more")
+
+
+def check_rule(name: str, value, rule: str) -> None:
+    """UserError unless a flag's value (None: not given; of a size both sides) obeys a key of RULES."""
+    if value is not None and not RULES[rule](min(value) if isinstance(value, tuple) else value):
+        raise UserError(f"--{name.replace('_', '-')} {value}: must be {rule}")
+
+
 def check_recipe(recipe) -> None:
-    """UserError naming the first flag whose value breaks its field's rule or does not go with another one. A rule is a
-    tuple of choices or a key of RULES; of a size it holds for both sides, None is always allowed."""
+    """UserError naming the first flag whose value breaks a rule of its field, choices or a key of RULES, or others."""
     for name, hint in typing.get_type_hints(type(recipe), include_extras=True).items():
         value, flag = getattr(recipe, name), f"--{name.replace('_', '-')}"
         for rule in typing.get_args(hint)[2:]:
             if isinstance(rule, tuple):
                 check_choice(flag, value, rule)
-            elif value is not None and not RULES[rule](min(value) if isinstance(value, tuple) else value):
-                raise UserError(f"{flag} {value}: must be {rule}")
+            else:
+                check_rule(name, value, rule)
     if recipe.warmup_epochs >= recipe.epochs:
         raise UserError(f"--warmup-epochs {recipe.warmup_epochs}: must be less than --epochs {recipe.epochs}")
     for flag, low in (("--min-lr", recipe.min_lr), ("--warmup-lr", recipe.warmup_lr)):
         if low > recipe.lr:
             raise UserError(f"--lr {recipe.lr}: is below {flag} {low}, the rate would rise; lower {flag} too")
+
+
+def built(make_model, args: argparse.Namespace, recipe, num_classes: int):
+    """make_model(args, recipe, num_classes); a size or an option that does not fit its model is the user's mistake."""
+    try:
+        return make_model(args, recipe, num_classes)
+    except ValueError as error:
+        raise UserError(f"--model {args.model} (--img-size, ...): {error}") from None
 
 
 def refuse(args: argparse.Namespace, flags: tuple[str, ...], why: str) -> None:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from common import checkpoint
+from common.cli import built
 from common.data import Samples, eval_batches, make_loader, moved, to_device
 from common.errors import RunError, UserError, one_line
 from common.images import decode, eval_transform
@@ -69,8 +70,7 @@ def evaluate(model: torch.nn.Module, loader, device: torch.device, autocast: Cal
              real: list[list[int]] | None = None, between: Callable[[], None] | None = None) -> dict[str, float]:
     """{"top1", "top5" (percent), "loss" (mean cross-entropy)} over all ranks' loaders; "real" by `real`, the labels
     that count as right per image index (an image without any is left out). predict(model, images) -> {"": logits, ...};
-    another name N (a second head) gives "top1_N", ...; between() is called every 8 batches, by all ranks equally
-    often."""
+    a second head N gives "top1_N", ...; all ranks call between() every 8 batches."""
     training = model.training
     model.eval()
     sums: dict[str, torch.Tensor] = {}  # name: top-1, top-5, loss, images, Real right, Real images
@@ -139,7 +139,7 @@ def trained_model(run: Run, make_model: Callable, adapt: Callable | None = None,
     classes = classes or checkpoint.classes_of(content)
     if not classes:
         raise UserError(f"{where}: holds no classifier")
-    model = make_model(args, recipe, len(classes))
+    model = built(make_model, args, recipe, len(classes))
     checkpoint.fit(model, content, where, run.say, ema=args.use_ema, adapt=adapt)
     return model.to(run.device, memory_format=run.layout).eval(), recipe, classes
 
@@ -160,8 +160,7 @@ def evaluate_weights(run: Run, make_model: Callable, adapt: Callable | None, pre
         where = dict(val_data=args.val_data, coarse_labels=args.coarse_labels, classes=classes)
         source = run.first(lambda: open_data(args.data, **where, splits=("val",), say=run.say))["val"]
         if classes not in (None, source.classes):
-            numbers = f"its {len(source.classes)} classes are not the {len(classes)}"
-            raise UserError(f"--data: {numbers} that {args.weights} was trained on")
+            raise UserError(f"--data: its {len(source.classes)} classes are not the {len(classes)} of {args.weights}")
         sources[args.data], classes = source, source.classes
     for path in args.eval_data or []:
         sources[path] = run.first(lambda path=path: open_images(path, "--eval-data", classes, run.say))
@@ -179,8 +178,7 @@ def evaluate_weights(run: Run, make_model: Callable, adapt: Callable | None, pre
 
 
 def predict_images(run: Run, make_model: Callable, adapt: Callable | None, predict: Predict = logits_of) -> None:
-    """--predict: classes and probabilities of image files and of all below folders, a line each; in --out as JSON lines
-    too. RunError at the end if some could not be read."""
+    """--predict: a line per image, in --out a JSON line too; RunError at the end if some could not be read."""
     args, files = run.args, []
     for path in map(Path, args.predict):
         inside = sorted(p for p in path.rglob("*") if p.name.lower().endswith(EXTENSIONS)) if path.is_dir() else [path]
@@ -224,8 +222,7 @@ def real_labels(file: str, source: Source) -> list[list[int]]:
         match = re.search(r"ILSVRC2012_val_(\d{8})", source.name(i))
         number = int(match[1]) - 1 if match else -1
         if not isinstance(labels, list) or not 0 <= number < len(labels):
-            hint = "files must keep their names ILSVRC2012_val_NNNNNNNN"
-            raise UserError(f"--real-labels {file}: no entry for {source.name(i)}; {hint}")
+            raise UserError(f"--real-labels {file}: no entry for {source.name(i)} by a name ILSVRC2012_val_NNNNNNNN")
         found.append(labels[number])
     return found
 
@@ -250,8 +247,7 @@ def extract(embed: Callable[[torch.Tensor], torch.Tensor], source: Source, size:
     mine = torch.cat(parts)
     shares = run.gather(F.pad(mine, (0, 0, 0, most - len(mine)))).view(run.world, most, -1)
     if not torch.isfinite(shares).all():
-        reason = "the network has diverged, or overflows in 16 bits (--amp fp32)"
-        raise RunError(f"{title}: features are not finite; {reason}")
+        raise RunError(f"{title}: features are not finite: a diverged network, or one that needs --amp fp32")
     return shares.transpose(0, 1).reshape(run.world * most, -1)[: len(source)]  # rank r has every world-th image
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from common import checkpoint, evaluate
-from common.cli import check_choice
+from common.cli import built, check_choice
 from common.errors import UserError, one_line
 from common.images import eval_transform, from_pil
 
@@ -36,9 +36,9 @@ def from_checkpoint(content: dict, where: str, img_size: tuple[int, int], say: C
         else:
             recipe = script.Recipe(**{**checkpoint.recipe_of(content), "img_size": tuple(img_size)})
             args = argparse.Namespace(model=model_name, grad_checkpoint=False)
-            model = script.make_model(args, recipe, classes)
+            model = built(script.make_model, args, recipe, classes)
     except ValueError as error:
-        raise UserError(f"--img-size: {error}") from None
+        raise UserError(f"--model {name} (--img-size, ...): {error}") from None
     except TypeError as error:
         raise UserError(f"{where}: was written by another version of {method}.py ({error})") from None
     checkpoint.fit(model, content, where, say, ema=ema, adapt=getattr(script, "fit_resolution", None))
@@ -46,18 +46,14 @@ def from_checkpoint(content: dict, where: str, img_size: tuple[int, int], say: C
 
 
 def load(method: str, source: str, device: str = "cpu") -> tuple[nn.Module, list[str], Callable]:
-    """What every script's load_model returns. ImageNet's own class names stand for the numbers of official files, and
-    the crop is the one that the script's recipe tests with. UserError for what cannot be had or is another script's."""
+    """What every script's load_model returns, for a path, an address or "official:NAME". Of official files: ImageNet's
+    own class names for the numbers, the crop of the script's default recipe. UserError for what cannot be had."""
     address = checkpoint.official_address(method, source) if source.startswith("official:") else source
     content, where = checkpoint.load(address, "load_model"), f"load_model {source}"
     script, name, options = importlib.import_module(method), None, {}
-    recipe = {"img_size": (224, 224), **dataclasses.asdict(next(iter(script.RECIPES.values())))}
-    recipe |= checkpoint.recipe_of(content)
-    if content.get("method", method) != method:
-        raise UserError(f"{where}: holds {content['method']} {content['model_name']}; {content['method']}.py loads it")
+    recipe = dataclasses.asdict(next(iter(script.RECIPES.values()))) | checkpoint.recipe_of(content)
     if "method" not in content:
-        row = checkpoint.official(method).get(Path(address).stem)
-        if row is None:
+        if (row := checkpoint.OFFICIAL.get(method, {}).get(Path(address).stem)) is None:
             raise UserError(f"{where}: does not say which model it holds; official files keep their names")
         name, recipe["img_size"], options = f"{method}/{row[0]}", (row[1], row[1]), dict(*row[3:])
     model = from_checkpoint(content, where, recipe["img_size"], print, name=name, options=options).to(device).eval()
@@ -97,8 +93,7 @@ def from_torchvision(name: str, content: dict | None, where: str, flag: str, *, 
         try:
             return torchvision.models.get_model(name, weights="DEFAULT")
         except (OSError, RuntimeError) as error:  # URLError is an OSError; RuntimeError: what came has another hash
-            hint = f"fetch them yourself and pass {flag} FILE"
-            raise UserError(f"{name}: its weights cannot be downloaded ({error}); {hint}") from None
+            raise UserError(f"{name}: its weights cannot be downloaded ({error}); pass {flag} FILE") from None
     state, classes = checkpoint.weights(content), len(checkpoint.classes_of(content))
     if not classes and not headless:
         raise UserError(f"{where}: holds neither a checkpoint of a script here nor weights of a torchvision classifier")
@@ -128,15 +123,15 @@ class Teacher:
         try:
             self.num_classes = self(torch.zeros(1, 3, *img_size)).shape[1]
         except (RuntimeError, AssertionError, ValueError, TypeError) as error:
-            problem = f"cannot take images of {img_size[0]}x{img_size[1]} ({one_line(error)})"
-            raise UserError(f"teacher {name}: {problem}; choose another teacher or --img-size") from None
+            size = f"--img-size {img_size[0]}x{img_size[1]}"
+            raise UserError(f"teacher {name}: cannot take images of {size} ({one_line(error)})") from None
         self.identity = f"{name} {fingerprint(model)[:8]}"
 
     def check(self, classes: list[str]) -> None:
         """UserError unless the teacher's classes are the data's."""
         where = f"teacher {self.identity}"
         if self.num_classes != len(classes):
-            hint = "train one on these data (--model torchvision/NAME) and pass its checkpoint as --teacher-weights"
+            hint = "train one on them (--model torchvision/NAME) for --teacher-weights"
             raise UserError(f"{where}: has {self.num_classes} classes, the data {len(classes)}; {hint}")
         for number, (own, wanted) in enumerate(zip(self.classes or [], classes)):
             if own != wanted:

@@ -126,10 +126,8 @@ class EMA:
             self.pairs = list(zip(self.model.state_dict().values(), model.state_dict().values()))
         averages, values = map(list, zip(*[pair for pair in self.pairs if pair[0].is_floating_point()]))
         weight = 1 - self.decay
-        if skip is not None and skip.is_cuda:
+        if skip is not None:
             weight = [(1 - skip).to(averages[0].dtype) * weight] * len(averages)
-        elif skip is not None and skip.item():  # the CPU knows at once
-            return
         torch._foreach_lerp_(averages, values, weight)
         for average, value in self.pairs:
             if not average.is_floating_point():

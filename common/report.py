@@ -96,20 +96,18 @@ def describe(run: Run, build: Callable[[], torch.nn.Module], data: TrainingData)
     )
 
 
-def show_batch(path: str | Path, data: TrainingData, prepare: Callable) -> None:
-    """PNG of the run's first 16 images. prepare(batch) -> (images before mixing, as the network sees them, ...)."""
-    before, after, *_ = prepare(data.first_images(16))
-    rows = []
-    for title, images in (("before mixing", before), ("after mixing: what the network is fed", after)):
-        pixels = denormalize(images[:16]).clamp(0, 255).round().to(torch.uint8).cpu()
-        rows.append((title, [to_pil(make_grid(pixels, nrow=8, padding=2, pad_value=255))]))
+def show_batch(path: str | Path, data: TrainingData, prepare: Callable | None) -> None:
+    """PNG of the run's first images: 16 by prepare(batch) -> (before mixing, as the network sees them, ...), or, where
+    that is None, 8 as a row of pictures for each of their crops."""
+    if prepare is None:
+        crops = [crop[:8].cpu() for batch in data.first_images(8).images for crop in batch.unbind(1)]
+        rows = [(f"crop {i + 1} of {len(crops)}", [to_pil(c) for c in crop]) for i, crop in enumerate(crops)]
+    else:
+        rows, pair = [], prepare(data.first_images(16))
+        for title, images in zip(("before mixing", "after mixing: what the network is fed"), pair):
+            pixels = denormalize(images[:16]).clamp(0, 255).round().to(torch.uint8).cpu()
+            rows.append((title, [to_pil(make_grid(pixels, nrow=8, padding=2, pad_value=255))]))
     save_sheet(path, rows)
-
-
-def show_crops(path: str | Path, data: TrainingData) -> None:
-    """PNG of the run's first 8 images' crops: one row of pictures per crop."""
-    crops = [crop[:8].cpu() for batch in data.first_images(8).images for crop in batch.unbind(1)]
-    save_sheet(path, [(f"crop {i + 1} of {len(crops)}", [to_pil(c) for c in crop]) for i, crop in enumerate(crops)])
 
 
 def save_sheet(path: str | Path, rows: list[tuple[str, list[Image.Image]]], gap: int = 4) -> None:
@@ -181,27 +179,3 @@ def save_plot(path: str | Path, panels: list[dict[str, list]], x_label: str, y_l
                     axes.legend(fontsize="small")
         figure.savefig(path)
     return bool(figure)
-
-
-def save_scatter(path: str | Path, points: dict[str, tuple], x_label: str, y_label: str, say=print) -> None:
-    """PNG of named points (x, y, error in y or None); stars: the upper right of the hull, which no mixture beats."""
-    if figure := new_figure(path, 6.4, 4.8, say):
-        axes, best = figure.subplots(), upper_right_hull([point[:2] for point in points.values()])
-        axes.set(xlabel=x_label, ylabel=y_label)
-        axes.set_title("stars: no mixture of the others is better", fontsize="small", loc="left")
-        axes.margins(0.1)
-        axes.grid(alpha=0.3)
-        for name, (*point, error) in points.items():
-            marker, size, colour = ("*", 14, "#c8551b") if tuple(point) in best else ("o", 7, "#1f5fa8")
-            axes.errorbar(*point, error, fmt=marker, markersize=size, color=colour, elinewidth=1)
-            axes.annotate(name, point, (6, 6), textcoords="offset points", fontsize="small", parse_math=False)
-        figure.savefig(path)
-
-
-def upper_right_hull(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Corners of the convex hull from the highest point to the rightmost one."""
-    hull = [max(points, key=lambda p: (p[1], p[0]))]
-    while right := [p for p in points if p[0] > hull[-1][0]]:
-        x, y = hull[-1]
-        hull.append(max(right, key=lambda p: ((p[1] - y) / (p[0] - x), p[0])))  # where the way falls least, and far
-    return hull

@@ -103,8 +103,7 @@ def connect(device: str | None, timeout: int) -> tuple[torch.device, int, int]:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     given, missing = ([n for n in names if (n in os.environ) == there] for there in (True, False))
     if given and missing:
-        hint = "start several ranks with torchrun, one with plain python"
-        raise UserError(f"the environment sets {', '.join(given)} but not {', '.join(missing)}; {hint}")
+        raise UserError(f"the environment sets {', '.join(given)} but not {', '.join(missing)}; start with torchrun")
     rank, world, local = (int(os.environ[n]) for n in names[:3]) if given else (0, 1, 0)
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "cuda" and not gpus:
@@ -234,8 +233,7 @@ class Run:
         """RunError if ranks hold different weights: they would diverge without a word."""
         sums = torch.stack([p.detach().double().sum() for p in self.parts["model"].parameters()]).sum()[None]
         if self.world > 1 and (self.gather(sums) != sums).any():
-            raise RunError(f"the ranks hold different weights at epoch {self.epoch}, step {self.step}; "
-                           "resume from the last checkpoint")
+            raise RunError(f"ranks hold different weights at epoch {self.epoch}, step {self.step}; go on by --resume")
 
     def open_folder(self) -> None:
         """Takes the output folder; UserError if it cannot be written or holds another run."""
@@ -254,8 +252,7 @@ class Run:
             if not path.exists() or not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
                 raise BlockingIOError  # its last owner removed it just now, and somebody may have made another
         except BlockingIOError:
-            owner = owner or "another run, which has just started"
-            raise UserError(f"{where}: in use by {owner}; choose another folder or stop that run") from None
+            raise UserError(f"{where}: in use by {owner or 'another run'}; choose another or stop that run") from None
         except OSError as error:
             raise UserError(f"{where}: cannot be written ({error.strerror})") from None
         if owner and not owner.endswith(f" on {here}") and self.args.resume is None:
@@ -281,8 +278,7 @@ class Run:
         model, cuda = synchronise(model, self.device) if self.world > 1 else model, self.device.type == "cuda"
         if self.args.compile:
             if not (importlib.util.find_spec("triton") if cuda else any(map(shutil.which, ("c++", "g++", "clang++")))):
-                needed = "the package triton" if cuda else "a C++ compiler"
-                raise UserError(f"--compile: needs {needed}, not found here; leave the flag out")
+                raise UserError(f"--compile: needs {'the package triton' if cuda else 'a C++ compiler'}, not found")
             model.compile()
         if self.world > 1:
             model = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -343,8 +339,7 @@ class Run:
         differ = [k for k in {**then, **now} if then.get(k) != now.get(k) and k not in ("digest", "val_images")]
         change = "; ".join(f"{k} was {then.get(k)}, now {now.get(k)}" for k in differ)
         if change and not self.args.allow_changes:
-            raise UserError(f"{flag}: the run was started differently: {change}; "
-                            "repeat its flags, or add --allow-changes")
+            raise UserError(f"{flag}: the run was started differently: {change}; or add --allow-changes")
         checkpoint.load_weights(self.parts["model"], saved["model"], flag)
         for key, part in self.parts.items():
             if (part is None) != (saved[key] is None):
@@ -354,8 +349,7 @@ class Run:
                 if part is not None and key != "model":
                     part.load_state_dict(saved[key])
             except (ValueError, KeyError, RuntimeError) as error:
-                problem = f"its {key} state does not fit ({one_line(error)})"
-                raise UserError(f"{flag}: {problem}; to start from the weights use --weights") from None
+                raise UserError(f"{flag}: its {key} state does not fit ({one_line(error)}); try --weights") from None
         for counter in COUNTERS:
             setattr(self, counter, saved[counter])
         torch.set_rng_state(saved["rng"]["torch"])

@@ -1,12 +1,12 @@
 """What every script does around its loop: what it is asked to do, and all that comes before the first step."""
 
-import functools
 import sys
 from collections.abc import Callable
 
 import torch
 
 from common import checkpoint, report
+from common.cli import built
 from common.data import TrainingData
 from common.evaluate import Predict, eval_loader, evaluate_weights, logits_of, predict_images
 from common.models import Teacher, on_meta
@@ -33,7 +33,7 @@ def run_script(
     elif args.predict:
         predict_images(run, make_model, adapt, predict)
     elif args.benchmark:
-        report.benchmark(run, lambda: make_model(args, recipe, 1000), loss)
+        report.benchmark(run, lambda: built(make_model, args, recipe, 1000), loss)
     else:
         train(run)
 
@@ -47,7 +47,7 @@ def set_up(
     before mixing, as the network sees them, ...) for pictures (None: several crops of an image, shown as they are);
     teacher: the default of a method that can distill; extra(data): further state, by its name in checkpoints."""
     args, recipe = run.args, run.recipe
-    on_meta(lambda: make_model(args, recipe, 2))  # a size that does not fit is told before the data is scanned
+    on_meta(lambda: built(make_model, args, recipe, 2))  # a size that does not fit is told before the data is scanned
     taught = None
     if teacher and recipe.distillation != "none" and not args.show_batch:
         taught = run.first(lambda: Teacher(args, teacher, recipe.img_size, run.say))
@@ -65,10 +65,9 @@ def set_up(
     optimizer = make_optimizer(recipe.optimizer, model, recipe.lr, recipe.weight_decay)
     precision = Precision(run.amp, run.device, accumulation=data.accumulation, clip_grad=recipe.clip_grad)
     ema = EMA(model, recipe.ema) if getattr(recipe, "ema", 0) else None
-    show = functools.partial(report.show_batch, prepare=prepare) if prepare else report.show_crops
     if args.show_batch:
         if run.rank == 0:
-            show(args.show_batch, data)
+            report.show_batch(args.show_batch, data, prepare)
         run.say(f"wrote {args.show_batch}")
         sys.exit()
 
@@ -81,7 +80,7 @@ def set_up(
     averaged, further = ema and ema.model, extra(data) if extra else {}
     run.start(identity, model=model, optimizer=optimizer, scaler=precision, ema=averaged, **further)
     if run.rank == 0 and run.epoch == run.step == 0:
-        show(run.out / "batch.png", data)
+        report.show_batch(run.out / "batch.png", data, prepare)
     run.check_stop()
     run.val_loader = data.val and eval_loader(data.val, recipe.img_size, recipe.eval_crop_ratio, data.micro_batch, run)
     return data, model, wrapped, optimizer, precision, ema, taught

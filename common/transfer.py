@@ -5,20 +5,16 @@
     python -m common.transfer finetuned flowers102=runs/a cars=runs/b --top1 83.1 --out results/vit_b_finetuned.json
     python -m common.transfer compare results/*.json --out results/compare
 
-features: on frozen features of each data set a linear and a kNN classifier and retrieval. finetuned: the same table of
-runs by `--recipe transfer`. compare: do networks that are better where they were trained transfer better (Kornblith et
-al., arXiv:1805.08974)?
+features: a linear and a kNN classifier and retrieval on frozen features. finetuned: the same table of runs by `--recipe
+transfer`. compare: do networks better where they were trained transfer better (Kornblith et al., arXiv:1805.08974)?
 
-The protocol is t-ReX's (arXiv:2206.15369), whatever a network was trained with: images resized to 224 (bicubic) and
-cropped to 224; a linear classifier by logistic regression on features as they are, on ImageNet, ImageNet-CoG and
-iNaturalist by SGD on L2-normalised ones; the cost is the best in top-1 on a fifth of the training set that is held out
-class by class, then the fit is to all of it; the test set decides nothing; mean over seeds; log odds, averaged over the
-data sets but `imagenet`, whose accuracy is the other axis of the page's figure (78.0 and 80.2). It differs:
-- its 30 costs are drawn by Optuna; here a grid of 14 is tried, and for SGD 30 are drawn at random from its ranges;
-- its logistic regressions stop at scikit-learn's default tolerance or after 2,000 steps; here costs are tried with 200
-  steps, and the last fit is the optimum;
-- it reports top-1; here both that and the metric of each set's benchmark (SETS);
-- the 810 test images of each class of EuroSAT, and all else that is random, are drawn by other numbers."""
+The protocol is t-ReX's (arXiv:2206.15369), whatever a network was trained with: images of 224 pixels, bicubic, without
+margin; logistic regression on features as they are, on ImageNet, ImageNet-CoG and iNaturalist by SGD on L2-normalised
+ones; the cost is the best in top-1 on a held-out fifth of every class, then the fit is to all; the test set decides
+nothing; mean over seeds; log odds, averaged over all sets but `imagenet`, the other axis of its figure (78.0, 80.2).
+It draws 30 costs by Optuna, here a grid of 14 is tried, and for SGD 30 random draws from its ranges; it stops logistic
+regressions at scikit-learn's tolerance or 2,000 steps, here at 200 and for the last fit at the optimum; it reports
+top-1, here the metric of each set's benchmark (SETS) too; EuroSAT's 810 test images per class are others."""
 
 import argparse
 import contextlib
@@ -39,11 +35,11 @@ import torchvision
 from tqdm import tqdm
 
 from common import checkpoint, evaluate
-from common.cli import RULES, Parser, check_choice, check_torchvision, converter
+from common.cli import RUN_RULES, Parser, check_choice, check_rule, check_torchvision, converter
 from common.errors import UserError
 from common.evaluate import extract, log_odds, logistic_regression, mean_average_precision
 from common.models import fingerprint, from_checkpoint, from_torchvision
-from common.report import read_log, save_json, save_scatter
+from common.report import new_figure, read_log, save_json
 from common.run import Run, launch
 from common.sources import Source, cache_file, keep, open_data
 
@@ -52,9 +48,8 @@ from common.sources import Source, cache_file, keep, open_data
 TREX = [*(f"cog{level}" for level in range(1, 6)), "aircraft", "cars", "dtd", "eurosat", "flowers102", "pets",
         "food101", "sun397"]  # of t-ReX's page
 THESIS = ["cifar10", "cifar100", "flowers102", "cars", "inat2018", "inat2019"]  # of Tables 3.7, 5.5, 6.11
-# Of each its benchmark's metric; README's table says whose that is.
-PER_CLASS = "aircraft", "flowers102", "pets"
-SETS = dict.fromkeys([*TREX, *THESIS, "imagenet"], "top-1") | dict.fromkeys(PER_CLASS, "per-class")
+SETS = dict.fromkeys([*TREX, *THESIS, "imagenet"], "top-1")  # the benchmark's metric; README says whose that is
+SETS |= dict.fromkeys(("aircraft", "flowers102", "pets"), "per-class")
 SGD = {"imagenet", *TREX[:5], "inat2018", "inat2019"}  # whose linear classifier is fitted by SGD
 GROUPS = {"trex": TREX, "thesis": THESIS, "all": [s for s in SETS if s != "imagenet"]}  # which is no transfer
 
@@ -248,13 +243,11 @@ def write(out: Path, content: dict, text: str) -> None:
 def load_network(args, say) -> tuple[torch.nn.Module, str, float | None]:
     """(network in eval mode, its name, its top-1 where it was trained, if it is known) as asked for."""
     content = checkpoint.load(args.weights, "--weights") if args.weights else None
-    name, top1, where = args.model, args.top1, f"--weights {args.weights}"
-    if own := content is not None and isinstance(content.get("method"), str):
-        name = f"{content['method']}/{content['model_name']}"
-        if args.model not in (None, name):
-            raise UserError(f"{where}: holds {name}, you asked for --model {args.model}; leave it out")
-        top1 = top1 or (content.get("record") or {}).get("val_ema_top1" if args.use_ema else "val_top1")
-    elif name is None:
+    own, where = content is not None and isinstance(content.get("method"), str), f"--weights {args.weights}"
+    name = f"{content['method']}/{content['model_name']}" if own else args.model
+    if args.model not in (None, name):
+        raise UserError(f"{where}: holds {name}, you asked for --model {args.model}; leave it out")
+    if name is None:
         raise UserError("--model: needed with weights that no script here wrote (torchvision/NAME or SCRIPT/NAME)")
     if name.startswith("torchvision/"):
         check_torchvision("--model torchvision/", name.removeprefix("torchvision/"))
@@ -263,7 +256,8 @@ def load_network(args, say) -> tuple[torch.nn.Module, str, float | None]:
         raise UserError(f"--model {name}: needs --weights")
     else:
         model = from_checkpoint(content, where, args.img_size, say, name=None if own else name, ema=args.use_ema)
-    return model.eval().requires_grad_(False), name, top1
+    measured = ((content or {}).get("record") or {}).get("val_ema_top1" if args.use_ema else "val_top1")
+    return model.eval().requires_grad_(False), name, args.top1 or measured
 
 
 def features(args) -> None:
@@ -345,32 +339,20 @@ def read_results(files: list[str]) -> tuple[dict[str, dict], str]:
     if all("imagenet" in r["sets"] for r in results.values()):
         axis = "on ImageNet, measured like the others"
         results = {n: r | {"pretraining_top1": r["sets"]["imagenet"]["top1"]} for n, r in results.items()}
-    for why, wrong in (("top-1 where it was trained is not known", lambda top1: top1 is None),
-                       ("a top-1 of 0 or 100% where it was trained has no log odds", lambda top1: not 0 < top1 < 100)):
-        if names := [name for name, r in results.items() if wrong(r["pretraining_top1"])]:
-            raise UserError(f"{', '.join(names)}: {why}; measure again with --top1 PERCENT")
+    if names := [name for name, r in results.items() if not 0 < (r["pretraining_top1"] or 0) < 100]:
+        why = "top-1 where it was trained is not known, or 0 or 100%, which has no log odds"
+        raise UserError(f"{', '.join(names)}: {why}; measure again with --top1 PERCENT")
     if len(results) < 3:
         raise UserError(f"{len(results)} results: correlations need at least 3 networks")
     return results, axis
 
 
-def pearson(x: np.ndarray, y: np.ndarray) -> float:
-    """Linear correlation; NaN if either is constant."""
+def pearson(x: np.ndarray, y: np.ndarray) -> float:  # NaN if either is constant
     return torch.corrcoef(torch.tensor(np.stack([x, y])))[0, 1].item()
 
 
-def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Rank correlation; equal values share the mean of their ranks."""
-    return pearson(*(np.sign(v[:, None] - v).sum(1) for v in (x, y)))  # twice the rank, from the middle
-
-
-def bootstrap(statistic, x: np.ndarray, y: np.ndarray, draws: int = 10_000) -> tuple[float, float] | None:
-    """The 95% percentile interval of statistic(x, y) over resampled pairs; draws that give NaN do not count. None of
-    fewer than 6: in more than 2.5% of the draws there would be two of them only, whose correlation is 1 or -1."""
-    if len(x) < 6:
-        return None
-    picks = np.random.default_rng(0).integers(0, len(x), (draws, len(x)))
-    return tuple(np.nanpercentile([statistic(x[p], y[p]) for p in picks], [2.5, 97.5]).tolist())
+def spearman(x: np.ndarray, y: np.ndarray) -> float:  # by ranks, twice and from the middle; equal values share theirs
+    return pearson(*(np.sign(v[:, None] - v).sum(1) for v in (x, y)))
 
 
 def compare(args) -> None:
@@ -392,7 +374,7 @@ def compare(args) -> None:
         for (name, r), v, a, error in zip(results.items(), values, adjusted, errors.tolist())
     }
     x, y = np.array([log_odds(r["pretraining_top1"] / 100) for r in results.values()]), adjusted.mean(1)
-    correlation = {f.__name__: {"value": f(x, y), "interval": bootstrap(f, x, y)} for f in (pearson, spearman)}
+    correlation = {f.__name__: {"value": f(x, y)} for f in (pearson, spearman)}
     summary = {"networks": networks, "top1": axis, "sets": everywhere, "left_out": sorted({*named} - {*everywhere}),
                "correlation": {"mean": correlation}}
     out, text = Path(args.out), comparison_table(summary)
@@ -400,6 +382,28 @@ def compare(args) -> None:
     points = {name: (at, n["mean_log_odds"], n["standard_error"]) for (name, n), at in zip(networks.items(), x)}
     save_scatter(out / "compare.png", points, f"log odds of top-1 {axis}", f"mean log odds of {sets} sets")
     print(text)
+
+
+def save_scatter(path: str | Path, points: dict[str, tuple], x_label: str, y_label: str) -> None:
+    """PNG of named points (x, y, error in y or None); stars: the upper right of the hull, which no mixture beats."""
+    if figure := new_figure(path, 6.4, 4.8, print):
+        axes, best = figure.subplots(), upper_right_hull([point[:2] for point in points.values()])
+        axes.set(xlabel=x_label, ylabel=y_label, title="stars: no mixture of the others is better")
+        axes.grid(alpha=0.3)
+        for name, (*point, error) in points.items():
+            marker, size, colour = ("*", 14, "#c8551b") if tuple(point) in best else ("o", 7, "#1f5fa8")
+            axes.errorbar(*point, error, fmt=marker, markersize=size, color=colour, elinewidth=1)
+            axes.annotate(name, point, (6, 6), textcoords="offset points", fontsize="small", parse_math=False)
+        figure.savefig(path)
+
+
+def upper_right_hull(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Corners of the convex hull from the highest point to the rightmost one."""
+    hull = [max(points, key=lambda p: (p[1], p[0]))]
+    while right := [p for p in points if p[0] > hull[-1][0]]:
+        x, y = hull[-1]
+        hull.append(max(right, key=lambda p: ((p[1] - y) / (p[0] - x), p[0])))  # where the way falls least, and far
+    return hull
 
 
 def comparison_table(summary: dict) -> str:
@@ -413,15 +417,14 @@ def comparison_table(summary: dict) -> str:
         lines.append(f"{name:{width}s}{n['pretraining_top1']:8.2f}" + "".join(texts))
     lines.append("correlation of the mean with top-1, both as log odds")
     for kind, found in summary["correlation"]["mean"].items():
-        text = "95% interval [{:.3f}, {:.3f}]" if found["interval"] else "too few networks for an interval"
-        lines.append(f"  {kind:{width - 2}s}{found['value']:8.3f}   {text.format(*found['interval'] or ())}")
+        lines.append(f"  {kind:{width - 2}s}{found['value']:8.3f}")
     left_out = f"; not in all results, left out: {', '.join(summary['left_out'])}" if summary["left_out"] else ""
     return "\n".join([*lines, f"{len(networks)} networks, {len(sets)} data sets{left_out}"])
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="python -m common.transfer", description=__doc__)
-    commands = parser.add_subparsers(dest="command", metavar="features | finetuned | compare", parser_class=Parser)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser, required=True)
     one = commands.add_parser("features", help="linear classifier, kNN and retrieval on frozen features")
     flag, sets = one.add_argument, f"groups {', '.join(GROUPS)}; sets {', '.join(SETS)}; shapes, or what --data takes"
     flag("--model", metavar="NAME", help="torchvision/NAME, or SCRIPT/NAME for weights that do not name their model")
@@ -449,14 +452,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for sub in (one, two, three):
         sub.add_argument("--debug", action="store_true", help="show tracebacks of expected errors")
     args = parser.parse_args(argv)
-    if args.command is None:
-        raise UserError("say what to do: features, finetuned or compare; see --help")
     if args.command == "features":
         args.timeout = 600
-        for name, rule in {"seeds": "1 or more", "img_size": "1 or more", "eval_crop_ratio": "in (0, 1]"}.items():
-            value = getattr(args, name)
-            if not RULES[rule](min(value) if name == "img_size" else value):
-                raise UserError(f"--{name.replace('_', '-')} {value}: must be {rule}")
+        own = {"seeds": "1 or more", "img_size": "1 or more", "eval_crop_ratio": "in (0, 1]"}
+        for name, rule in (own | {name: RUN_RULES[name] for name in ("workers", "micro_batch")}).items():
+            check_rule(name, getattr(args, name), rule)
     if args.command != "compare":
         if args.top1 is not None and not 0 < args.top1 < 100:
             raise UserError(f"--top1 {args.top1}: must lie between 0 and 100")

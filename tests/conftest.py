@@ -35,6 +35,9 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from common import shapes  # noqa: E402
 
 torch.set_num_threads(1)
+# Now, and not after a test has pretended a GPU (fake_cuda, torch.export), autograd counts the devices it needs threads
+# for, once and for all: a process with such threads could not fork runs that train.
+torch.ones(1, requires_grad=True).sum().backward()
 
 SCRIPTS = [
     "deit",

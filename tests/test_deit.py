@@ -512,7 +512,7 @@ def test_a_teacher_that_cannot_serve_is_told_before_the_first_step(here, folder,
 
     torch.save(torchvision.models.squeezenet1_1(num_classes=4).state_dict(), tmp_path / "squeeze.pth")
     small = ["--img-size", 16, "--teacher", "squeezenet1_1", "--teacher-weights", tmp_path / "squeeze.pth"]
-    refused(here("deit", *DISTILLED, *run, *small), "squeezenet1_1: cannot take images of 16x16", "--img-size")
+    refused(here("deit", *DISTILLED, *run, *small), "squeezenet1_1: cannot take images of --img-size 16x16")
 
     def no_network(name, weights=None, **options):
         raise URLError("no route to host")

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 from test_cli import TINY
 
-from common import report
+from common import report, transfer
 
 
 def test_curves_have_a_panel_for_losses_and_one_for_accuracies(deit3_here, folder, tmp_path, monkeypatch):
@@ -29,6 +29,6 @@ def test_without_matplotlib_a_run_says_so_once_and_completes(deit3_here, folder,
     assert [line for line in result.out.splitlines() if "matplotlib" in line] == [
         f'{tmp_path / "curves.png"}: not drawn, that needs matplotlib: pip install -e ".[plots]"'
     ]
-    report.save_scatter(tmp_path / "s.png", {"x": (1.0, 2.0)}, "", "")
+    transfer.save_scatter(tmp_path / "s.png", {"x": (1.0, 2.0, None)}, "", "")
     assert not (tmp_path / "s.png").exists()
     assert not report.save_plot(tmp_path / "p.png", [{"a": [(0, 1.0)]}], "epoch", say=lambda line: None)

@@ -24,7 +24,7 @@ from common import sources, transfer
 from common.errors import UserError
 from common.evaluate import log_odds
 from common.models import fingerprint
-from common.report import upper_right_hull
+from common.transfer import upper_right_hull
 
 # ---- Features --------------------------------------------------------------------------------------------------------
 
@@ -543,9 +543,7 @@ def test_compare_adjusts_correlates_and_draws(suite, tmp_path):
     for kind, theirs in (("pearson", stats.pearsonr), ("spearman", stats.spearmanr)):
         entry = found["correlation"]["mean"][kind]
         assert entry["value"] == pytest.approx(theirs(x, adjusted.mean(1))[0])
-        low, high = entry["interval"]
-        assert -1 <= low <= entry["value"] <= high <= 1
-        assert f"{entry['value']:.3f}   95% interval [{low:.3f}, {high:.3f}]" in result.out
+        assert f"  {kind}" in result.out and f"{entry['value']:8.3f}" in result.out
     errors = [n["standard_error"] for n in found["networks"].values()]
     # of two sets, corrected for the mean of the six networks that was taken away
     assert errors == pytest.approx((adjusted.std(1, ddof=1) / math.sqrt(2) * math.sqrt(6 / 5)).tolist())
@@ -556,17 +554,13 @@ def test_compare_adjusts_correlates_and_draws(suite, tmp_path):
 
     sheet = np.array(Image.open(tmp_path / "o/compare.png").convert("RGB")).reshape(-1, 3).tolist()
     assert sheet.count([200, 85, 27]) > 30 and sheet.count([31, 95, 168]) > 30  # stars on the hull, dots below it
-    assert suite("compare", *files[:5], "--out", tmp_path / "five").status == 0  # too few to be drawn from
-    few = json.loads((tmp_path / "five/compare.json").read_text())["correlation"]["mean"]["pearson"]
-    assert (tmp_path / "five/compare.txt").read_text().count("   too few networks for an interval\n") == 2
-    assert few["interval"] is None and few["value"] == pytest.approx(stats.pearsonr(x[:5], logit[:5].mean(1))[0])
     refused(suite("compare", *files[:2], "--out", tmp_path / "o"), "at least 3")
     (tmp_path / "no.json").write_text(json.dumps(result_of("n", None, {"a": 50.0})))
     result = suite("compare", *files, tmp_path / "no.json", "--out", tmp_path / "o")
     refused(result, "n: top-1 where it was trained is not known", "--top1")
     (tmp_path / "all.json").write_text(json.dumps(result_of("m", 100.0, {"a": 50.0})))
     result = suite("compare", *files, tmp_path / "all.json", "--out", tmp_path / "o")
-    refused(result, "m: a top-1 of 0 or 100%", "--top1")
+    refused(result, "m: top-1 where it was trained", "0 or 100%", "--top1")
     (tmp_path / "bad.json").write_text("{}")
     refused(suite("compare", tmp_path / "bad.json", "--out", tmp_path / "o"), "bad.json")
 
@@ -593,7 +587,7 @@ def test_the_figure_has_log_odds_on_both_axes_and_error_bars(suite, tmp_path, mo
     assert list(drawn) == pytest.approx([log_odds(0.70), log_odds(0.71), log_odds(0.72)])
     networks = found["networks"].values()
     assert list(drawn.values()) == [(n["mean_log_odds"], n["standard_error"]) for n in networks]
-    assert labels == {"xlabel": "log odds of top-1 where trained", "ylabel": "mean log odds of 2 sets"}
+    assert labels["xlabel"] == "log odds of top-1 where trained" and labels["ylabel"] == "mean log odds of 2 sets"
     drawn.clear()
     (tmp_path / "2.json").write_text(json.dumps(result_of("net2", None, accuracies[2] | {"imagenet": 45.0})))
     result = suite("compare", *files, "--out", tmp_path / "o")  # all do
@@ -604,18 +598,11 @@ def test_the_figure_has_log_odds_on_both_axes_and_error_bars(suite, tmp_path, mo
     assert "on ImageNet" in labels["xlabel"]
 
 
-def test_correlations_equal_scipys_with_ties_and_intervals_cover():
+def test_correlations_equal_scipys_with_ties():
     rng = np.random.default_rng(1)
     x, y = rng.integers(0, 5, 40).astype(float), rng.integers(0, 5, 40).astype(float)
     assert transfer.spearman(x, y) == pytest.approx(stats.spearmanr(x, y)[0])
     assert transfer.pearson(x, y) == pytest.approx(stats.pearsonr(x, y)[0])
-    covered = 0
-    for _ in range(60):  # a known correlation of 0.8
-        x = rng.normal(size=40)
-        y = 0.8 * x + 0.6 * rng.normal(size=40)
-        low, high = transfer.bootstrap(transfer.pearson, x, y, draws=300)
-        covered += low <= 0.8 <= high
-    assert 48 <= covered <= 60
     assert math.isnan(transfer.pearson(np.ones(3), x[:3]))
 
 
@@ -706,7 +693,7 @@ def test_fine_tuned_runs_make_the_same_table(here, suite, folder, tmp_path):
 
 
 def test_wrong_use_is_refused(suite, network, tmp_path):
-    refused(suite(), "features, finetuned or compare")
+    refused(suite(), "COMMAND")
     base = ["--out", tmp_path / "r.json", "--device", "cpu"]
     refused(suite("features", *base, "--sets", "shapes"), "--model", "torchvision/NAME")
     refused(suite("features", *base, "--sets", "shapes", "--model", "torchvision/resnet51"), "resnet50")
