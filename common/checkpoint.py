@@ -171,9 +171,8 @@ def of_run(run) -> dict:
     if args.weights.partition(":")[0] == "official":
         args.weights = official_address(run.method, args.weights, args.model, min(run.recipe.img_size))
     content = load(args.weights, "--weights")
-    if isinstance(content.get("model_name"), str) and content["model_name"] != args.model:
-        held = f"{content.get('method')} {content['model_name']}"
-        raise UserError(f"--weights {args.weights}: holds {held}, you asked for {run.method} {args.model}")
+    if isinstance(held := content.get("model_name"), str) and held != args.model:
+        raise UserError(f"--weights {args.weights}: holds {content.get('method')} {held}, you asked for {args.model}")
     return content
 
 

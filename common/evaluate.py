@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import os
 import re
 import sys
 from collections.abc import Callable
@@ -188,24 +187,24 @@ def predict_images(run: Run, make_model: Callable, adapt: Callable | None, predi
     model, recipe, classes = trained_model(run, make_model, adapt)
     source, size = Files("", files, classes, np.zeros(len(files))), args.micro_batch or 64
     loader, bad = eval_loader(source, recipe.img_size, recipe.eval_crop_ratio, size, run), 0
+    records = []
+    for keys, batch in zip(eval_batches(len(source), size, 1, 0), loader):
+        for part in [loader.dataset.__getitems__([key]) for key in keys] if isinstance(batch, str) else [batch]:
+            if isinstance(part, str):
+                bad += 1
+                print(f"cannot read {part}", file=sys.stderr)
+                continue
+            images, _, _, indices = moved(part, run.device)
+            with torch.no_grad(), Precision(run.amp, run.device).autocast():
+                shares = predict(model, normalize(images))[""].float().softmax(dim=1)
+            shares, labels = shares.topk(min(args.top, shares.shape[1]))
+            for index, *found in zip(indices.tolist(), labels.tolist(), shares.tolist()):
+                found = [(classes[label], round(share, 6)) for label, share in zip(*found)]
+                run.say("  ".join([source.name(index), *(f"{name} {share:.4f}" for name, share in found)]))
+                records.append(json.dumps({"file": source.name(index), "classes": dict(found)}) + "\n")
     if args.out:
         run.out.mkdir(parents=True, exist_ok=True)
-    with open(run.out / "predictions.jsonl" if args.out else os.devnull, "w") as out:
-        for keys, batch in zip(eval_batches(len(source), size, 1, 0), loader):
-            parts = [loader.dataset.__getitems__([key]) for key in keys] if isinstance(batch, str) else [batch]
-            for part in parts:
-                if isinstance(part, str):
-                    print(f"cannot read {part}", file=sys.stderr)
-                    bad += 1
-                    continue
-                images, _, _, indices = moved(part, run.device)
-                with torch.no_grad(), Precision(run.amp, run.device).autocast():
-                    shares = predict(model, normalize(images))[""].float().softmax(dim=1)
-                shares, labels = shares.topk(min(args.top, shares.shape[1]))
-                for index, *found in zip(indices.tolist(), labels.tolist(), shares.tolist()):
-                    found = [(classes[label], round(share, 6)) for label, share in zip(*found)]
-                    run.say("  ".join([source.name(index), *(f"{name} {share:.4f}" for name, share in found)]))
-                    out.write(json.dumps({"file": source.name(index), "classes": dict(found)}) + "\n")
+        (run.out / "predictions.jsonl").write_text("".join(records))
     if bad:
         raise RunError(f"--predict: {bad} of {len(source)} images could not be read")
 

@@ -326,11 +326,8 @@ class Run:
         if saved is None:
             return self.say(f"nothing to resume in {self.out}: starting from the beginning")
         flag, own = f"--resume {self.args.resume}", self._state()
-        if "optimizer" not in saved or "epoch" not in saved:
-            raise UserError(f"{flag}: holds weights only; to start from them use --weights {self.args.resume}")
-        lacking = [key for key in own if key not in saved]
-        if lacking:
-            raise UserError(f"{flag}: lacks {', '.join(lacking)}; it was not written by this version's training")
+        if lacking := [key for key in own if key not in saved]:
+            raise UserError(f"{flag}: holds weights only (no {', '.join(lacking)}); to start from them use --weights")
         held, asked = (f"{state['method']} {state['model_name']}" for state in (saved, own))
         if held != asked:
             raise UserError(f"{flag}: holds {held}, you asked for {asked}")

@@ -8,7 +8,7 @@ from conftest import ROOT, SCRIPTS
 # What every script has of its own under the same name.
 OWN = {
     "Recipe", "TEACHER", "RECIPES", "MODELS", "TRANSFER", "paper_recipe", "build_model", "parse_args",
-    "make_model", "train", "main"
+    "make_model", "load_model", "train", "main"
 }
 
 

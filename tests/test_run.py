@@ -241,10 +241,8 @@ def test_E6_a_signal_before_the_first_step_and_in_evaluation(command, tmp_path, 
     assert same_training(undisturbed, tmp_path / "b") and epochs(tmp_path / "b") == epochs(undisturbed)
 
     def in_save():
-        import common.checkpoint
-
-        original = common.checkpoint._sync_folder
-        common.checkpoint._sync_folder = lambda folder: os.kill(os.getpid(), signal.SIGTERM) or original(folder)
+        original = os.fsync
+        os.fsync = lambda fd: os.kill(os.getpid(), signal.SIGTERM) or original(fd)
 
     assert status_of(child(command("c", *SAME), patch=in_save)) == 143
     assert status_of(child(command("c", *SAME, "--resume"))) == 0
@@ -253,10 +251,10 @@ def test_E6_a_signal_before_the_first_step_and_in_evaluation(command, tmp_path, 
 
 # Where the process is killed, and at which call there. One round of seven advances the run by an epoch of four steps.
 PLACES = (
-    ("common.checkpoint._sync_folder", 0),
+    ("os.fsync", 0),
     ("common.checkpoint.save", 0),
     ("torch.save", 0),
-    ("common.checkpoint._link", 0),
+    ("os.link", 0),
     ("common.precision.Precision.step", 1),
     ("common.run.Run.log", 0),
     ("common.evaluate.evaluate", 0),
