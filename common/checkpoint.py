@@ -86,12 +86,12 @@ def load(path: str | Path, flag: str) -> dict:
             import safetensors.torch
 
             return safetensors.torch.load_file(path)
-        if zipfile.is_zipfile(path):  # torch.load itself does not notice a flipped byte
+        if zipped := zipfile.is_zipfile(path):  # torch.load itself does not notice a flipped byte
             with zipfile.ZipFile(path) as z:
                 if z.testzip() is not None:
                     raise zipfile.BadZipFile
         with safe:  # nothing but plain types and their command line is let in
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except ImportError:
         raise UserError(f"{where}: reading this kind of file needs a package: pip install safetensors") from None
     except Exception as error:  # which one depends on where the damage is

@@ -468,6 +468,8 @@ class Run:
         """Writes last.pt (the one before becomes previous.pt), or `name` with its epoch's record; rank 0 writes."""
         self._read_flags(0)  # raises if what would be saved comes after a broken step
         content, path = self._state() | {"record": record}, self.out / name
+        if name == "best.pt":  # what is needed to use the network; last.pt holds what the run needs
+            content = {k: v for k, v in content.items() if k not in {*self.parts, "rng"} - {"model", "ema"}}
         self.on_rank_0(lambda: checkpoint.save(content, path, keep=None if record else path.with_name("previous.pt")))
 
     def check_stop(self) -> None:
