@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, TINY, Result, encoded, load, log_of, picture, start, write_folder
+from conftest import ROOT, SCRIPTS, TINY, Result, encoded, fewer_shapes, load, log_of, picture, start, write_folder
 from PIL import Image
 
 import deit
@@ -390,3 +390,29 @@ def test_H5_tensorboard_missing(deit3_here, tmp_path, folder, monkeypatch):
 
 def test_signal_handlers_are_put_back():
     assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+
+
+def test_without_data_the_built_in_set_is_trained_on_by_its_own_recipe_or_imagenet_where_it_is_set(
+    deit3_here, folder, tmp_path, monkeypatch
+):
+    """And the first line says which; what is measured without data keeps the paper's recipe."""
+    monkeypatch.delenv("IMAGENET", raising=False)
+    args, recipe, paper = deit3.parse_args(["--model", "vit_b"])
+    assert (args.data, args.recipe) == ("shapes", "shapes") and recipe.img_size == (48, 48) and recipe == paper
+    assert deit3.parse_args(["--benchmark"])[1].img_size == (224, 224)
+    assert deit3.parse_args(["--recipe", "in1k"])[1].batch_size == 2048
+    small = ["--model", "vit_nano", "--epochs", 1, "--warmup-epochs", 0, "--workers", 0, "--img-size", 32]
+    with fewer_shapes(64, 12):
+        result = deit3_here(*small, "--out", tmp_path / "a")
+    first, *_ = result.out.splitlines()
+    assert result.status == 0 and "the built-in data set shapes" in first and "--data /imagenet" in first, result
+    assert "none of the paper's" in result.out
+    monkeypatch.setenv("IMAGENET", str(folder))
+    result = deit3_here(*small, "--batch-size", 32, "--mix-group", 8, "--out", tmp_path / "b")
+    assert result.status == 0 and result.out.startswith("no --data: took $IMAGENET\n"), result
+    assert str(folder) in result.out and "recipe   in1k" in result.out
+
+
+@pytest.mark.parametrize("flag", ["workers", "seed", "save-steps", "micro-batch", "timeout", "top"])
+def test_A4_run_flags_have_a_range_too(deit3_here, flag):
+    refused(deit3_here("--recipe", "shapes", f"--{flag}", "-1"), f"--{flag} -1: must be ")
