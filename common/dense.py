@@ -137,7 +137,7 @@ class Pyramid(nn.Module):
 
     def placed(self, x: torch.Tensor, grid: Size) -> torch.Tensor:
         """Patches (B, N, C) as they enter the blocks: position embedding added, interpolated to other grids than its
-        own (bicubic: section 3.3), tokens in front."""
+        own (bicubic: section 3.4.5), tokens in front."""
         position, own = self.trunk.pos_embed, self.trunk.grid
         first = position.shape[1] - own[0] * own[1]  # of the tokens: DeiT's have positions
         patches = position[:, first:].unflatten(1, own).permute(0, 3, 1, 2)
