@@ -135,10 +135,10 @@ def parse(parser: Parser, argv: list[str] | None, models, recipes) -> argparse.N
 def override(paper, args: argparse.Namespace):
     """The paper's recipe with the flags that were given; UserError for values that cannot be. One rule for all methods:
     without --lr every rate that is not given changes in proportion to the batch size; a constant one stays constant."""
-    given = {k: None if v is ... else v for k, v in vars(args).items() if v is not None and hasattr(paper, k)}
+    given = {k: None if v is ... else v for k, v in vars(args).items() if v is not None and k in vars(paper)}
     if args.lr is None:
         share = given.get("batch_size", paper.batch_size) / paper.batch_size
-        given = {rate: getattr(paper, rate) * share for rate in ("lr", "min_lr", "warmup_lr")} | given
+        given = {k: v * share for k, v in vars(paper).items() if k in ("lr", "min_lr", "warmup_lr")} | given
     elif paper.min_lr == paper.lr:
         given = {"min_lr": args.lr} | given
     recipe = dataclasses.replace(paper, **given)
