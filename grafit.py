@@ -777,15 +777,15 @@ def benchmark_loss(recipe: Recipe, model: nn.Module, images: torch.Tensor, label
 
 
 def main() -> None:
+    from common import script
     from common.run import Run
-    from common.script import run_script
 
     args, recipe, paper = parse_args()
     levelled = args.eval and not (args.eval_data or args.real_labels)
     for asked, action in ((args.retrieve, retrieve), (args.predict, predict_by_neighbours), (levelled, compare)):
         if asked:
             return action(Run("grafit", args, recipe, paper))
-    run_script(
+    script.run_script(
         "grafit", args, recipe, paper, MODELS, train=train, make_model=make_model, predict=class_logits,
         loss=lambda model, images, labels: benchmark_loss(recipe, model, images, labels),
     )

@@ -101,9 +101,9 @@ def test_a_constant_rate_stays_constant():
 
 
 def test_none_is_a_value():
-    recipe = deit3.parse_args(["--layer-scale", "none", "--clip-grad", "none"])[1]
+    recipe = deit3.parse_args(["--recipe", "in1k", "--layer-scale", "none", "--clip-grad", "none"])[1]
     assert recipe.layer_scale is recipe.clip_grad is None
-    assert deit3.parse_args(["--eval-crop-ratio", "1.0"])[1].layer_scale == 1e-4
+    assert deit3.parse_args(["--recipe", "in1k", "--eval-crop-ratio", "1.0"])[1].layer_scale == 1e-4
 
 
 def test_the_banner_says_the_rate_and_why(deit3_here, tmp_path, folder):
@@ -175,7 +175,6 @@ def test_A9_other_epochs_differ_from_the_paper_in_every_recipe():
 def test_A10_an_output_folder_in_use(deit3_here, tmp_path, folder):
     command = [*TINY, "--data", folder, "--out", tmp_path]
     assert deit3_here(*command).status == 0 and not (tmp_path / "lock").exists()
-    before = (tmp_path / "last.pt").read_bytes()
     refused(deit3_here(*command), "holds a run already", "--resume auto")
     file = f"f = open('{tmp_path / 'lock'}', 'a')"
     code = f"import fcntl, time; {file}; fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); time.sleep(60)"
@@ -186,6 +185,7 @@ def test_A10_an_output_folder_in_use(deit3_here, tmp_path, folder):
     holder.kill()  # the lock's text stays behind, the kernel has freed the lock
     holder.communicate()
     assert deit3_here(*command, "--resume").status == 0
+    before = (tmp_path / "last.pt").read_bytes()
     (tmp_path / "last.pt").rename(tmp_path / "other.pt")
     (tmp_path / "lock").write_text("process 1 on another-host\n")
     refused(deit3_here(*command), "locked by process 1 on another-host", "remove")

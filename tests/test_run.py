@@ -580,7 +580,7 @@ def test_F10_ranks_with_unlike_weights_are_stopped(command, tmp_path):
 
     statuses = ranks(2, command("o", "--timeout", 20), tmp_path, patch=at_steps(disturb, [2]))
     assert statuses == [1, 1]
-    assert "the ranks hold different weights" in "".join((tmp_path / f"rank{r}.log").read_text() for r in (0, 1))
+    assert "ranks hold different weights" in "".join((tmp_path / f"rank{r}.log").read_text() for r in (0, 1))
 
 
 # ---- G: numbers ------------------------------------------------------------------------------------------------------
