@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms.v2.functional import center_crop
 
 
 def decode(data: bytes) -> torch.Tensor:
@@ -67,12 +68,6 @@ def resize_to_cover(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     if height * size[1] <= width * size[0]:
         return resize(image, (size[0], max(size[1], int(size[0] * width / height))))
     return resize(image, (max(size[0], int(size[1] * height / width)), size[1]))
-
-
-def center_crop(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Central window of an image at least as large as `size` (offsets rounded half to even, as torchvision)."""
-    top, left = (int(round((have - want) / 2.0)) for have, want in zip(image.shape[1:], size))
-    return image[:, top : top + size[0], left : left + size[1]]
 
 
 def eval_transform(image: torch.Tensor, size: tuple[int, int], crop_ratio: float) -> torch.Tensor:
