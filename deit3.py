@@ -95,7 +95,7 @@ RECIPES = {
 TRANSFER = {  # data set: what `transfer` changes for it
     **dict.fromkeys(("cifar10", "cifar100"), dict(lr=3e-5, min_lr=1e-7)),
     **dict.fromkeys(("inat2018", "inat2019"), dict(epochs=360)),
-    "flowers102": dict(batch_size=512, lr=7.5e-5),  # 2040 images; --trainable attention
+    "flowers102": dict(batch_size=512, lr=7.5e-5, min_lr=2.5e-7, warmup_lr=2.5e-7),  # and --trainable attention
 }
 # Drop rates: Table 6.14 (400 epochs of ImageNet-1k, 90 of ImageNet-21k); of fine-tuning, by the official commands (from
 # ImageNet-21k; to 224 after 800 epochs; to more than 224). What neither has repeats the first one, or ViT-H's row.

@@ -113,7 +113,7 @@ RECIPES = {
 TRANSFER = {  # data set: what `transfer` changes for it
     **dict.fromkeys(("cifar10", "cifar100"), dict(lr=3e-5, min_lr=1e-7)),
     **dict.fromkeys(("inat2018", "inat2019"), dict(epochs=360)),
-    "flowers102": dict(batch_size=512, lr=7.5e-5),  # it has 2040 images; the rate in proportion
+    "flowers102": dict(batch_size=512, lr=7.5e-5, min_lr=2.5e-7, warmup_lr=2.5e-7),  # 2040 images
 }
 
 

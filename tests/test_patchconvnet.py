@@ -315,6 +315,7 @@ def test_flowers_are_more_than_a_batch(script):
     recipe = importlib.import_module(script).parse_args(["--recipe", "transfer", "--data", "flowers102:/d"])[1]
     steps = epoch_length(2040, recipe.repeats) // recipe.batch_size
     assert steps == 3 and recipe.lr == 3e-4 * recipe.batch_size / 2048
+    assert recipe.min_lr == recipe.warmup_lr == 1e-6 * recipe.batch_size / 2048
 
 
 @pytest.mark.parametrize(
