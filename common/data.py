@@ -25,8 +25,9 @@ def epoch_length(length: int, repeats: int) -> int:
 
 def epoch_order(length: int, epoch: int, seed: int, repeats: int) -> np.ndarray:
     """Sample indices of one epoch for all ranks together: a permutation, each index `repeats` times in a row."""
-    order = torch.randperm(length, generator=torch.Generator().manual_seed(epoch + (seed << 20))).numpy()
-    return np.repeat(order[: -(-length // repeats)], repeats)[: epoch_length(length, repeats)]
+    generator = torch.Generator().manual_seed(epoch + (seed << 20))
+    order = torch.randperm(length, generator=generator, dtype=torch.int32).numpy()
+    return np.repeat(order[: -(-length // repeats)], repeats)[: epoch_length(length, repeats)] if repeats > 1 else order
 
 
 class GlobalBatches(Sampler[list]):
@@ -86,17 +87,18 @@ class Samples(Dataset):
         self.source, self.transform, self.seed = source, transform, seed
 
     def __getitems__(self, keys: list[tuple[int, int, int]]) -> tuple | str:
-        crops, parameters, decoded = [], [], {}
-        for epoch, index, repeat in keys:
+        crops, parameters, image, shown = [()] * len(keys), [()] * len(keys), None, None
+        for i in sorted(range(len(keys)), key=lambda i: keys[i][1]):  # repeats share a decode, no two images live
+            epoch, index, repeat = keys[i]
             try:
-                if index not in decoded:
-                    decoded[index] = self.source.read(index)
+                if index != shown:
+                    image, shown = None, index
+                    image = self.source.read(index)
             except (OSError, ValueError) as error:
                 return f"{self.source.name(index)}: {one_line(error, 1000)}"
             rng = random.Random((((self.seed << 32) + epoch) << 40) + (index << 8) + repeat)
-            images, left = self.transform(decoded[index], rng)
-            crops.append(images if isinstance(images, tuple) else (images,))
-            parameters.append(left)
+            images, parameters[i] = self.transform(image, rng)
+            crops[i] = images if isinstance(images, tuple) else (images,)
         batches = tuple(torch.stack([c.movedim(-3, -1) for c in size]).movedim(-1, -3) for size in zip(*crops))
         indices = torch.tensor([index for _, index, _ in keys])
         labels = torch.from_numpy(self.source.labels[indices.numpy()])

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from common import checkpoint
 from common.cli import built
@@ -21,6 +20,7 @@ from common.data import Samples, eval_batches, make_loader, moved, to_device
 from common.errors import RunError, UserError, one_line
 from common.images import decode, eval_transform
 from common.precision import Precision
+from common.progress import watched
 from common.run import Run
 from common.sources import EXTENSIONS, Files, Source, open_data, open_images
 
@@ -235,14 +235,13 @@ def extract(embed: Callable[[torch.Tensor], torch.Tensor], source: Source, size:
         raise UserError(f"{len(source)} images are too few for {run.world} ranks; start fewer")
     most, parts, autocast = -(-len(source) // run.world), [], Precision(run.amp, run.device).autocast
     batches = to_device(eval_loader(source, size, crop_ratio, batch_size, run), run.device)
-    with tqdm(total=len(source), desc=title, unit="img", leave=False, disable=run.rank > 0 or None) as bar:  # or no tty
-        for round_ in range(-(-most // batch_size)):  # as many on every rank, though one may have a batch less
-            if round_ % 8 == 0:
-                run.check_stop()
-            if (batch := next(batches, None)) is not None:
-                with autocast():
-                    parts.append(embed(normalize(batch[0])).float())
-                bar.update(len(batch[0]) * run.world)
+    rounds = range(-(-most // batch_size))  # as many on every rank, though one may have a batch less
+    for round_ in watched(rounds, title, "images", run.say, len(source), each=batch_size * run.world):
+        if round_ % 8 == 0:
+            run.check_stop()
+        if (batch := next(batches, None)) is not None:
+            with autocast():
+                parts.append(embed(normalize(batch[0])).float())
     mine = torch.cat(parts)
     shares = run.gather(F.pad(mine, (0, 0, 0, most - len(mine)))).view(run.world, most, -1)
     if not torch.isfinite(shares).all():

@@ -30,6 +30,7 @@ from tqdm import tqdm
 from common import checkpoint
 from common.cli import differences
 from common.errors import RunError, UserError, one_line
+from common.progress import terminal
 
 FLAG_LAG = 3  # steps after which the host reads a step's flags from a GPU: long done by then, so nothing waits
 SAVE, STOP = 1.0, 2.0**16  # what a signal asks of a rank; a sum over ranks tells both
@@ -366,7 +367,7 @@ class Run:
         self.data, self.first_step, self.epoch_start = data, self.step, time.time()
         self.last_line = self.epoch_start
         data.begin(self.epoch, self.step)
-        batch, hidden = self.recipe.batch_size, self.rank > 0 or not sys.stderr.isatty()
+        batch, hidden = self.recipe.batch_size, self.rank > 0 or not terminal()
         self.bar = tqdm(desc=f"epoch {self.epoch}", total=data.steps * batch, initial=self.step * batch, unit="img",
                         unit_scale=True, dynamic_ncols=True, leave=False, disable=hidden)
         while self.step < data.steps:

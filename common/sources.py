@@ -16,27 +16,40 @@ import json
 import os
 import pickle
 import re
-import sys
 import tarfile
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from torchvision import datasets
-from tqdm import tqdm
 
 from common import images, shapes
 from common.errors import UserError
+from common.progress import watched
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 JUNK = re.compile(r"(^|/)(\.|(__MACOSX|@eaDir|lost\+found|Thumbs\.db|desktop\.ini)(/|\Z))")  # as a part of a path
 MAX_FILE_BYTES = 1 << 30
 TREE = "expected FOLDER/train/CLASS/IMAGE and FOLDER/val/CLASS/IMAGE, or a .tar holding the same"
 COG_LEVELS, COG_SPLITS = "cog_levels_mapping_file.pkl", "cog_concepts_split_file.pkl"
+FORMAT = 2  # of an index in the cache; those of another one are made anew
 Labels = tuple[list[str], np.ndarray]  # class names in label order, labels int64 (N,)
+
+
+class Mapped(np.ndarray):
+    """A whole array of a file of the cache, whose pages ranks and workers share. `place`: where it is, by which a
+    process that is sent it maps it too; `digest`: a hash of its bytes."""
+
+    place = digest = None  # what is made of one has neither
+
+    def __reduce__(self):
+        return (_mapped, self.place) if self.place else super().__reduce__()
+
+
+def _hash(array: np.ndarray) -> str:
+    return getattr(array, "digest", None) or hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
 
 
 class Source:
@@ -46,10 +59,10 @@ class Source:
     title, names, sizes = "data", None, None
 
     def __init__(self, classes: list[str], labels: np.ndarray, levels: dict[str, Labels] | None = None):
-        self.classes, self.labels = list(classes), np.asarray(labels, dtype=np.int64)
+        self.classes, self.labels = list(classes), np.asanyarray(labels, dtype=np.int64)
         self.levels = {"fine": (self.classes, self.labels)} | (levels or {})
-        bad = np.flatnonzero((self.labels < 0) | (self.labels >= len(self.classes)))
-        if len(bad):
+        outside = [] if getattr(labels, "place", None) else (self.labels < 0) | (self.labels >= len(self.classes))
+        if len(bad := np.flatnonzero(outside)):
             raise UserError(f"{self.name(bad[0])}: label {self.labels[bad[0]]} is outside 0..{len(self.classes) - 1}")
 
     def __len__(self) -> int:
@@ -74,14 +87,13 @@ class Source:
 
     def content(self) -> str:
         """Changes when a pixel of any image changes, or their order; reads them all, without decoding."""
-        digests = (hashlib.sha256(self.stored(i)).digest() for i in range(len(self)))
-        return hashlib.sha256(b"".join(digests)).hexdigest()
+        indices = watched(range(len(self)), f"reading {self.title}", "images", print, len(self))
+        return hashlib.sha256(b"".join(hashlib.sha256(self.stored(i)).digest() for i in indices)).hexdigest()
 
     def digest(self) -> str:
         """Changes when an image is added, removed, renamed or relabelled."""
-        files = b"".join(array.tobytes() for array in (self.names, self.sizes) if array is not None)
-        classes = "".join(self.classes).encode(errors="surrogateescape")
-        return hashlib.sha256(self.labels.tobytes() + (files or str(len(self)).encode()) + classes).hexdigest()[:16]
+        arrays = [_hash(array) for array in (self.labels, self.names, self.sizes) if array is not None]
+        return hashlib.sha256("/".join(arrays + self.classes).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 class Arrays(Source):
@@ -183,7 +195,7 @@ def _coarse_level(file: str, source: Source) -> Labels:
     if lost:
         raise UserError(f"--coarse-labels {file}: no coarse class for {len(lost)} classes, e.g. {', '.join(lost[:5])}")
     coarse, to_coarse = np.unique([str(mapping[c]) for c in source.classes], return_inverse=True)
-    return coarse.tolist(), to_coarse[source.labels]
+    return coarse.tolist(), _relabelled(source.labels, to_coarse)
 
 
 def open_images(path: str, flag: str, classes: list[str] | None = None, say: Callable = print) -> Source:
@@ -194,28 +206,25 @@ def open_images(path: str, flag: str, classes: list[str] | None = None, say: Cal
     if not Path(path).is_dir():
         return _open_tar(path, None, classes, say)
     folders = _class_folders(path)
-    if not folders:
-        flat = sum(name.lower().endswith(EXTENSIONS) and not JUNK.search(name) for name in os.listdir(path))
-        hint = "move each image into a folder of its class (ImageNet's validation set comes unsorted)"
-        why = f"{flat} images but no class folders; {hint}" if flat else f"no class folders; {TREE}"
-        raise UserError(f"{flag}: {path} holds {why}")
     times = [(folder, os.stat(os.path.join(path, folder)).st_mtime_ns) for folder in ["", *folders]]  # of two levels
-    labels, names = cached_index([os.path.realpath(path), times], path, _scan_folder, say) or np.zeros((2, 0), int)
-    ignored = int(np.count_nonzero(labels < 0))  # these come first
-    labels, names = labels[ignored:], names[ignored:]
-    counts = np.bincount(labels, minlength=len(folders))
-    if not counts.all():
-        raise UserError(f"{flag}: the class folder {os.path.join(path, folders[counts.argmin()])} holds no images")
-    if ignored:
-        say(f"{path}: {ignored} files ignored, their extension is not one of {' '.join(EXTENSIONS)}")
-    return Files(path, names, *_fit_classes(folders, labels, classes, path, say))
+    found = _index([os.path.realpath(path), times], path, _scan_folder, say)[""]
+    if not folders:
+        hint = "move each image into a folder of its class (ImageNet's validation set comes unsorted)"
+        why = f"{found['flat']} images but no class folders; {hint}" if found["flat"] else f"no class folders; {TREE}"
+        raise UserError(f"{flag}: {path} holds {why}")
+    if empty := sorted(set(folders) - set(found["classes"])):
+        raise UserError(f"{flag}: the class folder {os.path.join(path, empty[0])} holds no images")
+    return Files(path, found["names"], *_fit_classes(found, classes, path, say))
 
 
-def _fit_classes(folders: list[str], labels, classes: list[str] | None, where: str, say: Callable) -> Labels:
-    """Classes and labels in the order of `classes` (None: the folder names' own order)."""
+def _fit_classes(found: dict, classes: list[str] | None, where: str, say: Callable) -> Labels:
+    """Classes and labels of a part of an index in the order of `classes` (None: the folder names' own order)."""
+    folders, labels = found["classes"], found["labels"]
+    if found["ignored"]:
+        say(f"{where}: {found['ignored']} files ignored, their extension is not one of {' '.join(EXTENSIONS)}")
     numbers = bool(folders) and all(f.isdigit() for f in folders)
-    if classes is None:
-        if numbers and folders != sorted(folders, key=int):
+    if classes in (None, folders):
+        if classes is None and numbers and folders != sorted(folders, key=int):
             some = ", ".join(folders[:4])
             say(f"{where}: class folders are numbers; labels follow the order of their names: {some}, ...")
         return folders, labels
@@ -228,59 +237,45 @@ def _fit_classes(folders: list[str], labels, classes: list[str] | None, where: s
         lists = (("only in train", missing), ("only here", extra))
         parts = [f"{title}: {', '.join(names[:5])} ({len(names)})" for title, names in lists if names]
         raise UserError(f"{where}: its classes are not those of the training set; {'; '.join(parts)}")
-    return classes, np.array([place[f] for f in folders])[labels]
+    return classes, _relabelled(labels, np.array([place[f] for f in folders]))
 
 
 def _class_folders(path: str | Path) -> list[str]:
     return sorted(e.name for e in os.scandir(path) if e.is_dir() and not JUNK.search(e.name))
 
 
-def _scan_folder(path: str) -> Iterator[tuple[int, bytes]]:
-    """(label, name below `path`) of every image in a class folder, (-1, b"") for every other file there."""
-    root, seen = os.path.join(path, ""), set()
-    pending = [(label, root + folder) for label, folder in enumerate(_class_folders(path))]
+def _scan_folder(path: str) -> Iterator[tuple[bytes]]:
+    """(name below `path`,) of every file there."""
+    root, seen, pending = os.path.join(path, ""), set(), [path]
     while pending:
-        label, here = pending.pop()
-        if (label, os.path.realpath(here)) in seen:  # a loop of links
+        here = pending.pop()
+        place = here[len(root) :].partition("/")[0], os.path.realpath(here)
+        if place in seen:  # a loop of links
             continue
-        seen.add((label, os.path.realpath(here)))
+        seen.add(place)
         for entry in os.scandir(here):
             if JUNK.search(entry.name):
                 continue
             if entry.is_dir():
-                pending.append((label, entry.path))
+                pending.append(entry.path)
             elif entry.is_symlink() and not os.path.exists(entry.path):
                 raise UserError(f"{entry.path} is a link to nothing; repair or remove it")
             else:
-                image = entry.name.lower().endswith(EXTENSIONS)
-                yield (label, os.fsencode(entry.path[len(root) :])) if image else (-1, b"")
+                yield (os.fsencode(entry.path[len(root) :]),)
 
 
 def _open_tar(path: str, split: str | None, classes: list[str] | None, say: Callable) -> Source:
     """`split`/CLASS/IMAGE of a tar (split None: CLASS/IMAGE, or CLASS.tar holding IMAGE)."""
     key = [os.path.realpath(path), os.stat(path).st_size, os.stat(path).st_mtime_ns]
-    index = cached_index(key, path, _scan_tar, say)
-    if not index:
-        raise UserError(f"{path} holds no files")
-    names = [os.fsdecode(name) for name in index[0].tolist()]
-    both = split is not None and any(name.startswith(("train/", "val/")) for name in names)
-    if split == "val" and not both:
+    index = _index(key, path, _scan_tar, say, splits=split is not None)
+    if split == "val" and "" in index:
         hint = "give the validation set by --val-data PATH (none: train without)"
         raise UserError(f"--data {path}: the archive has no val/; {hint}")
-    above = f"{split}/" if both else ""  # the class folder
-    inside = [i for i, n in enumerate(names) if n.startswith(above) and "/" in n[len(above) :] and not JUNK.search(n)]
-    if both and not inside:
-        raise UserError(f"--data {path}: no {split}/CLASS/IMAGE in this archive")
-    if not inside:
-        flat = sum(name.lower().endswith(EXTENSIONS) for name in names)
-        raise UserError(f"{path}: {flat} images without a class folder; repack the archive as CLASS/IMAGE")
-    chosen = np.array([i for i in inside if names[i].lower().endswith(EXTENSIONS)], dtype=np.int64)
-    if ignored := len(inside) - len(chosen):
-        say(f"{path}: {ignored} members ignored, their extension is not one of {' '.join(EXTENSIONS)}")
-    folders, labels = np.unique([names[i][len(above) :].partition("/")[0] for i in chosen], return_inverse=True)
-    order = np.argsort(labels, kind="stable")
-    members = [column[chosen[order]] for column in index]
-    return TarMembers(path, *members, *_fit_classes(folders.tolist(), labels[order], classes, path, say))
+    if not (found := index.get("") or index[split])["classes"]:
+        flat = f"{path}: {found['flat']} images without a class folder; repack the archive as CLASS/IMAGE"
+        raise UserError(flat if "" in index else f"--data {path}: no {split}/CLASS/IMAGE in this archive")
+    columns = [found[name] for name in ("names", "offsets", "sizes")]
+    return TarMembers(path, *columns, *_fit_classes(found, classes, path, say))
 
 
 def _scan_tar(path: str) -> Iterator[tuple[bytes, int, int]]:
@@ -348,24 +343,74 @@ def keep(file: Path, write: Callable) -> str | None:
         return f"nothing can be kept in {file.parent} ({error.strerror}): set XDG_CACHE_HOME to a writable folder"
 
 
-def cached_index(key: list, path: str, scan: Callable[[str], Iterator], say: Callable) -> list[np.ndarray]:
-    """Columns of the sorted rows that scan(path) yields; from the cache where it holds them under `key`."""
-    file = cache_file(key, ".npz")
+def _index(key: list, path: str, scan: Callable[[str], Iterator], say: Callable, splits=False) -> dict[str, dict]:
+    """{split: what _by_class says of the rows of scan(path)}, mapped from the cache where it holds that under `key`.
+    The splits are "train" and "val" if asked for and there, else "", all files."""
+
+    def make() -> dict[str, dict]:
+        rows = list(watched(scan(path), f"listing {path}", "files", say))
+        if len(rows) > 10**6:
+            say(f"{path}: sorting {len(rows)} files")
+        both = splits and any(row[0].startswith((b"train/", b"val/")) for row in rows)
+        return {split: _by_class(rows, split) for split in (("train", "val") if both else [""])}
+
+    return _kept([splits, *key], make, say)
+
+
+def _kept(key: list, make: Callable[[], dict], say: Callable = print) -> dict[str, dict]:
+    """make()'s {split: {name: array, or something plain}}, mapped from the cache where it holds that under `key`."""
+    file = cache_file([FORMAT, *key], ".pt")
     try:
-        with np.load(file, allow_pickle=False) as stored:
-            return list(stored.values())
-    except Exception:  # absent, or cut short by a crash: either way it is built
-        rows, said, terminal = [], time.monotonic(), sys.stderr.isatty()
-    hidden = not terminal or os.environ.get("RANK", "0") != "0"
-    for row in tqdm(scan(path), f"listing {path}", unit=" files", leave=False, disable=hidden):
-        rows.append(row)
-        if not terminal and time.monotonic() > said + 10:
-            say(f"listing {path}: {len(rows)} files so far")
-            said = time.monotonic()
-    columns = [np.array(column) for column in zip(*sorted(rows))]
-    if problem := keep(file, lambda out: np.savez(out, *columns)):
+        return _mapped(file)
+    except Exception:  # absent, or cut short by a crash: either way it is made
+        index, stored = make(), {}
+    for split, found in index.items():
+        arrays = {name: value for name, value in found.items() if isinstance(value, np.ndarray)}
+        packed = {n: (a.dtype.str, _hash(a), torch.from_numpy(a.view(np.uint8))) for n, a in arrays.items()}
+        stored[split] = {**found, **packed}
+    if problem := keep(file, lambda out: torch.save(stored, out)):
         say(f"warning: {problem}; the images will be listed again at the next start")
-    return columns
+        return index
+    return _mapped(file)
+
+
+def _relabelled(labels: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """table[labels], mapped if they are."""
+    if getattr(labels, "place", None) is None:
+        return table[labels]
+    return _kept([labels.digest, table.tolist()], lambda: {"": {"labels": table[labels]}})[""]["labels"]
+
+
+def _mapped(file: str | Path, split: str = "", name: str = ""):
+    """The index that a file of the cache holds, or an array of it."""
+    index = torch.load(file, mmap=True, weights_only=True)
+    for part, found in index.items():
+        for key, value in found.items():
+            if isinstance(value, tuple):
+                kind, digest, data = value
+                found[key] = array = data.numpy().view(kind).view(Mapped)
+                array.place, array.digest = (str(file), part, key), digest
+    return index[split][name] if name else index
+
+
+def _by_class(rows: list[tuple], split: str) -> dict:
+    """Of rows (name, ...) the images in class folders (of `split`, if it is named), by class and name: "classes",
+    "labels", "names" and, in an archive, "offsets" and "sizes"; how many other files there are "ignored", and how many
+    images in no class folder, "flat"."""
+    deep, found, counts = len(split) > 0, [], {"ignored": 0, "flat": 0}
+    for row in rows:
+        folders, name = row[0].split(b"/")[:-1], os.fsdecode(row[0])
+        inside, image = len(folders) > deep, name.lower().endswith(EXTENSIONS)
+        if JUNK.search(name) or (deep and folders[:1] != [split.encode()]):
+            continue
+        if inside and image:
+            found.append((folders[deep], *row))
+        else:
+            counts["flat" if image else "ignored"] += inside or image
+    found.sort()
+    columns = dict(zip(("labels", "names", "offsets", "sizes"), map(np.array, zip(*found))))
+    classes, columns["labels"] = np.unique(columns.get("labels", []), return_inverse=True)
+    return {"classes": [os.fsdecode(c) for c in classes.tolist()], **columns, **counts}
 
 
 def _open_named(name: str, folder: str, split: str) -> Source:

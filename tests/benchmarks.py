@@ -1,20 +1,28 @@
 """Timings of our pieces against the straightforward ones, interleaved in one run on one thread.
 
     python tests/benchmarks.py [loader FOLDER_OF_JPEGS] [optimizers] [drop_path] [talking_heads] [cross_patch] [column]
-        [memory] [index] [neighbours] [retrieval]
+        [memory] [index] [neighbours] [retrieval] [growth]
 
-Every figure is a ratio (above 1: ours is faster): the median over rounds in which both are run in turn.
+A ratio (above 1: ours is faster) is the median over rounds in which both are run in turn; `memory`, the second part of
+`index` and `growth` print sizes and seconds.
 FOLDER_OF_JPEGS holds photographs at any depth, about ImageNet's size. The baselines are the official pipelines, built
 here from torchvision, PIL and plain torch.
 """
 
+import contextlib
 import io
+import json
+import math
+import os
 import random
 import statistics
+import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -319,10 +327,8 @@ def memory() -> None:
 
 
 def index() -> None:
-    """Listing 60,000 files: torchvision's ImageFolder against our cached index; members of a tar against files."""
-    import os
-    import tarfile
-
+    """Listing 60,000 files: torchvision's ImageFolder against our cached index; members of a tar against files; what
+    opening sets of ImageNet's and of ImageNet-21k's size again takes."""
     with tempfile.TemporaryDirectory() as root:
         os.environ["XDG_CACHE_HOME"] = root + "/cache"
         out = io.BytesIO()
@@ -346,6 +352,113 @@ def index() -> None:
             lambda: [open(f"{root}/d/{f}", "rb").read() for f in files],
             lambda: [os.pread(fd, int(source.sizes[i]), int(source.offsets[i])) for i in range(2000)],
         )
+
+
+    with tempfile.TemporaryDirectory() as root:
+        for count, classes in ((1_281_167, 1000), (14_197_122, 21_841)):
+            for kind, spec in make_large(root, count, classes).items():
+                found = opened(root, spec)
+                print(f"opening {count:,} images again, {kind:32s} {found['open']:6.3f} s, with the digest "
+                      f"{found['digest']:6.3f} s, private memory {found['private']:6.1f} MiB", flush=True)
+
+
+def fake_index(count: int, classes: int) -> dict:
+    """What sources._by_class would say of so many images, their names as long as ImageNet's."""
+    labels = np.arange(count) * classes // count
+    digits = (np.arange(count)[:, None] // 10 ** np.arange(8)[::-1] % 10 + 48).astype(np.uint8)
+    folder = (labels[:, None] // 10 ** np.arange(8)[::-1] % 10 + 48).astype(np.uint8)
+    letters = [np.broadcast_to(np.frombuffer(text, np.uint8), (count, len(text))) for text in (b"n", b"/n", b".JPEG")]
+    names = np.concatenate([letters[0], folder, letters[1], digits, letters[2]], axis=1)
+    names = np.ascontiguousarray(names).view(f"S{names.shape[1]}")[:, 0]
+    columns = {"labels": labels, "names": names, "offsets": np.arange(count) * 110_592, "sizes": labels + 109_000}
+    return {"classes": [f"n{c:08d}" for c in range(classes)], **columns, "ignored": 0, "flat": 0}
+
+
+def make_large(root: str, count: int, classes: int) -> dict[str, tuple]:
+    """{kind: arguments of open_data} of sets of so many images, whose index is in the cache below `root`: there are no
+    images, for opening a set again looks at the archive's size and time, or at those of the class folders, alone."""
+    base = Path(root, str(count))
+    coarse, folder, tar = base / "coarse.json", base / "folder", base / "train.tar"
+    for split in ("train", "val"):
+        for c in range(classes):
+            (folder / split / f"n{c:08d}").mkdir(parents=True)
+    coarse.write_text(json.dumps({f"n{c:08d}": str(c % 127) for c in range(classes)}))
+    with tarfile.open(tar, "w") as archive:
+        archive.addfile(tarfile.TarInfo("x"))
+    kinds = {"a tar with train/ and val/": (str(tar), None), "a folder": (str(folder), None),
+             "a folder, its coarse labels": (f"{folder}@coarse", str(coarse))}
+    rows = [(b"train/", 0, 0)]
+
+    def parts(_rows, split: str) -> dict:
+        return fake_index(50_000 if split == "val" else count, classes)
+
+    names = ("_scan_tar", "_scan_folder")
+    with contextlib.ExitStack() as stack, mock.patch.object(sources, "_by_class", parts):
+        stack.enter_context(mock.patch.dict(os.environ, XDG_CACHE_HOME=f"{root}/cache"))
+        [stack.enter_context(mock.patch.object(sources, name, lambda path: iter(rows))) for name in names]
+        for spec, labels in kinds.values():
+            sources.open_data(spec, coarse_labels=labels)
+    return kinds
+
+
+OPEN = """
+import sys, time
+from common import sources
+def private():
+    sizes = [line.split() for line in open("/proc/self/smaps_rollup")]
+    return sum(int(size[1]) for size in sizes if size[0] == "Private_Dirty:") / 1024
+sources.open_data("shapes")
+before, start = private(), time.perf_counter()
+found = sources.open_data(sys.argv[1], coarse_labels=sys.argv[2] or None)
+opened = time.perf_counter()
+found["train"].digest()
+print(dict(open=opened - start, digest=time.perf_counter() - start, private=private() - before))
+"""
+
+
+def opened(root: str, spec: tuple) -> dict[str, float]:
+    """Seconds that open_data takes in a new process, those with the digest that a run asks for, and the memory (MiB) it
+    then has for itself. Pages of the mapped index belong to the file, whoever else reads it."""
+    environment = {**os.environ, "XDG_CACHE_HOME": f"{root}/cache", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    command = [sys.executable, "-c", OPEN, spec[0], spec[1] or ""]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return eval(done.stdout.splitlines()[-1])
+
+
+def growth() -> None:
+    """What a run does once or once per epoch against the number of images; the slope is that of log time against log
+    size between the last two: 1 is linear."""
+    sizes = [10**4, 10**5, 10**6, 10**7]
+    rows = {}
+
+    def measure(title: str, unit: str, action) -> None:
+        start = time.perf_counter()
+        value = action()
+        rows.setdefault(f"{title} ({unit})", []).append(time.perf_counter() - start if value is None else value)
+
+    for count in sizes:
+        with tempfile.TemporaryDirectory() as root:
+            kinds = make_large(root, count, max(10, count // 650))
+            for kind in ("a tar with train/ and val/", "a folder"):
+                found = opened(root, kinds[kind])
+                measure(f"opening {kind} again", "s", lambda found=found: found["digest"])
+                measure(f"opening {kind} again", "MiB", lambda found=found: found["private"])
+        measure("epoch order", "s", lambda count=count: data.epoch_order(count, 0, 0, 1) is not None or None)
+        batches = data.GlobalBatches(count, batch_size=2048, micro_batch=256, group=32, world_size=8, rank=0, repeats=3,
+                                     seed=0)
+        measure("sampler, an epoch of a rank of 8", "s", lambda batches=batches: sum(1 for _ in batches) and None)
+        measure("batches of an evaluation, a rank of 8", "s",
+                lambda count=count: len(data.eval_batches(count, 256, 8, 0)) and None)
+        generator = torch.Generator().manual_seed(0)
+        keys = torch.randn(count, 32, generator=generator)
+        queries, labels = torch.randn(16, 32, generator=generator), torch.arange(count) % 1000
+        measure("kNN of 16 queries, D 32", "s", lambda: evaluate.nearest(queries, keys, 30) and None)
+        measure("mAP of 16 queries, D 32", "s",
+                lambda: evaluate.mean_average_precision(queries, labels[:16], keys, labels) * 0 or None)
+    print(f"{'':44s}" + "".join(f"{size:>12,}" for size in sizes) + "   slope")
+    for title, values in rows.items():
+        slope = math.log10(max(values[-1], 1e-9) / max(values[-2], 1e-9))
+        print(f"{title:44s}" + "".join(f"{value:12.4f}" for value in values) + f"{slope:8.2f}")
 
 
 def neighbours() -> None:
@@ -390,6 +503,7 @@ if __name__ == "__main__":
     wanted = sys.argv[1:]
     if "loader" in wanted:
         loader(wanted[wanted.index("loader") + 1])
-    for part in (optimizers, drop_path, talking_heads, cross_patch, column, memory, index, neighbours, retrieval):
+    for part in (optimizers, drop_path, talking_heads, cross_patch, column, memory, index, neighbours, retrieval,
+                 growth):
         if not wanted or part.__name__ in wanted:
             part()

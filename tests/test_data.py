@@ -19,7 +19,7 @@ from PIL import Image
 from torch import nn
 
 import deit3
-from common import images, shapes, sources
+from common import images, progress, shapes, sources
 from common.data import GlobalBatches, RepeatedAugSampler, Samples, epoch_order, eval_batches, make_loader, to_device
 from common.errors import RunError, UserError
 from common.sources import open_data, open_images
@@ -157,7 +157,7 @@ def test_a_long_scan_says_how_far_it_is_and_draws_a_bar_on_a_terminal(tmp_path, 
     write_folder(tmp_path, train=2, val=1)
     path, said, clock = str(tmp_path / "train"), [], iter(range(0, 600, 6))
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")  # nothing is kept
-    monkeypatch.setattr(sources, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     open_images(path, "--data", say=said.append)
     assert said[:-1] == [f"listing {path}: {n} files so far" for n in (2, 4, 6, 8)] and "kept" in said[-1]
     assert capsys.readouterr().err == ""
