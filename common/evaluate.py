@@ -236,7 +236,7 @@ def extract(embed: Callable[[torch.Tensor], torch.Tensor], source: Source, size:
     most, parts, autocast = -(-len(source) // run.world), [], Precision(run.amp, run.device).autocast
     batches = to_device(eval_loader(source, size, crop_ratio, batch_size, run), run.device)
     rounds = range(-(-most // batch_size))  # as many on every rank, though one may have a batch less
-    for round_ in watched(rounds, title, "images", run.say, len(source), each=batch_size * run.world):
+    for round_ in watched(rounds, title, "images", lambda line: run.say(line), len(source), batch_size * run.world):
         if round_ % 8 == 0:
             run.check_stop()
         if (batch := next(batches, None)) is not None:

@@ -9,6 +9,7 @@ import shutil
 import sys
 import tarfile
 import time
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -167,6 +168,72 @@ def test_a_long_scan_says_how_far_it_is_and_draws_a_bar_on_a_terminal(tmp_path, 
         open_images(path, "--data", say=said.append)
         assert ("listing" in capsys.readouterr().err) == (rank == "0")
     assert len(said) == 7  # and a warning of each
+
+
+def test_a_terminal_of_no_columns_gets_lines_instead_of_a_bar(monkeypatch, capsys):
+    said, clock = [], iter(range(0, 600, 6))
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(sys.stderr, "fileno", lambda: 2)
+    for columns, lines in ((80, []), (0, ["d: 6 of 10 images so far", "d: 10 of 10 images so far"])):
+        monkeypatch.setattr(os, "get_terminal_size", lambda fd, columns=columns: os.terminal_size((columns, 24)))
+        assert list(progress.watched(range(4), "d", "images", said.append, total=10, each=3)) == [0, 1, 2, 3]
+        assert said == lines and ("d: " in capsys.readouterr().err) == (columns > 0)
+
+
+def opened_again(kind, root) -> sources.Source:
+    if kind == "tar":
+        return open_data(str(write_tar(root / "d.tar", members())))["train"]
+    write_folder(root / "f", train=3, val=1)
+    coarse = root / "coarse.json"
+    coarse.write_text(json.dumps(dict(ant="insect", bee="insect", cat="mammal", dog="mammal")))
+    if kind == "coarse":
+        return open_data(f"{root}/f@coarse", coarse_labels=str(coarse))["train"]
+    return open_images(str(root / "f/train"), "", ["dog", "cat", "bee", "ant"] if kind == "other order" else None)
+
+
+@pytest.mark.parametrize("kind", ["tar", "folder", "coarse", "other order"])
+def test_what_is_opened_again_is_mapped_from_the_cache_and_nothing_is_scanned_copied_or_hashed(
+    tmp_path, monkeypatch, kind
+):
+    first = opened_again(kind, tmp_path)
+    digest, expected = first.digest(), (first.labels.tolist(), first.names.tolist(), first.classes)
+    monkeypatch.setattr(sources, "_by_class", lambda *_: pytest.fail("made again"))
+    with monkeypatch.context() as m:
+        m.setattr(sources.np, "flatnonzero", lambda mask: mask if len(mask) == 0 else pytest.fail("all labels are read"))
+        if kind == "tar":
+            again = open_data(str(tmp_path / "d.tar"))["train"]
+        else:
+            m.setattr("test_data.write_folder", lambda *_, **__: None)
+            again = opened_again(kind, tmp_path)
+        m.setattr(sources.np, "ascontiguousarray", lambda _: pytest.fail("hashed again"))
+        assert again.digest() == digest
+    assert (again.labels.tolist(), again.names.tolist(), again.classes) == expected
+    arrays = [again.labels, again.names] + ([again.offsets, again.sizes] if kind == "tar" else [])
+    mapped = {line.split()[-1] for line in open("/proc/self/maps") if ".pt" in line}
+    for array in arrays:
+        assert array.place[0] in mapped
+        parts = pickle.loads(pickle.dumps(array))  # a worker that does not share memory: it maps the file too
+        assert len(pickle.dumps(array)) < 300 and parts.place == array.place and np.array_equal(parts, array)
+        assert np.array_equal(pickle.loads(pickle.dumps(array[1:])), array[1:])
+    assert torch.equal(pickle.loads(pickle.dumps(again)).read(2), first.read(2))
+
+
+@pytest.mark.parametrize("change", ["damaged", "format", "archive"])
+def test_an_index_that_does_not_fit_is_made_again(tmp_path, monkeypatch, change):
+    path, content, made = tmp_path / "d.tar", members(), []
+    by_class = sources._by_class
+    monkeypatch.setattr(sources, "_by_class", lambda *a: made.append(a[1]) or by_class(*a))
+    for time_, expected in enumerate((6, 7 if change == "archive" else 6)):
+        write_tar(path, content)
+        os.utime(path, ns=(0, time_ * (change == "archive")))
+        assert len(open_data(str(path))["train"]) == expected
+        if change == "damaged":
+            [file.write_bytes(file.read_bytes()[:-100]) for file in sources.cache_folder().glob("*.pt")]
+        if change == "format":
+            monkeypatch.setattr(sources, "FORMAT", sources.FORMAT + 1)
+        content |= {"train/ant/new.jpg": encoded(picture(0, 9))} if change == "archive" else {}
+    assert made == ["train", "val"] * 2
 
 
 @pytest.mark.parametrize("make, message", [
@@ -577,6 +644,26 @@ def test_repeats_of_an_image_share_one_decode(folder, monkeypatch):
     )
     assert reads == [5] and indices.tolist() == [5] * 3 and labels.tolist() == [source.labels[5]] * 3
     assert not torch.equal(images[0], images[1])
+
+
+def test_an_image_is_released_after_its_last_use(folder, monkeypatch):
+    source, alive, most = open_data(str(folder))["train"], weakref.WeakSet(), []
+
+    def read(index):
+        image = torch.full((3, 40, 40), index, dtype=torch.uint8)
+        alive.add(image)
+        most.append(len(alive))
+        return image
+
+    monkeypatch.setattr(source, "read", read)
+    samples = Samples(source, lambda image, _: (image[:, :8, :8].clone(), ()), 0)
+    keys = [(0, i // 3, i % 3) for i in range(32)]
+    keys = [keys[i] for g in range(8) for i in range(g, 32, 8)]  # as dealt out to groups: repeats lie far apart
+    for wanted in (keys, [(0, i, 0) for i in range(32)]):
+        images, _, labels, indices = samples.__getitems__(wanted)
+        assert indices.tolist() == [index for _, index, _ in wanted] == images[:, 0, 0, 0].tolist()
+        assert labels.tolist() == source.labels[indices].tolist()
+    assert most == [1] * (11 + 32)
 
 
 def test_the_image_stays_as_it_is_when_the_decode_is_shared():

@@ -1,15 +1,19 @@
 """Decoding and resizing: bytes of every kind, against Pillow and the official evaluation's numbers."""
 
 import io
+import sys
 import time
+import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import encoded, psnr, reference, triangle_image
-from PIL import Image
+from PIL import Image, ImageOps
 
-from common.images import decode, eval_transform, from_numpy
+from common.images import decode, eval_transform, from_numpy, jpeg_decoder
 
 EVAL = reference("eval")
 RNG = np.random.default_rng(0)
@@ -43,6 +47,53 @@ def test_evaluation_transform_is_torchvisions_to_60_db(size):
     )(smooth)
     out = eval_transform(from_numpy(np.array(smooth)), (64, 64), 0.875)
     assert psnr(out.permute(1, 2, 0).numpy(), np.array(expected)) > 60
+
+
+@pytest.fixture(params=["torchcodec", "torchvision", "Pillow"])
+def decoder(request, monkeypatch):
+    """What jpeg_decoder has to choose from: all three, or no more than torchvision, or nothing. torchcodec is simulated:
+    it applies EXIF's orientation, as the real one does."""
+    calls = []
+
+    def decode_jpeg(data, *, mode):
+        assert mode == "RGB" and data.dtype == torch.uint8
+        calls.append(request.param)
+        return from_numpy(np.array(ImageOps.exif_transpose(Image.open(io.BytesIO(data.numpy().tobytes()))).convert("RGB")))
+
+    fake = SimpleNamespace(decode_jpeg=decode_jpeg, ImageReadMode=SimpleNamespace(RGB="RGB"))
+    if request.param == "torchvision":
+        monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
+        monkeypatch.setattr(torchvision.io, "decode_jpeg", lambda data, mode, real=torchvision.io.decode_jpeg: (
+            calls.append(request.param) or real(data, mode)))
+    else:
+        monkeypatch.setitem(sys.modules, "torchcodec.decoders", fake if request.param == "torchcodec" else None)
+        monkeypatch.delattr(torchvision.io, "decode_jpeg")
+    jpeg_decoder.cache_clear()
+    yield request.param, calls
+    jpeg_decoder.cache_clear()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_J5_every_decoder_gives_the_same_pixels_without_a_warning(decoder, mode):
+    name, calls = decoder
+    exif, out = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    COLOURS.convert(mode).save(out, "JPEG", quality=85, exif=exif)
+    expected = np.array(Image.open(io.BytesIO(out.getvalue())).convert("RGB"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = pixels(out.getvalue())
+    assert found.shape == expected.shape and psnr(found, expected) > 50
+    assert calls == ([] if name == "Pillow" else [name])
+
+
+def test_J5_scripts_start_without_torchvisions_decoders(fresh, tmp_path):
+    code = (
+        "import sys, torchvision.io as io; sys.modules['torchcodec'] = None; del io.decode_jpeg;"
+        "import common.evaluate, common.images; print(common.images.jpeg_decoder())"
+    )
+    result = fresh("-c", code, cwd=tmp_path)
+    assert result.status == 0 and result.out.strip() == "None", result
 
 
 def test_evaluation_of_non_square_sizes_keeps_the_aspect_ratio():
