@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import encoded, psnr, reference, triangle_image
+from conftest import ROOT, encoded, psnr, reference, triangle_image
 from PIL import Image, ImageOps
 
 from common.images import decode, eval_transform, from_numpy, jpeg_decoder
@@ -51,14 +51,15 @@ def test_evaluation_transform_is_torchvisions_to_60_db(size):
 
 @pytest.fixture(params=["torchcodec", "torchvision", "Pillow"])
 def decoder(request, monkeypatch):
-    """What jpeg_decoder has to choose from: all three, or no more than torchvision, or nothing. torchcodec is simulated:
-    it applies EXIF's orientation, as the real one does."""
+    """What jpeg_decoder has to choose from: torchcodec, torchvision's decoder, or neither. torchcodec is simulated: it
+    applies EXIF's orientation, as the real one does."""
     calls = []
 
     def decode_jpeg(data, *, mode):
         assert mode == "RGB" and data.dtype == torch.uint8
         calls.append(request.param)
-        return from_numpy(np.array(ImageOps.exif_transpose(Image.open(io.BytesIO(data.numpy().tobytes()))).convert("RGB")))
+        turned = ImageOps.exif_transpose(Image.open(io.BytesIO(data.numpy().tobytes())))
+        return from_numpy(np.array(turned.convert("RGB")))
 
     fake = SimpleNamespace(decode_jpeg=decode_jpeg, ImageReadMode=SimpleNamespace(RGB="RGB"))
     if request.param == "torchvision":
@@ -87,12 +88,12 @@ def test_J5_every_decoder_gives_the_same_pixels_without_a_warning(decoder, mode)
     assert calls == ([] if name == "Pillow" else [name])
 
 
-def test_J5_scripts_start_without_torchvisions_decoders(fresh, tmp_path):
+def test_J5_scripts_start_without_torchvisions_decoders(fresh):
     code = (
         "import sys, torchvision.io as io; sys.modules['torchcodec'] = None; del io.decode_jpeg;"
         "import common.evaluate, common.images; print(common.images.jpeg_decoder())"
     )
-    result = fresh("-c", code, cwd=tmp_path)
+    result = fresh("-c", code, cwd=ROOT)
     assert result.status == 0 and result.out.strip() == "None", result
 
 
