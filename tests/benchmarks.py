@@ -10,6 +10,8 @@ here from torchvision, PIL and plain torch.
 """
 
 import contextlib
+import functools
+import importlib
 import io
 import json
 import math
@@ -149,6 +151,26 @@ def loader(folder: str) -> None:
     )
 
     in1k = deit3.TrainTransform(deit3.Recipe())
+
+    def validate(image, _rng):
+        return images.eval_transform(image, (224, 224), 0.875), ()
+
+    for module in ("torchcodec.decoders", "torchvision.io"):  # each in place of the one that jpeg_decoder chooses
+        try:
+            found = importlib.import_module(module)
+            chosen = functools.partial(found.decode_jpeg, mode=found.ImageReadMode.RGB)
+        except Exception as error:
+            print(f"{module}: no decoder here ({error})")
+            continue
+
+        def decoded_by(decoder, batches):
+            with mock.patch.object(images, "jpeg_decoder", lambda: decoder):
+                return batches()
+
+        parts = {"3-Augment, RRC": ours(in1k), "validation": ours(validate)}
+        for title, part in {"decoding": lambda: [images.decode(f) for f in files], **parts}.items():
+            compare(f"{title}: Pillow / {module}", lambda p=part: decoded_by(None, p),
+                    lambda p=part, c=chosen: decoded_by(c, p))
     compare("3-Augment, RRC: official / worker's side", official(three), ours(in1k))
     compare("3-Augment, RRC, three repeats share a decode", official(three), ours(in1k, 3))
     compare(
@@ -164,7 +186,7 @@ def loader(folder: str) -> None:
     compare(
         "validation: official / worker's side",
         official(validation),
-        ours(lambda image, _: (images.eval_transform(image, (224, 224), 0.875), ())),
+        ours(validate),
     )
 
 
@@ -426,39 +448,38 @@ def opened(root: str, spec: tuple) -> dict[str, float]:
 
 
 def growth() -> None:
-    """What a run does once or once per epoch against the number of images; the slope is that of log time against log
-    size between the last two: 1 is linear."""
-    sizes = [10**4, 10**5, 10**6, 10**7]
-    rows = {}
+    """What a run does once or once per epoch, against the number of images: seconds (the best of three) or MiB, and the
+    slope of its logarithm between the last two sizes: 1 is linear."""
+    sizes, rows = [10**4, 10**5, 10**6, 10**7], {}
 
-    def measure(title: str, unit: str, action) -> None:
-        start = time.perf_counter()
-        value = action()
-        rows.setdefault(f"{title} ({unit})", []).append(time.perf_counter() - start if value is None else value)
+    def measure(title: str, action) -> None:
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            action()
+            times.append(time.perf_counter() - start)
+        rows.setdefault(f"{title}, s", []).append(min(times))
 
     for count in sizes:
         with tempfile.TemporaryDirectory() as root:
-            kinds = make_large(root, count, max(10, count // 650))
-            for kind in ("a tar with train/ and val/", "a folder"):
-                found = opened(root, kinds[kind])
-                measure(f"opening {kind} again", "s", lambda found=found: found["digest"])
-                measure(f"opening {kind} again", "MiB", lambda found=found: found["private"])
-        measure("epoch order", "s", lambda count=count: data.epoch_order(count, 0, 0, 1) is not None or None)
-        batches = data.GlobalBatches(count, batch_size=2048, micro_batch=256, group=32, world_size=8, rank=0, repeats=3,
-                                     seed=0)
-        measure("sampler, an epoch of a rank of 8", "s", lambda batches=batches: sum(1 for _ in batches) and None)
-        measure("batches of an evaluation, a rank of 8", "s",
-                lambda count=count: len(data.eval_batches(count, 256, 8, 0)) and None)
+            for kind, spec in make_large(root, count, max(10, count // 650)).items():
+                found = opened(root, spec)
+                rows.setdefault(f"opening {kind} again, s", []).append(found["digest"])
+                rows.setdefault(f"opening {kind} again, MiB", []).append(found["private"])
+        measure("epoch order, every rank", lambda count=count: data.epoch_order(count, 0, 0, 1))
+        ranks = dict(batch_size=2048, micro_batch=256, group=32, world_size=8, rank=0, repeats=1, seed=0)
+        measure("sampler, a whole epoch of one rank of 8", lambda n=count, r=ranks: list(data.GlobalBatches(n, **r)))
+        measure("keys of an evaluation, one rank of 8", lambda count=count: data.eval_batches(count, 256, 8, 0))
         generator = torch.Generator().manual_seed(0)
-        keys = torch.randn(count, 32, generator=generator)
-        queries, labels = torch.randn(16, 32, generator=generator), torch.arange(count) % 1000
-        measure("kNN of 16 queries, D 32", "s", lambda: evaluate.nearest(queries, keys, 30) and None)
-        measure("mAP of 16 queries, D 32", "s",
-                lambda: evaluate.mean_average_precision(queries, labels[:16], keys, labels) * 0 or None)
-    print(f"{'':44s}" + "".join(f"{size:>12,}" for size in sizes) + "   slope")
+        keys, labels = torch.randn(count, 32, generator=generator), torch.arange(count) % 1000
+        queries = torch.randn(16, 32, generator=generator)
+        measure("kNN, 16 queries, D 32", lambda k=keys, q=queries: evaluate.nearest(q, k, 30))
+        task = queries, labels[:16], keys, labels
+        measure("mAP, 16 queries, D 32", lambda t=task: evaluate.mean_average_precision(*t))
+    print(f"{'':52s}" + "".join(f"{size:>12,}" for size in sizes) + "   slope")
     for title, values in rows.items():
-        slope = math.log10(max(values[-1], 1e-9) / max(values[-2], 1e-9))
-        print(f"{title:44s}" + "".join(f"{value:12.4f}" for value in values) + f"{slope:8.2f}")
+        slope = math.log10(values[-1] / values[-2])
+        print(f"{title:52s}" + "".join(f"{value:12.4f}" for value in values) + f"{slope:8.2f}", flush=True)
 
 
 def neighbours() -> None:
