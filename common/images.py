@@ -7,7 +7,6 @@ import functools
 import importlib
 import io
 import warnings
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from torchvision.transforms.v2.functional import center_crop
 
 
 @functools.cache
-def jpeg_decoder() -> Callable | None:
+def jpeg_decoder() -> functools.partial | None:
     """What makes RGB of whole JPEGs: torchcodec if it is there, else torchvision's deprecated decoder, as fast; None:
     Pillow, whose pixels are the same and take a quarter longer."""
     for name in ("torchcodec.decoders", "torchvision.io"):

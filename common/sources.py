@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -364,6 +365,8 @@ def _kept(key: list, make: Callable[[], dict], say: Callable = print) -> dict[st
         return _mapped(file)
     except Exception:  # absent, or cut short by a crash: either way it is made
         index, stored = make(), {}
+    with contextlib.suppress(Exception):  # another job was faster: it needs its file to stay, on a network's disk
+        return _mapped(file)
     for split, found in index.items():
         arrays = {name: value for name, value in found.items() if isinstance(value, np.ndarray)}
         packed = {n: (a.dtype.str, _hash(a), torch.from_numpy(a.view(np.uint8))) for n, a in arrays.items()}

@@ -219,6 +219,22 @@ def test_what_is_opened_again_is_mapped_from_the_cache_and_nothing_is_scanned_co
     assert torch.equal(pickle.loads(pickle.dumps(again)).read(2), first.read(2))
 
 
+def test_an_index_that_another_job_made_meanwhile_stays(tmp_path, monkeypatch):
+    path, kept, by_class = str(write_tar(tmp_path / "d.tar", members())), [], sources._by_class
+
+    def slow(*arguments):
+        with monkeypatch.context() as m:
+            m.setattr(sources, "_by_class", by_class)
+            kept.append(open_data(path)["train"])
+        return by_class(*arguments)
+
+    monkeypatch.setattr(sources, "_by_class", slow)
+    source = open_data(path)["train"]
+    assert source.labels.place == kept[0].labels.place
+    first = [line for line in open("/proc/self/maps") if kept[0].labels.place[0] in line]
+    assert first and not any("deleted" in line for line in first)
+
+
 @pytest.mark.parametrize("change", ["damaged", "format", "archive"])
 def test_an_index_that_does_not_fit_is_made_again(tmp_path, monkeypatch, change):
     path, content, made = tmp_path / "d.tar", members(), []
