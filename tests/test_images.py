@@ -90,7 +90,8 @@ def test_J5_every_decoder_gives_the_same_pixels_without_a_warning(decoder, mode)
 
 def test_J5_scripts_start_without_torchvisions_decoders(fresh):
     code = (
-        "import sys, torchvision.io as io; sys.modules['torchcodec'] = None; del io.decode_jpeg;"
+        "import sys, torchvision.io as io, torchvision.transforms.v2;"  # which uses it itself
+        "sys.modules['torchcodec'] = None; del io.decode_jpeg;"
         "import common.evaluate, common.images; print(common.images.jpeg_decoder())"
     )
     result = fresh("-c", code, cwd=ROOT)
