@@ -15,6 +15,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from common.errors import RunError, UserError, one_line
+from common.progress import watched
 
 FORMAT = 1
 OFFICIAL_FILES = "https://dl.fbaipublicfiles.com/deit"
@@ -88,8 +89,8 @@ def load(path: str | Path, flag: str) -> dict:
             return safetensors.torch.load_file(path)
         if zipped := zipfile.is_zipfile(path):  # torch.load itself does not notice a flipped byte
             with zipfile.ZipFile(path) as z:
-                if z.testzip() is not None:
-                    raise zipfile.BadZipFile
+                for part in watched(z.namelist(), f"reading {path}", "parts", print, len(z.namelist())):
+                    z.read(part)
         with safe:  # nothing but plain types and their command line is let in
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except ImportError:

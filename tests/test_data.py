@@ -20,7 +20,7 @@ from PIL import Image
 from torch import nn
 
 import deit3
-from common import images, progress, shapes, sources
+from common import checkpoint, evaluate, images, progress, shapes, sources
 from common.data import GlobalBatches, RepeatedAugSampler, Samples, epoch_order, eval_batches, make_loader, to_device
 from common.errors import RunError, UserError
 from common.sources import open_data, open_images
@@ -179,6 +179,20 @@ def test_a_terminal_of_no_columns_gets_lines_instead_of_a_bar(monkeypatch, capsy
         monkeypatch.setattr(os, "get_terminal_size", lambda fd, columns=columns: os.terminal_size((columns, 24)))
         assert list(progress.watched(range(4), "d", "images", said.append, total=10, each=3)) == [0, 1, 2, 3]
         assert said == lines and ("d: " in capsys.readouterr().err) == (columns > 0)
+
+
+def test_reading_a_checkpoint_and_extracting_features_say_how_far_they_are(tmp_path, folder, monkeypatch, capsys):
+    clock = iter(range(0, 10**6, 11))
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    torch.save({f"w{i}": torch.zeros(1) for i in range(3)}, tmp_path / "a.pt")
+    checkpoint.load(tmp_path / "a.pt", "--weights")
+    assert f"reading {tmp_path}/a.pt: 3 of " in capsys.readouterr().out
+    said = []
+    run = SimpleNamespace(world=1, rank=0, workers=0, device=CPU, amp="fp32", say=said.append, gather=lambda x: x,
+                          check_stop=lambda: None)
+    source = open_data(str(folder))["val"]
+    evaluate.extract(lambda x: x.mean((2, 3)), source, (8, 8), 1.0, run, batch_size=16, title="validation images")
+    assert [line.split(": ")[1] for line in said] == [f"{n} of 20 images so far" for n in (16, 20)]
 
 
 def opened_again(kind, root) -> sources.Source:
