@@ -180,10 +180,10 @@ class Run:
         _CURRENT.append(self)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
-        if args.device is None and self.device.type == "cpu":
-            self.say("no GPU found: running on the CPU")
         if getattr(args, "note", None):
             self.say(args.note)
+        if args.device is None and self.device.type == "cpu":
+            self.say("no GPU found: running on the CPU")
 
     def say(self, text: str) -> None:
         """One line on rank 0's standard output; a closed one does not end the run."""

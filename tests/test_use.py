@@ -53,7 +53,10 @@ def test_forward_features_are_what_the_head_is_given(script, name, options, shap
 @torch.no_grad()
 def test_exported_programs_take_any_batch(script):
     model = build(script)
-    program = torch.export.export(model, (IMAGES[:2],), dynamic_shapes=({0: torch.export.Dim("b")},)).module()
+    old = torch.__version__.startswith("2.6")  # it needs an upper bound and no tracing of Python
+    options, batch = ({"strict": False}, {"max": 4096}) if old else ({}, {})
+    shapes = ({0: torch.export.Dim("b", **batch)},)
+    program = torch.export.export(model, (IMAGES[:2],), dynamic_shapes=shapes, **options).module()
     for count in (1, 2, 5):
         torch.testing.assert_close(program(IMAGES[:count]), model(IMAGES[:count]))
 
