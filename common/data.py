@@ -124,8 +124,7 @@ def split_batch(batch_size: int, world: int, micro_batch: int | None, group: int
     whole mixing groups. UserError with the two nearest batch sizes that would do."""
     unit, local = world * (micro_batch or group), batch_size // world
     if micro_batch is not None and (micro_batch < 1 or micro_batch % group):
-        mixed = f"the {group} images that are mixed together (--mix-group)"
-        raise UserError(f"--micro-batch {micro_batch}: must be a multiple of {mixed}")
+        raise UserError(f"--micro-batch {micro_batch}: must be a multiple of --mix-group {group}, mixed together")
     if batch_size % unit:
         near = " and ".join(map(str, sorted({max(1, batch_size // unit) * unit, (batch_size // unit + 1) * unit})))
         raise UserError(f"--batch-size {batch_size}: not a multiple of {world} ranks x {micro_batch or group} images"
@@ -158,8 +157,7 @@ class TrainingData:
             world_size=run.world, rank=run.rank, repeats=recipe.repeats, seed=args.seed)
         self.steps = self.batches.steps
         if self.steps == 0:
-            size = f"larger than the training set of {len(self.source)} images"
-            raise UserError(f"--batch-size {recipe.batch_size}: {size}; lower it")
+            raise UserError(f"--batch-size {recipe.batch_size}: larger than the training set of {len(self.source)}")
         self.loader = make_loader(Samples(self.source, transform, args.seed), self.batches, run.workers, run.device)
 
     def begin(self, epoch: int, first_step: int) -> None:

@@ -155,14 +155,21 @@ def evaluate_weights(run: Run, make_model: Callable, adapt: Callable | None, pre
     """--eval: accuracy of --weights (or last.pt of --out) on --data's validation images, if given, and --eval-data."""
     args, content, sources = run.args, checkpoint.of_run(run), {}
     classes = checkpoint.classes_of(content) if isinstance(content.get("data"), dict) else None
+
+    def opened(open_as: Callable) -> Source:
+        """open_as(classes); folders named by numbers are labels to weights that do not name their classes."""
+        source, numbers = run.first(lambda: open_as(classes)), checkpoint.classes_of(content)
+        again = classes is None and sorted(source.classes) == sorted(numbers)
+        return run.first(lambda: open_as(numbers)) if again else source
+
     if args.data:
-        where = dict(val_data=args.val_data, coarse_labels=args.coarse_labels, classes=classes)
-        source = run.first(lambda: open_data(args.data, **where, splits=("val",), say=run.say))["val"]
+        where = dict(val_data=args.val_data, coarse_labels=args.coarse_labels, splits=("val",), say=run.say)
+        source = opened(lambda known: open_data(args.data, classes=known, **where)["val"])
         if classes not in (None, source.classes):
             raise UserError(f"--data: its {len(source.classes)} classes are not the {len(classes)} of {args.weights}")
         sources[args.data], classes = source, source.classes
     for path in args.eval_data or []:
-        sources[path] = run.first(lambda path=path: open_images(path, "--eval-data", classes, run.say))
+        sources[path] = opened(lambda known, path=path: open_images(path, "--eval-data", known, run.say))
     first = next(iter(sources.values()))
     real = real_labels(args.real_labels, first) if args.real_labels else None
     classes = classes or checkpoint.classes_of(content) or first.classes

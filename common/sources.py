@@ -226,8 +226,7 @@ def _fit_classes(found: dict, classes: list[str] | None, where: str, say: Callab
     numbers = bool(folders) and all(f.isdigit() for f in folders)
     if classes in (None, folders):
         if classes is None and numbers and folders != sorted(folders, key=int):
-            some = ", ".join(folders[:4])
-            say(f"{where}: class folders are numbers; labels follow the order of their names: {some}, ...")
+            say(f"{where}: class folders are numbers; labels follow their names: {', '.join(folders[:4])}, ...")
         return folders, labels
     extra, missing = sorted(set(folders) - set(classes)), sorted(set(classes) - set(folders))
     place = {c: i for i, c in enumerate(classes)}
@@ -270,8 +269,7 @@ def _open_tar(path: str, split: str | None, classes: list[str] | None, say: Call
     key = [os.path.realpath(path), os.stat(path).st_size, os.stat(path).st_mtime_ns]
     index = _index(key, path, _scan_tar, say, splits=split is not None)
     if split == "val" and "" in index:
-        hint = "give the validation set by --val-data PATH (none: train without)"
-        raise UserError(f"--data {path}: the archive has no val/; {hint}")
+        raise UserError(f"--data {path}: the archive has no val/; give --val-data PATH (none: train without)")
     if not (found := index.get("") or index[split])["classes"]:
         flat = f"{path}: {found['flat']} images without a class folder; repack the archive as CLASS/IMAGE"
         raise UserError(flat if "" in index else f"--data {path}: no {split}/CLASS/IMAGE in this archive")
@@ -285,8 +283,7 @@ def _scan_tar(path: str) -> Iterator[tuple[bytes, int, int]]:
         try:
             tar = tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape")
         except tarfile.ReadError:
-            hint = "compressed ones are not read: unpack it to a plain .tar"
-            raise UserError(f"{path} is not a tar archive ({hint})") from None
+            raise UserError(f"{path} is not a tar archive; unpack a compressed one to a plain .tar") from None
         pending = [(0, os.fstat(file.fileno()).st_size, "")]  # what is left of each archive: from, to, its folder
         while pending:
             at, stop, folder = pending.pop()
@@ -307,15 +304,13 @@ def _scan_tar(path: str) -> Iterator[tuple[bytes, int, int]]:
             if member.isdir():
                 continue
             if not member.isreg() or member.issparse():
-                hint = "repack it with regular files only (tar --hard-dereference -h)"
-                raise UserError(f"{path}: member {name} is a link or device; {hint}")
+                raise UserError(f"{path}: member {name} is a link or device; repack it with tar --hard-dereference -h")
             if not 0 <= size <= stop - at:
                 raise UserError(f"{path} is truncated: member {name} ends at byte {at + size}, the archive at {stop}")
             if name.endswith(".tar"):
                 pending.append((at, at + size, f"{name[:-4]}/"))
             elif size > MAX_FILE_BYTES:
-                limit = f"more than the {MAX_FILE_BYTES} that one image may have"
-                raise UserError(f"{path}: member {name} has {size} bytes, {limit}")
+                raise UserError(f"{path}: member {name} has {size} bytes, an image at most {MAX_FILE_BYTES}")
             else:
                 yield name.encode(errors="surrogateescape"), at, size
 

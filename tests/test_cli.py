@@ -18,6 +18,9 @@ import deit3
 from common import run
 from common.data import split_batch
 from common.errors import UserError
+from common.evaluate import normalize
+from common.images import eval_transform
+from common.sources import open_images
 
 
 def refused(result, *parts):
@@ -416,3 +419,28 @@ def test_without_data_the_built_in_set_is_trained_on_by_its_own_recipe_or_imagen
 @pytest.mark.parametrize("flag", ["workers", "seed", "save-steps", "micro-batch", "timeout", "top"])
 def test_A4_run_flags_have_a_range_too(deit3_here, flag):
     refused(deit3_here("--recipe", "shapes", f"--{flag}", "-1"), f"--{flag} -1: must be ")
+
+
+def test_folders_named_by_numbers_are_labels_to_weights_that_name_no_classes(deit3_here, tmp_path):
+    """ImageNet-V2's folders are 0 to 999, which sorted as names are 0, 1, 10, 100, ...; also as --data."""
+    names = [str(i) for i in range(12)]
+    for label in range(12):
+        for split in ("train", "val"):
+            (tmp_path / "d" / split / names[label]).mkdir(parents=True)
+            for i in range(3):
+                file = tmp_path / "d" / split / names[label] / f"{i}.jpg"
+                file.write_bytes(encoded(picture(label % 3, 9 * label + i)))
+    torch.manual_seed(0)
+    model = deit3.build_model("vit_nano", 12, 32).eval()
+    source = open_images(str(tmp_path / "d/val"), "", names)
+    pixels = torch.stack([eval_transform(source.read(i), (32, 32), 1.0) for i in range(36)])
+    with torch.no_grad():  # a head that answers every image's label
+        features = model.forward_features(normalize(pixels))[:, 0].double()
+        answers = torch.nn.functional.one_hot(torch.tensor(source.labels), 12).double()
+        model.head.weight.copy_((torch.linalg.pinv(features - features.mean(0), rtol=1e-6) @ answers).T)
+        model.head.bias.copy_(-(model.head.weight.double() @ features.mean(0)))
+    torch.save({"model": model.state_dict()}, tmp_path / "bare.pth")
+    flags = ["--model", "vit_nano", "--weights", tmp_path / "bare.pth", "--img-size", 32, "--workers", 0]
+    for where in (["--eval-data", tmp_path / "d/val"], ["--data", tmp_path / "d"]):
+        result = deit3_here(*flags, "--eval", *where, "--eval-crop-ratio", 1)
+        assert result.status == 0 and "top1 100 " in result.out, result
