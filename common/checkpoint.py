@@ -19,8 +19,7 @@ from common.progress import watched
 
 FORMAT = 1
 OFFICIAL_FILES = "https://dl.fbaipublicfiles.com/deit"
-# Of each script the official repository's files: name -> [model, image size, printed top-1, options of build_model].
-OFFICIAL = json.loads(Path(__file__).with_name("official.json").read_text())
+OFFICIAL = json.loads(Path(__file__).with_name("official.json").read_text())  # name: model, size, top-1, options
 HEADS = ("head.", "head_dist.", "fc.", "classifier.", "heads.")  # classifiers: of the methods, of torchvision's models
 
 
@@ -79,8 +78,7 @@ def load(path: str | Path, flag: str) -> dict:
                 return torch.hub.load_state_dict_from_url(path, map_location="cpu", weights_only=True, check_hash=True)
         except Exception as error:  # URLError, a hash that differs, what a damaged file raises
             raise UserError(f"{where}: cannot be downloaded ({one_line(error)}); fetch it yourself") from None
-    path = Path(path)
-    if not path.is_file():
+    if not (path := Path(path)).is_file():
         raise UserError(f"{where}: " + ("is a folder; name the checkpoint file" if path.is_dir() else "no such file"))
     try:
         if path.suffix == ".safetensors":

@@ -115,9 +115,11 @@ def converter(kind):
 def parse(parser: Parser, argv: list[str] | None, models, recipes) -> argparse.Namespace:
     """The arguments; UserError unless model and recipe are known ("torchvision/NAME": all classifiers there)."""
     args = parser.parse_args(argv)
-    for name, rule in RUN_RULES.items():
-        check_rule(name, getattr(args, name), rule)
-    args.note = None  # on what was chosen for the user
+    for name, value in vars(args).items():
+        if value == "":
+            raise UserError(f"--{name.replace('_', '-')}: is empty")
+        if name in RUN_RULES:
+            check_rule(name, value, RUN_RULES[name])
     if args.model.startswith("torchvision/") and "torchvision/NAME" in models:
         check_torchvision("--model torchvision/", args.model.removeprefix("torchvision/"))
     else:

@@ -208,5 +208,5 @@ def to_device(loader: DataLoader, device: torch.device) -> Iterator[tuple]:
     except RuntimeError as error:
         if "DataLoader" not in str(error):
             raise
-        reason, hint = str(error).splitlines()[0], "if memory or /dev/shm ran out, lower --workers or --micro-batch"
-        raise RunError(f"a data loading worker died or hung ({reason}); {hint}") from None
+        hint = "if memory or /dev/shm ran out, lower --workers or --micro-batch"
+        raise RunError(f"a data loading worker died or hung ({one_line(error)}); {hint}") from None

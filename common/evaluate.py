@@ -174,10 +174,10 @@ def evaluate_weights(run: Run, make_model: Callable, adapt: Callable | None, pre
     real = real_labels(args.real_labels, first) if args.real_labels else None
     classes = classes or checkpoint.classes_of(content) or first.classes
     model, recipe, _ = trained_model(run, make_model, adapt, content, classes)
-    size = "{} x {}".format(*recipe.img_size)
     for name, source in sources.items():
         metrics = accuracy(run, model, recipe, source, predict, real if source is first else None)
-        run.say(f"{name}: {len(source)} images at {size}, crop ratio {recipe.eval_crop_ratio:g}")
+        how = *recipe.img_size, recipe.eval_crop_ratio
+        run.say("{}: {} images at {} x {}, crop ratio {:g}".format(name, len(source), *how))
         for head in dict.fromkeys(k.partition("_")[2] for k in metrics):
             own = [f"{k.partition('_')[0]} {v:.5g}" for k, v in metrics.items() if k.partition("_")[2] == head]
             run.say("  ".join([head, *own] if head else own))

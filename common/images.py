@@ -43,8 +43,7 @@ def decode(data: bytes) -> torch.Tensor:
                 grey = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
                 return from_numpy(np.repeat(grey[:, :, None], 3, axis=2))
             if image.mode in ("I", "F"):
-                mode = f"mode {image.mode} (32 bits per channel)"
-                raise ValueError(f"image of {mode} has no defined conversion to 8 bits")
+                raise ValueError(f"image of mode {image.mode} (32 bits per channel): no defined conversion to 8 bits")
             return from_pil(image)
         except Image.DecompressionBombError as error:
             raise ValueError(str(error)) from None

@@ -24,8 +24,7 @@ def from_checkpoint(content: dict, where: str, img_size: tuple[int, int], say: C
     name it (official ones), for `img_size`. Some scripts have options_of, for build_model, and fit_resolution."""
     method, _, model_name = (name or f"{content['method']}/{content['model_name']}").partition("/")
     if not method.isidentifier() or not Path(__file__).parents[1].joinpath(f"{method}.py").is_file():
-        asked = f"--model {name}" if name else where
-        raise UserError(f"{asked}: needs {method}.py, which does not lie beside common/")
+        raise UserError(f"{f'--model {name}' if name else where}: needs {method}.py, which is not beside common/")
     script, classes = importlib.import_module(method), len(checkpoint.classes_of(content))
     try:
         if name:
@@ -123,16 +122,15 @@ class Teacher:
         try:
             self.num_classes = self(torch.zeros(1, 3, *img_size)).shape[1]
         except (RuntimeError, AssertionError, ValueError, TypeError) as error:
-            size = f"--img-size {img_size[0]}x{img_size[1]}"
-            raise UserError(f"teacher {name}: cannot take images of {size} ({one_line(error)})") from None
+            why = f"cannot take images of --img-size {img_size[0]}x{img_size[1]} ({one_line(error)})"
+            raise UserError(f"teacher {name}: {why}") from None
         self.identity = f"{name} {fingerprint(model)[:8]}"
 
     def check(self, classes: list[str]) -> None:
         """UserError unless the teacher's classes are the data's."""
         where = f"teacher {self.identity}"
         if self.num_classes != len(classes):
-            hint = "train one on them (--model torchvision/NAME) for --teacher-weights"
-            raise UserError(f"{where}: has {self.num_classes} classes, the data {len(classes)}; {hint}")
+            raise UserError(f"{where}: has {self.num_classes} classes, the data {len(classes)}; train one on these")
         for number, (own, wanted) in enumerate(zip(self.classes or [], classes)):
             if own != wanted:
                 raise UserError(f"{where}: its class {number} is {own!r}, the data's is {wanted!r}")

@@ -8,6 +8,7 @@ import torch
 from common import checkpoint, report
 from common.cli import built
 from common.data import TrainingData
+from common.errors import UserError
 from common.evaluate import Predict, eval_loader, evaluate_weights, logits_of, predict_images
 from common.models import Teacher, on_meta
 from common.optim import EMA, make_optimizer
@@ -61,6 +62,8 @@ def set_up(
     if args.weights:
         content, where = checkpoint.of_run(run), f"--weights {args.weights}"
         checkpoint.fit(model, content, where, run.say, ema=args.use_ema, adapt=adapt, new_head=True)
+    elif args.recipe.startswith(("finetune", "transfer", "in21k_to")) and not (args.resume or args.show_batch):
+        raise UserError(f"--recipe {args.recipe}: starts from a trained network; give --weights FILE")
     model.to(run.device, memory_format=run.layout)
     optimizer = make_optimizer(recipe.optimizer, model, recipe.lr, recipe.weight_decay)
     precision = Precision(run.amp, run.device, accumulation=data.accumulation, clip_grad=recipe.clip_grad)

@@ -444,3 +444,15 @@ def test_folders_named_by_numbers_are_labels_to_weights_that_name_no_classes(dei
     for where in (["--eval-data", tmp_path / "d/val"], ["--data", tmp_path / "d"]):
         result = deit3_here(*flags, "--eval", *where, "--eval-crop-ratio", 1)
         assert result.status == 0 and "top1 100 " in result.out, result
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_goes_on_from_trained_weights_does_not_start_without_them(here, script, folder, tmp_path):
+    """Nor from an empty name of them."""
+    recipes = [r for r in importlib.import_module(script).RECIPES if r.startswith(("finetune", "transfer", "in21k_to"))]
+    small = ["--data", folder, "--device", "cpu", "--workers", 0, "--out", tmp_path / "o"]
+    for recipe in recipes:
+        result = here(script, "--recipe", recipe, *small, "--batch-size", 32)
+        assert result.status == 2 and "--weights" in result.err and not (tmp_path / "o/last.pt").exists(), result
+    refused(here(script, *small, "--weights", ""), "--weights: is empty")
+    assert recipes or script == "trex"

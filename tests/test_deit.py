@@ -559,7 +559,7 @@ def test_teachers_of_other_scripts_and_classes(here, folder, tmp_path):
     torch.save({**content, "recipe": {**content["recipe"], "glow": 1}}, tmp_path / "t/newer.pt")
     refused(here("deit", *flags[:-1], tmp_path / "t/newer.pt"), "newer.pt: was written by another version of deit3.py")
     torch.save({**content, "method": "os"}, tmp_path / "t/foreign.pt")
-    refused(here("deit", *flags[:-1], tmp_path / "t/foreign.pt"), "needs os.py, which does not lie beside common/")
+    refused(here("deit", *flags[:-1], tmp_path / "t/foreign.pt"), "needs os.py, which is not beside common/")
 
 
 def test_eval_prints_every_head_on_every_set(here, folder, tmp_path):
