@@ -157,7 +157,7 @@ class TrainingData:
             world_size=run.world, rank=run.rank, repeats=recipe.repeats, seed=args.seed)
         self.steps = self.batches.steps
         if self.steps == 0:
-            raise UserError(f"--batch-size {recipe.batch_size}: larger than the training set of {len(self.source)}")
+            raise UserError(f"--batch-size {recipe.batch_size}: more than the {len(self.source)} images to train on")
         self.loader = make_loader(Samples(self.source, transform, args.seed), self.batches, run.workers, run.device)
 
     def begin(self, epoch: int, first_step: int) -> None:

@@ -130,7 +130,7 @@ class Teacher:
         """UserError unless the teacher's classes are the data's."""
         where = f"teacher {self.identity}"
         if self.num_classes != len(classes):
-            raise UserError(f"{where}: has {self.num_classes} classes, the data {len(classes)}; train one on these")
+            raise UserError(f"{where}: has {self.num_classes} classes, the data {len(classes)}; give --teacher-weights")
         for number, (own, wanted) in enumerate(zip(self.classes or [], classes)):
             if own != wanted:
                 raise UserError(f"{where}: its class {number} is {own!r}, the data's is {wanted!r}")
