@@ -84,7 +84,7 @@ def describe(run: Run, build: Callable[[], torch.nn.Module], data: TrainingData)
     images = f"{len(data.source)} training images, {'no' if data.val is None else len(data.val)} validation images"
     batch = f"{run.world} ranks x {data.micro_batch} x {data.accumulation} accumulation, {run.amp} on {run.device.type}"
     ours = " (but this recipe is none of the paper's)" if args.recipe == "shapes" else ""
-    scaled = f"the paper's {run.paper.lr:g} at batch {run.paper.batch_size}, in proportion to the batch"
+    scaled = f"the recipe's {run.paper.lr:g} at batch {run.paper.batch_size}, in proportion to the batch"
     return (
         f"model    {args.model}, {cost}, {len(data.classes)} classes\n"
         f"data     {args.data}, {images}\n"

@@ -116,7 +116,7 @@ def test_the_banner_says_the_rate_and_why(deit3_here, tmp_path, folder):
         out = deit3_here(*command, "--out", tmp_path / f"o{len(given)}").out.splitlines()
         lines += [line for line in out if line.startswith("rate ")]
     assert lines == [
-        "rate     0.0025 at its peak: the paper's 0.01 at batch 64, in proportion to the batch",
+        "rate     0.0025 at its peak: the recipe's 0.01 at batch 64, in proportion to the batch",
         "rate     0.02 at its peak: given by --lr",
     ]
 
