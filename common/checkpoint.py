@@ -105,7 +105,7 @@ def load(path: str | Path, flag: str) -> dict:
 
 
 def weights(checkpoint: dict, *, ema: bool = False) -> dict[str, torch.Tensor]:
-    """The state dict in a checkpoint (ours, official or bare) without wrappers' prefixes; ema: the averaged one."""
+    """The state dict of any checkpoint, without wrappers' prefixes; ema: the averaged one, UserError without."""
     names = ("ema", "model_ema") if ema else ("model", "state_dict")
     state = next((checkpoint[n] for n in names if isinstance(checkpoint.get(n), dict)), None if ema else checkpoint)
     if state is None:

@@ -26,6 +26,11 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"{flag} comes from the old torch.distributed.launch; start with torchrun instead")
             near = difflib.get_close_matches(flag, self._option_string_actions, n=3, cutoff=0.4)
             self.error(f"unknown flag {flag}" + (f"; did you mean {' or '.join(near)}?" if near else "; see --help"))
+        for name, value in vars(found).items():
+            if value == "":
+                self.error(f"--{name.replace('_', '-')}: is empty")
+            if name in RUN_RULES:
+                check_rule(name, value, RUN_RULES[name])
         return found
 
     def error(self, message: str):
@@ -58,15 +63,13 @@ def make_parser(method: str, doc: str, recipe_class: type, recipes, *, model: st
 
 def _add_run_flags(parser: Parser) -> None:
     flag = parser.add_argument_group("data").add_argument
-    flag("--data", metavar="DATA", help="shapes, FOLDER, FILE.tar or NAME:FOLDER: see common/sources.py; default: "
-         "$IMAGENET if that is set, else shapes")
+    flag("--data", metavar="DATA", help="FOLDER, FILE.tar, NAME:FOLDER or shapes (see README); default: $IMAGENET, shapes")
     flag("--val-data", metavar="PATH", help="validation images not in --data: folder or tar; none: train without")
     flag("--coarse-labels", metavar="FILE", help="JSON, class name to coarse class; trained on by --data DATA@coarse")
     flag("--workers", type=int, metavar="N", help="loader processes per rank; default: its cores, at most 16")
     flag = parser.add_argument_group("run").add_argument
     flag("--out", metavar="FOLDER", help="checkpoints and log go here; default: runs/METHOD_MODEL")
-    resume = "go on from a checkpoint; auto (or no value): the newest good one in --out, if any"
-    flag("--resume", nargs="?", const="auto", metavar="FILE", help=resume)
+    flag("--resume", nargs="?", const="auto", metavar="FILE", help="a checkpoint to go on from; no FILE: --out's newest")
     flag("--allow-changes", action="store_true", help="let --resume go on though recipe or data differ")
     flag("--weights", metavar="FILE", help="start from these weights (ours or official ones), with a fresh optimizer")
     flag("--save-steps", type=int, default=0, metavar="N", help="write last.pt every N steps and at epochs' ends")
@@ -115,11 +118,6 @@ def converter(kind):
 def parse(parser: Parser, argv: list[str] | None, models, recipes) -> argparse.Namespace:
     """The arguments; UserError unless model and recipe are known ("torchvision/NAME": all classifiers there)."""
     args = parser.parse_args(argv)
-    for name, value in vars(args).items():
-        if value == "":
-            raise UserError(f"--{name.replace('_', '-')}: is empty")
-        if name in RUN_RULES:
-            check_rule(name, value, RUN_RULES[name])
     if args.model.startswith("torchvision/") and "torchvision/NAME" in models:
         check_torchvision("--model torchvision/", args.model.removeprefix("torchvision/"))
     else:

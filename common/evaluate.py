@@ -176,8 +176,8 @@ def evaluate_weights(run: Run, make_model: Callable, adapt: Callable | None, pre
     model, recipe, _ = trained_model(run, make_model, adapt, content, classes)
     for name, source in sources.items():
         metrics = accuracy(run, model, recipe, source, predict, real if source is first else None)
-        how = *recipe.img_size, recipe.eval_crop_ratio
-        run.say("{}: {} images at {} x {}, crop ratio {:g}".format(name, len(source), *how))
+        (height, width), ratio = recipe.img_size, recipe.eval_crop_ratio
+        run.say(f"{name}: {len(source)} images at {height} x {width}, crop ratio {ratio:g}")
         for head in dict.fromkeys(k.partition("_")[2] for k in metrics):
             own = [f"{k.partition('_')[0]} {v:.5g}" for k, v in metrics.items() if k.partition("_")[2] == head]
             run.say("  ".join([head, *own] if head else own))
@@ -193,8 +193,8 @@ def predict_images(run: Run, make_model: Callable, adapt: Callable | None, predi
         files += map(str, inside)
     model, recipe, classes = trained_model(run, make_model, adapt)
     source, size = Files("", files, classes, np.zeros(len(files))), args.micro_batch or 64
-    loader, bad = eval_loader(source, recipe.img_size, recipe.eval_crop_ratio, size, run), 0
-    records = []
+    autocast = Precision(run.amp, run.device).autocast
+    loader, bad, records = eval_loader(source, recipe.img_size, recipe.eval_crop_ratio, size, run), 0, []
     for keys, batch in zip(eval_batches(len(source), size, 1, 0), loader):
         for part in [loader.dataset.__getitems__([key]) for key in keys] if isinstance(batch, str) else [batch]:
             if isinstance(part, str):
@@ -202,7 +202,7 @@ def predict_images(run: Run, make_model: Callable, adapt: Callable | None, predi
                 print(f"cannot read {part}", file=sys.stderr)
                 continue
             images, _, _, indices = moved(part, run.device)
-            with torch.no_grad(), Precision(run.amp, run.device).autocast():
+            with torch.no_grad(), autocast():
                 shares = predict(model, normalize(images))[""].float().softmax(dim=1)
             shares, labels = shares.topk(min(args.top, shares.shape[1]))
             for index, *found in zip(indices.tolist(), labels.tolist(), shares.tolist()):

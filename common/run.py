@@ -158,7 +158,8 @@ class Run:
     def __init__(self, method: str, args, recipe, paper):
         self.method, self.args, self.recipe, self.paper = method, args, recipe, paper
         self.device, self.rank, self.world = connect(args.device, args.timeout)
-        self.amp = args.amp or ("fp32" if self.device.type == "cpu" or args.eval or args.eval_data else "bf16")
+        exact = args.amp or self.device.type == "cpu" or args.eval or args.eval_data or args.predict
+        self.amp = args.amp or ("fp32" if exact else "bf16")
         if "cuda" in str(self.device) and self.amp == "bf16" and not torch.cuda.is_bf16_supported(False):
             raise UserError(f"--amp bf16: {torch.cuda.get_device_name()} has no bf16 units; use --amp fp16 or fp32")
         if self.device.type == "cpu" and self.amp == "fp16":
@@ -328,7 +329,8 @@ class Run:
             return self.say(f"nothing to resume in {self.out}: starting from the beginning")
         flag, own = f"--resume {self.args.resume}", self._state()
         if lacking := [key for key in own if key not in saved]:
-            raise UserError(f"{flag}: holds weights only (no {', '.join(lacking)}); to start from them use --weights")
+            what = "weights only" if "optimizer" in lacking else f"no {lacking[0]}"
+            raise UserError(f"{flag}: holds {what}; to start from its weights use --weights")
         held, asked = (f"{state['method']} {state['model_name']}" for state in (saved, own))
         if held != asked:
             raise UserError(f"{flag}: holds {held}, you asked for {asked}")
@@ -337,7 +339,7 @@ class Run:
         differ = [k for k in {**then, **now} if then.get(k) != now.get(k) and k not in ("digest", "val_images")]
         change = "; ".join(f"{k} was {then.get(k)}, now {now.get(k)}" for k in differ)
         if change and not self.args.allow_changes:
-            raise UserError(f"{flag}: the run was started differently: {change}; or add --allow-changes")
+            raise UserError(f"{flag}: the run was started differently: {change}; repeat its flags or --allow-changes")
         checkpoint.load_weights(self.parts["model"], saved["model"], flag)
         for key, part in self.parts.items():
             if (part is None) != (saved[key] is None):

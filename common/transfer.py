@@ -35,7 +35,7 @@ import torchvision
 from tqdm import tqdm
 
 from common import checkpoint, evaluate
-from common.cli import RUN_RULES, Parser, check_choice, check_rule, check_torchvision, converter
+from common.cli import Parser, check_choice, check_rule, check_torchvision, converter
 from common.errors import UserError
 from common.evaluate import extract, log_odds, logistic_regression, mean_average_precision
 from common.models import fingerprint, from_checkpoint, from_torchvision
@@ -454,8 +454,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.command == "features":
         args.timeout = 600
-        own = {"seeds": "1 or more", "img_size": "1 or more", "eval_crop_ratio": "in (0, 1]"}
-        for name, rule in (own | {name: RUN_RULES[name] for name in ("workers", "micro_batch")}).items():
+        for name, rule in {"seeds": "1 or more", "img_size": "1 or more", "eval_crop_ratio": "in (0, 1]"}.items():
             check_rule(name, getattr(args, name), rule)
     if args.command != "compare":
         if args.top1 is not None and not 0 < args.top1 < 100:

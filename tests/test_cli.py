@@ -456,3 +456,11 @@ def test_what_goes_on_from_trained_weights_does_not_start_without_them(here, scr
         assert result.status == 2 and "--weights" in result.err and not (tmp_path / "o/last.pt").exists(), result
     refused(here(script, *small, "--weights", ""), "--weights: is empty")
     assert recipes or script == "trex"
+
+
+@pytest.mark.parametrize("module, command", [("transfer", "features"), ("dense", "segment")])
+def test_A4_run_flags_have_the_same_range_in_the_other_commands(launched, tmp_path, module, command):
+    main, out = importlib.import_module(f"common.{module}").main, ["--out", tmp_path / "o"]
+    refused(launched(main, [module, command, *out, "--workers", "-1"]), "--workers -1: must be 0 or more")
+    refused(launched(main, [module, command, *out, "--micro-batch", "0"]), "--micro-batch 0: must be 1 or more")
+    refused(launched(main, [module, command, *out, "--weights", ""]), "--weights: is empty")
