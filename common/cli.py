@@ -63,13 +63,13 @@ def make_parser(method: str, doc: str, recipe_class: type, recipes, *, model: st
 
 def _add_run_flags(parser: Parser) -> None:
     flag = parser.add_argument_group("data").add_argument
-    flag("--data", metavar="DATA", help="FOLDER, FILE.tar, NAME:FOLDER or shapes (see README); default: $IMAGENET, shapes")
+    flag("--data", metavar="DATA", help="FOLDER, FILE.tar, NAME:FOLDER, shapes: README; default: $IMAGENET, shapes")
     flag("--val-data", metavar="PATH", help="validation images not in --data: folder or tar; none: train without")
     flag("--coarse-labels", metavar="FILE", help="JSON, class name to coarse class; trained on by --data DATA@coarse")
     flag("--workers", type=int, metavar="N", help="loader processes per rank; default: its cores, at most 16")
     flag = parser.add_argument_group("run").add_argument
     flag("--out", metavar="FOLDER", help="checkpoints and log go here; default: runs/METHOD_MODEL")
-    flag("--resume", nargs="?", const="auto", metavar="FILE", help="a checkpoint to go on from; no FILE: --out's newest")
+    flag("--resume", nargs="?", const="auto", metavar="FILE", help="checkpoint to go on from; no FILE: --out's newest")
     flag("--allow-changes", action="store_true", help="let --resume go on though recipe or data differ")
     flag("--weights", metavar="FILE", help="start from these weights (ours or official ones), with a fresh optimizer")
     flag("--save-steps", type=int, default=0, metavar="N", help="write last.pt every N steps and at epochs' ends")

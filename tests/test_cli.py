@@ -121,7 +121,13 @@ def test_the_banner_says_the_rate_and_why(deit3_here, tmp_path, folder):
     ]
 
 
-@pytest.mark.parametrize("flags, amp", [([], "bf16"), (["--eval"], "fp32"), (["--eval", "--amp", "bf16"], "bf16")])
+@pytest.mark.parametrize(
+    "flags, amp",
+    [
+        ([], "bf16"), (["--eval"], "fp32"), (["--eval", "--amp", "bf16"], "bf16"), (["--eval-data", "x"], "fp32"),
+        (["--predict", "x"], "fp32"),
+    ],
+)
 def test_evaluation_is_in_fp32_on_a_gpu_too(flags, amp, monkeypatch):
     monkeypatch.setattr(run, "connect", lambda *_: (torch.device("cuda"), 0, 1))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
