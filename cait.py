@@ -88,7 +88,8 @@ RECIPES = {
     # Section 3.7.1.3: learning rates, peak and last, / 10 (CIFAR: / 100), 1000 epochs (iNaturalist: 360); crop ratio:
     # Table 3.19.
     "transfer": Recipe(epochs=1000, lr=1e-4, min_lr=1e-6, eval_crop_ratio=0.875),
-    # Not of the thesis: the built-in data set in minutes on two CPU cores.
+    # Not of the thesis: images of your own (common.script.fit_own); the built-in data set, minutes on two CPU cores.
+    "own": Recipe(epochs=30, batch_size=256, lr=1e-4, min_lr=1e-6, warmup_epochs=0, repeats=1, mixup=0.0, cutmix=0.0),
     "shapes": Recipe(
         epochs=6, batch_size=64, lr=2e-3, warmup_epochs=1, img_size=(48, 48), repeats=1, augment="none", erasing=0.0,
         mixup=0.0, cutmix=0.0, mix_group=8,
@@ -106,7 +107,7 @@ def paper_recipe(name: str, model: str, *, data: str = "") -> Recipe:
     recipe = RECIPES[name]
     if name == "transfer":
         recipe = dataclasses.replace(recipe, **TRANSFER.get(data.split(":")[0].split("@")[0], {}))
-    elif model.endswith("_distilled") and name != "shapes":
+    elif model.endswith("_distilled") and name not in ("own", "shapes"):
         recipe = dataclasses.replace(recipe, distillation="hard")
     return dataclasses.replace(recipe, drop_path=MODELS[model]["drop_path"], epsilon=MODELS[model]["epsilon"])
 
@@ -492,7 +493,7 @@ def write_figures(run) -> None:
         chosen = range(0, len(source), -(-len(source) // 64))
         batch = torch.stack([images.eval_transform(source.read(i), size, crop_ratio) for i in chosen])
         ratios = branch_norms(model, evaluate.normalize(batch.to(run.device)))
-        report.save_json(run.out / "branch_norms.json", ratios)
+        evaluate.save_json(run.out / "branch_norms.json", ratios)
         panels = [{name: list(enumerate(values))} for name, values in ratios.items()]
         labels = ["branch / input"] * len(panels)
         drawn = report.save_plot(run.out / "branch_norms.png", panels, "block", labels, run.say)

@@ -100,7 +100,8 @@ RECIPES = {
     "transfer": Recipe(epochs=1000, lr=1e-4, min_lr=1e-6),
     # Section 3.4.4, CIFAR-10 from scratch: 7200 epochs, images scaled to 224, the rest as on ImageNet.
     "cifar10": Recipe(epochs=7200),
-    # Not of the thesis: the built-in data set in minutes on two CPU cores.
+    # Not of the thesis: images of your own (common.script.fit_own); the built-in data set, minutes on two CPU cores.
+    "own": Recipe(epochs=30, batch_size=256, lr=1e-4, min_lr=1e-6, warmup_epochs=0, repeats=1, mixup=0.0, cutmix=0.0),
     "shapes": Recipe(
         epochs=6, batch_size=64, lr=2e-3, warmup_epochs=1, img_size=(48, 48), repeats=1, augment="none", erasing=0.0,
         mixup=0.0, cutmix=0.0, mix_group=8, drop_path=0.0,
@@ -115,12 +116,11 @@ TRANSFER = {  # data set: what `transfer` changes for it
 
 def paper_recipe(name: str, model: str, *, distillation: str | None = None, data: str = "") -> Recipe:
     """The recipe's row completed for a model, a kind of distillation and, for `transfer`, a data set.
-    A model with the distillation token learns from the hard decisions of its teacher (Eq. 3.3), except in transfer.
-    """
+    A model with the distillation token learns from the hard decisions of its teacher (Eq. 3.3), except in transfer."""
     recipe = RECIPES[name]
     if name == "transfer":
         recipe = dataclasses.replace(recipe, **TRANSFER.get(data.split(":")[0].split("@")[0], {}))
-    elif model.endswith("_distilled") and name != "shapes":
+    elif model.endswith("_distilled") and name not in ("own", "shapes"):
         recipe = dataclasses.replace(recipe, distillation="hard")
     return dataclasses.replace(recipe, alpha=0.1) if distillation == "soft" else recipe
 

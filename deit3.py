@@ -86,7 +86,8 @@ RECIPES = {
     # Section 6.3.5 gives no numbers; CaiT's rule (section 3.7.1.3): the training recipe, learning rates, peak and last,
     # / 10 (Cars, Flowers, iNaturalist) or / 100 (CIFAR), 1000 epochs (360 on iNaturalist).
     "transfer": Recipe(epochs=1000, lr=3e-4, min_lr=1e-6),
-    # Not of the thesis: the built-in data set in minutes on two CPU cores.
+    # Not of the thesis: images of your own (common.script.fit_own); the built-in data set, minutes on two CPU cores.
+    "own": Recipe(epochs=30, batch_size=256, lr=1e-3, warmup_epochs=0, repeats=1, mixup=0.0, cutmix=0.0),
     "shapes": Recipe(
         epochs=6, batch_size=64, lr=1e-2, warmup_epochs=1, img_size=(48, 48), repeats=1, crop="src", mixup=0.0,
         cutmix=0.0, mix_group=8, loss="ce", smoothing=0.1, layer_scale=1.0,
@@ -677,8 +678,7 @@ def train(run) -> None:
         return cosine_lr(epochs, recipe.epochs, recipe.warmup_epochs, recipe.lr, recipe.min_lr, recipe.warmup_lr)
 
     if recipe.optimizer != "lamb" and run.paper.optimizer == "lamb" and recipe.lr > 1e-3:
-        known = f"{recipe.optimizer} at LAMB's learning rate of {recipe.lr:g} is known to diverge"
-        run.say(f"warning: {known}; 1e-3 or less is usual")
+        run.say(f"warning: {recipe.optimizer} at LAMB's rate of {recipe.lr:g} is known to diverge; take 1e-3 or less")
     data, model, wrapped, optimizer, precision, ema, _ = script.set_up(
         run, TrainTransform(recipe), make_model, prepare, adapt=fit_resolution
     )

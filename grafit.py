@@ -93,6 +93,7 @@ RECIPES = {
     "grafit": Recipe(),
     "cifar": Recipe(views=8, img_size=(32, 32), eval_crop_ratio=1.0),
     "transfer": Recipe(epochs=240, lr=0.01, **TUNING),  # sections 2.4.6, 2.5.4
+    "own": Recipe(epochs=30, lr=0.01, **TUNING),  # not of the thesis: images of your own, common.script.fit_own
     # Table 2.10: full fine-tuning with CutMix, longer; then FixRes (arXiv:1906.06423) at the test resolution, 384:
     # classifier and BatchNorm on test images. The thesis gives no numbers for the latter.
     "transfer_full": Recipe(epochs=300, lr=0.01, cutmix=1.0, **TUNING),
@@ -149,8 +150,7 @@ class Grafit(nn.Module):
     """Trunk f, projector P, predictor q and the target network, an average of trunk and projector (Figure 2.2).
     In eval mode images (B, 3, H, W) -> embeddings (B, D), L2-normalised: g = P(f) after training with the kNN loss, the
     trunk's features otherwise. In training mode a list of T views (B, 3, H, W) -> (class logits (B, K) of the first
-    view, its embedding g (B, D), T predictions q(g) (B, D)); what the method does not have is None.
-    """
+    view, its embedding g (B, D), T predictions q(g) (B, D)); what the method does not have is None."""
 
     def __init__(self, name: str, method: str, num_classes: int = 0, proj_dim: int = 256, classifier: str = "linear"):
         super().__init__()
@@ -518,7 +518,7 @@ def embed(run, model: nn.Module, recipe: Recipe, source, title: str) -> torch.Te
 def evaluate_levels(run, networks: list[tuple], source, val, file: str | None) -> None:
     """Says, and writes to a file of the run's folder, coarse_to_fine of validation among training images by networks
     (name, model, recipe, classes it was trained with); all embeddings are computed anew (section 2.3.1)."""
-    from common import report
+    from common import evaluate
 
     results = {}
     for name, model, recipe, classes in networks:
@@ -532,7 +532,7 @@ def evaluate_levels(run, networks: list[tuple], source, val, file: str | None) -
             logits = logits[:, [classes.index(c) for c in data[3][level][0]]]
         results[name if level in results else level] = coarse_to_fine(*data, level, recipe.sigma, logits)
     if file and run.rank == 0:
-        report.save_json(run.out / file, results)
+        evaluate.save_json(run.out / file, results)
     run.say(matrices(results))
 
 

@@ -96,7 +96,8 @@ RECIPES = {
     # Table 4.4; chapter 4 gives no numbers; CaiT's rule (section 3.7.1.3): the learning rates, peak and last, / 10
     # (Cars, Flowers, iNaturalist) or / 100 (CIFAR), 1000 epochs (360 on iNaturalist).
     "transfer": Recipe(epochs=1000, lr=5e-4, min_lr=1e-6),
-    # Not of the thesis: the built-in data set in minutes on two CPU cores.
+    # Not of the thesis: images of your own (common.script.fit_own); the built-in data set, minutes on two CPU cores.
+    "own": Recipe(epochs=30, batch_size=256, lr=1e-3, warmup_epochs=0, repeats=1, mixup=0.0, cutmix=0.0),
     "shapes": Recipe(
         epochs=6, batch_size=64, lr=1e-2, warmup_epochs=1, weight_decay=0.02, img_size=(48, 48), repeats=1,
         augment="none", erasing=0.0, mixup=0.0, cutmix=0.0, mix_group=8, drop_path=0.0,
@@ -451,7 +452,7 @@ def write_filters(run) -> None:
         rows[0] = (f"layer {layer}: 0 is mid-colour", rows[0][1])
         report.save_sheet(folder / f"layer_{layer:02d}.png", rows)
     shares = sparsity(model)
-    report.save_json(folder / "sparsity.json", shares)
+    evaluate.save_json(folder / "sparsity.json", shares)
     curves = {name: list(enumerate(values)) for name, values in shares.items()}
     drawn = report.save_plot(folder / "sparsity.png", [curves], "layer", ["share of small weights"], run.say)
     run.say(f"wrote {len(layers)} pictures of filters, sparsity.json{' and .png' if drawn else ''} to {folder}")

@@ -80,7 +80,10 @@ RECIPES = {
         epochs=240, batch_size=512, lr=0.01, warmup_epochs=0, local_crops=0, global_scale=0.08, hidden_layers=0,
         memory_size=0,
     ),
-    # Not of the paper: the built-in data set in minutes on two CPU cores.
+    # Not of the paper: images of your own (common.script.fit_own); the built-in data set, minutes on two CPU cores.
+    "own": Recipe(
+        epochs=30, lr=0.01, warmup_epochs=0, local_crops=0, global_scale=0.08, hidden_layers=0, memory_size=0,
+    ),
     "shapes": Recipe(
         epochs=2, batch_size=32, lr=0.05, warmup_epochs=1, img_size=(48, 48), local_size=(32, 32), local_crops=2,
         global_scale=0.4, local_scale=0.4, hidden_layers=1, memory_size=512,
@@ -341,8 +344,6 @@ def parse_args(argv: list[str] | None = None):
     from common import cli
 
     parser = cli.make_parser("trex", __doc__, Recipe, RECIPES, model="resnet50", recipe="trex")
-    parser.add_argument("--export", metavar="FILE",
-                        help="write the encoder of --weights with torchvision's names and stop")
     args = cli.parse(parser, argv, MODELS, RECIPES)
     return args, cli.override(RECIPES[args.recipe], args), RECIPES[args.recipe]
 
@@ -410,7 +411,7 @@ def train(run) -> None:
 
 
 def export(run) -> None:
-    """--export: the encoder in the form that torchvision's ResNets load."""
+    """--export FILE.pth: the encoder in the form that torchvision's ResNets load."""
     from common import checkpoint
     from common.errors import UserError, one_line
 
@@ -431,7 +432,7 @@ def main() -> None:
     from common.run import Run
 
     args, recipe, paper = parse_args()
-    if args.export:
+    if args.export and args.export.endswith((".pth", ".pt")):
         return export(Run("trex", args, recipe, paper))
     script.run_script(
         "trex", args, recipe, paper, MODELS, train=train, make_model=make_model,

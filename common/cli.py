@@ -86,17 +86,19 @@ def _add_run_flags(parser: Parser) -> None:
     flag("--eval-data", nargs="+", metavar="PATH", help="evaluate on these folders or tars (ImageNet-V2, ...) too")
     flag("--real-labels", metavar="FILE", help="ImageNet-Real's real.json: also report accuracy against these labels")
     flag("--predict", nargs="+", metavar="PATH", help="print the classes of these images or folders by --weights")
+    flag("--export", metavar="FILE", help="write --weights as a program for any batch: FILE.onnx or FILE.pt2")
     flag("--top", type=int, default=5, metavar="N", help="of --predict: how many classes; default: 5")
     flag("--use-ema", action="store_true", help="evaluate, or start from, the averaged weights of --weights")
 
 
 def _add_recipe_flags(parser: Parser, recipe_class: type) -> None:
     """One flag per field of the Recipe dataclass, Annotated[type, help] or [type, help, rule of check_recipe]."""
-    group = parser.add_argument_group("recipe (unset: the paper's value)")
+    group = parser.add_argument_group("recipe (unset: that of --recipe, in brackets the default recipe's)")
     for name, hint in typing.get_type_hints(recipe_class, include_extras=True).items():
         kind, text = typing.get_args(hint)[:2]
-        flag = "--" + name.replace("_", "-")
-        group.add_argument(flag, type=converter(kind), metavar="X", help=text.replace("%", "%%"))
+        flag, default = "--" + name.replace("_", "-"), getattr(recipe_class, name)
+        shown = "x".join(map(str, default)) if isinstance(default, tuple) else default
+        group.add_argument(flag, type=converter(kind), metavar="X", help=f"{text} [{shown}]".replace("%", "%%"))
 
 
 def converter(kind):
@@ -122,7 +124,8 @@ def parse(parser: Parser, argv: list[str] | None, models, recipes) -> argparse.N
         check_torchvision("--model torchvision/", args.model.removeprefix("torchvision/"))
     else:
         check_choice("--model", args.model, models)
-    if args.data is None and not (args.eval_data or args.predict or args.benchmark):
+    others = args.eval_data or args.predict or args.benchmark or args.list_models or args.export
+    if args.data is None and not others:
         args.data, args.note = os.environ.get("IMAGENET"), "no --data: took $IMAGENET"
         if not args.data:
             args.data, args.recipe = "shapes", args.recipe or "shapes"

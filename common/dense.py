@@ -738,7 +738,7 @@ def parse_args(argv: list[str] | None = None):
     args = parser.parse_args(argv)
     if args.command is None:
         raise UserError("say what to do: segment or detect; see --help")
-    cli.refuse(args, ("coarse_labels", "eval_data", "real_labels", "predict"), "not for dense prediction")
+    cli.refuse(args, ("coarse_labels", "eval_data", "real_labels", "predict", "export"), "not for dense prediction")
     if args.val_data not in (None, "none"):
         raise UserError(f"--val-data {args.val_data}: only none is possible, validation images are part of --data")
     if args.eval and not (args.weights or args.out):

@@ -152,7 +152,8 @@ def read_file(file: str, flag: str) -> torch.Tensor:
 
 
 def evaluate_weights(run: Run, make_model: Callable, adapt: Callable | None, predict: Predict = logits_of) -> None:
-    """--eval: accuracy of --weights (or last.pt of --out) on --data's validation images, if given, and --eval-data."""
+    """--eval: accuracy of --weights (or last.pt of --out) on --data's validation images, if given, and on --eval-data;
+    with --out also as eval.json there."""
     args, content, sources = run.args, checkpoint.of_run(run), {}
     classes = checkpoint.classes_of(content) if isinstance(content.get("data"), dict) else None
 
@@ -174,13 +175,17 @@ def evaluate_weights(run: Run, make_model: Callable, adapt: Callable | None, pre
     real = real_labels(args.real_labels, first) if args.real_labels else None
     classes = classes or checkpoint.classes_of(content) or first.classes
     model, recipe, _ = trained_model(run, make_model, adapt, content, classes)
+    results = {}
     for name, source in sources.items():
         metrics = accuracy(run, model, recipe, source, predict, real if source is first else None)
         (height, width), ratio = recipe.img_size, recipe.eval_crop_ratio
+        results[name] = {"weights": args.weights, "images": len(source), "img_size": [height, width], **metrics}
         run.say(f"{name}: {len(source)} images at {height} x {width}, crop ratio {ratio:g}")
         for head in dict.fromkeys(k.partition("_")[2] for k in metrics):
             own = [f"{k.partition('_')[0]} {v:.5g}" for k, v in metrics.items() if k.partition("_")[2] == head]
             run.say("  ".join([head, *own] if head else own))
+    if args.out and run.rank == 0:
+        save_json(run.out / "eval.json", results)
 
 
 def predict_images(run: Run, make_model: Callable, adapt: Callable | None, predict: Predict = logits_of) -> None:
@@ -214,6 +219,11 @@ def predict_images(run: Run, make_model: Callable, adapt: Callable | None, predi
         (run.out / "predictions.jsonl").write_text("".join(records))
     if bad:
         raise RunError(f"--predict: {bad} of {len(source)} images could not be read")
+
+
+def save_json(path: str | Path, content) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def real_labels(file: str, source: Source) -> list[list[int]]:

@@ -16,6 +16,7 @@ from common import checkpoint, evaluate
 from common.cli import built, check_choice
 from common.errors import UserError, one_line
 from common.images import eval_transform, from_pil
+from common.run import Run
 
 
 def from_checkpoint(content: dict, where: str, img_size: tuple[int, int], say: Callable, *, name: str | None = None,
@@ -67,6 +68,29 @@ def load(method: str, source: str, device: str = "cpu") -> tuple[nn.Module, list
     return model, classes, transform
 
 
+def export(run: Run, make_model: Callable, adapt: Callable | None) -> None:
+    """--export FILE.pt2 or FILE.onnx: --weights as a program, normalised images (B, 3, H, W) of any number B, of the
+    recipe's size or --img-size, to what the network answers. UserError for what cannot be written."""
+    file = Path(run.args.export)
+    if file.suffix not in (".onnx", ".pt2"):
+        raise UserError(f"--export {file}: its name must end in .onnx or .pt2")
+    model, recipe, _ = evaluate.trained_model(run, make_model, adapt)
+    images = torch.zeros(2, 3, *recipe.img_size, device=run.device)
+    program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.suffix == ".pt2":
+            torch.export.save(program, file)
+        else:  # one file, but for weights beyond its 2 GiB
+            large = sum(p.nbytes for p in model.parameters()) > 2**31 - 2**20
+            torch.onnx.export(program, f=file, dynamo=True, external_data=large, verbose=False)
+    except ImportError as error:
+        raise UserError(f"--export {file}: needs the package {error.name}: pip install onnx onnxscript") from None
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"--export {file}: cannot be written ({one_line(error)})") from None
+    run.say(f"wrote {file}: images (batch, 3, {images.shape[2]}, {images.shape[3]}), normalised as by load_model")
+
+
 def fingerprint(model: nn.Module) -> str:
     """Of a model's structure and values: another one computes something else."""
     sha = hashlib.sha256(repr(model).encode())
@@ -106,34 +130,35 @@ def from_torchvision(name: str, content: dict | None, where: str, flag: str, *, 
 class Teacher:
     """A trained classifier in eval mode, without gradient: images (B, 3, H, W) -> logits (B, K). It is the model that
     the checkpoint --teacher-weights names, or torchvision's --teacher (else `default`) with that file's weights or its
-    own; UserError if it cannot be had or cannot take images of `img_size`. identity names model and weights."""
+    own; UserError, before a download, if it does not tell `classes` apart; later if it cannot be had or cannot take
+    images of `img_size`. identity names model and weights."""
 
-    def __init__(self, args, default: str, img_size: tuple[int, int], say: Callable[[str], None]):
-        name, where, self.classes = args.teacher or default, f"--teacher-weights {args.teacher_weights}", None
+    def __init__(self, args, default: str, img_size: tuple[int, int], classes: list[str], say: Callable[[str], None]):
+        name, where = args.teacher or default, f"--teacher-weights {args.teacher_weights}"
         content = checkpoint.load(args.teacher_weights, "--teacher-weights") if args.teacher_weights else None
-        if content is not None and isinstance(content.get("method"), str):
-            name, self.classes = f"{content['method']} {content['model_name']}", content["data"]["classes"]
+        if ours := content is not None and isinstance(content.get("method"), str):
+            name = f"{content['method']} {content['model_name']}"
             if args.teacher and content["model_name"] != f"torchvision/{args.teacher}":
                 raise UserError(f"{where}: holds {name}, you asked for --teacher {args.teacher}; leave it out")
+        downloaded = content is None and torchvision.models.get_model_weights(name).DEFAULT.meta["categories"]
+        known = downloaded or checkpoint.classes_of(content)
+        if len(known) not in (0, len(classes)):
+            counts = f"has {len(known)} classes, the data {len(classes)}"
+            raise UserError(f"teacher {name}: {counts}; give --teacher-weights of a classifier of these")
+        for number, (own, wanted) in enumerate(zip(known if ours else [], classes)):
+            if own != wanted:
+                raise UserError(f"teacher {name}: its class {number} is {own!r}, the data's is {wanted!r}")
+        if ours:
             model = from_checkpoint(content, where, img_size, lambda line: say(f"teacher: {line}"))
         else:
             model = from_torchvision(name, content, where, "--teacher-weights")
         self.model = model.eval().requires_grad_(False)
         try:
-            self.num_classes = self(torch.zeros(1, 3, *img_size)).shape[1]
+            self(torch.zeros(1, 3, *img_size))
         except (RuntimeError, AssertionError, ValueError, TypeError) as error:
             why = f"cannot take images of --img-size {img_size[0]}x{img_size[1]} ({one_line(error)})"
             raise UserError(f"teacher {name}: {why}") from None
         self.identity = f"{name} {fingerprint(model)[:8]}"
-
-    def check(self, classes: list[str]) -> None:
-        """UserError unless the teacher's classes are the data's."""
-        where = f"teacher {self.identity}"
-        if self.num_classes != len(classes):
-            raise UserError(f"{where}: has {self.num_classes} classes, the data {len(classes)}; give --teacher-weights")
-        for number, (own, wanted) in enumerate(zip(self.classes or [], classes)):
-            if own != wanted:
-                raise UserError(f"{where}: its class {number} is {own!r}, the data's is {wanted!r}")
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:

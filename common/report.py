@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageOps
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.utils import make_grid
 
 from common.cli import differences
 from common.data import TrainingData
@@ -83,7 +82,7 @@ def describe(run: Run, build: Callable[[], torch.nn.Module], data: TrainingData)
     cost = f"{parameters / 1e6:.2f} M parameters, {gmacs:.3f} GMACs at {size[0]} x {size[1]}"
     images = f"{len(data.source)} training images, {'no' if data.val is None else len(data.val)} validation images"
     batch = f"{run.world} ranks x {data.micro_batch} x {data.accumulation} accumulation, {run.amp} on {run.device.type}"
-    ours = " (but this recipe is none of the paper's)" if args.recipe == "shapes" else ""
+    ours = " (but this recipe is none of the paper's)" if args.recipe in ("own", "shapes") else ""
     scaled = f"the recipe's {run.paper.lr:g} at batch {run.paper.batch_size}, in proportion to the batch"
     return (
         f"model    {args.model}, {cost}, {len(data.classes)} classes\n"
@@ -100,14 +99,15 @@ def show_batch(path: str | Path, data: TrainingData, prepare: Callable | None) -
     """PNG of the run's first images: 16 by prepare(batch) -> (before mixing, as the network sees them, ...), or, where
     that is None, 8 as a row of pictures for each of their crops."""
     if prepare is None:
-        crops = [crop[:8].cpu() for batch in data.first_images(8).images for crop in batch.unbind(1)]
-        rows = [(f"crop {i + 1} of {len(crops)}", [to_pil(c) for c in crop]) for i, crop in enumerate(crops)]
+        crops = [crop[:8] for batch in data.first_images(8).images for crop in batch.unbind(1)]
+        rows = [(f"crop {i + 1} of {len(crops)}", crop) for i, crop in enumerate(crops)]
     else:
-        rows, pair = [], prepare(data.first_images(16))
-        for title, images in zip(("before mixing", "after mixing: what the network is fed"), pair):
-            pixels = denormalize(images[:16]).clamp(0, 255).round().to(torch.uint8).cpu()
-            rows.append((title, [to_pil(make_grid(pixels, nrow=8, padding=2, pad_value=255))]))
-    save_sheet(path, rows)
+        before, after = (denormalize(images[:16]).clamp(0, 255).round().to(torch.uint8).split(8)
+                         for images in prepare(data.first_images(16))[:2])
+        rows = [*zip(("before mixing", ""), before), *zip(("after mixing: what the network is fed", ""), after)]
+    times = max(1, 96 // min(rows[0][1].shape[2:]))  # small images are shown larger
+    save_sheet(path, [(title, [ImageOps.scale(to_pil(x), times, Image.Resampling.NEAREST) for x in images.cpu()])
+                      for title, images in rows])
 
 
 def save_sheet(path: str | Path, rows: list[tuple[str, list[Image.Image]]], gap: int = 4) -> None:
@@ -133,11 +133,6 @@ def cividis(values: torch.Tensor) -> Image.Image:
     return ImageOps.colorize(grey, black=(0, 34, 78), mid=(124, 123, 120), white=(254, 232, 56))
 
 
-def save_json(path: str | Path, content) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
 def read_log(path: str | Path) -> list[dict]:
     """Records of a log.jsonl; a last line cut short by a crash is left out."""
     records = []
@@ -158,11 +153,14 @@ def new_figure(path: str | Path, width: float, height: float, say: Callable[[str
     return matplotlib.figure.Figure((width, height), dpi=100, layout="constrained")
 
 
-def save_curves(path: str | Path, log: str | Path, panels: list[list[str]], say=print) -> None:
-    """PNG with one panel per list of keys, losses or accuracies in percent, over the epochs of a log.jsonl."""
-    rows, number = [r for r in read_log(log) if "epoch" in r and "status" not in r], (int, float)
-    curves = [{k: [(r["epoch"], r[k]) for r in rows if isinstance(r.get(k), number)] for k in keys} for keys in panels]
-    save_plot(path, curves, "epoch", ["loss" if "loss" in keys[0] else "accuracy, %" for keys in panels], say)
+def save_curves(path: str | Path, log: str | Path, panels: dict[str, list[str]], say=print) -> None:
+    """PNG with one panel for each label of an axis and its keys, over the epochs of a log.jsonl."""
+    rows = [r for r in read_log(log) if "epoch" in r and "status" not in r]
+
+    def points(key: str) -> list[tuple]:
+        return [(r["epoch"], r[key]) for r in rows if isinstance(r.get(key), (int, float))]
+
+    save_plot(path, [{k: points(k) for k in keys} for keys in panels.values()], "epoch", list(panels), say)
 
 
 def save_plot(path: str | Path, panels: list[dict[str, list]], x_label: str, y_labels=None, say=print) -> bool:

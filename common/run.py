@@ -137,9 +137,8 @@ class SyncedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:
             return super().forward(x)
-        first = dist.get_rank() * len(x)
-        everything = torch.cat(all_gather(x.contiguous()))
-        return super().forward(everything)[first : first + len(x)]
+        everything = torch.cat(all_gather(x.contiguous()))  # as many images of every rank
+        return super().forward(everything).split(len(x))[dist.get_rank()]
 
 
 def synchronise(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
@@ -165,14 +164,13 @@ class Run:
         if self.device.type == "cpu" and self.amp == "fp16":
             raise UserError("--amp fp16: not for the CPU; use --amp fp32")
         self.out = Path(args.out or f"runs/{method}_{args.model.replace('/', '_')}")
-        self.epoch = self.step = 0  # what comes next
         self.best, self.loss_sum, self.last_loss = -math.inf, 0.0, math.nan
-        self.loss_count = self.skipped_in_a_row = self.skipped_steps = self.log_bytes = 0
+        self.epoch = self.step = self.loss_count = self.skipped_in_a_row = self.skipped_steps = self.log_bytes = 0
         self.stop_signal, self.save_asked = 0, False  # asked of this rank; when all ranks know, it is agreed
         self.stop_agreed = self.save_agreed = self.started = self.log_failed = False
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        share = max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-        self.workers = share if args.workers is None else args.workers  # loader processes of this rank
+        self.most_workers = max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))  # that help
+        self.workers = self.most_workers if args.workers is None else args.workers  # loader processes of this rank
         self.lag = FLAG_LAG if self.device.type == "cuda" else 0
         # A GPU's convolutions in 16 bits take channels side by side; planes would be copied in every step.
         self.layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
@@ -336,7 +334,8 @@ class Run:
             raise UserError(f"{flag}: holds {held}, you asked for {asked}")
         then, now = ({**s["recipe"], "seed": s["seed"], **s["data"], "data": s["data"]["digest"],
                       "classes": len(s["data"]["classes"])} for s in (saved, own))
-        differ = [k for k in {**then, **now} if then.get(k) != now.get(k) and k not in ("digest", "val_images")]
+        differ = [k for k in {**then, **now} if then.get(k) != now.get(k) and k not in ("digest", "path", "val_images")]
+        then["data"], now["data"] = then.get("path"), f"{now.get('path')} with other files or labels"
         change = "; ".join(f"{k} was {then.get(k)}, now {now.get(k)}" for k in differ)
         if change and not self.args.allow_changes:
             raise UserError(f"{flag}: the run was started differently: {change}; repeat its flags or --allow-changes")
@@ -350,11 +349,12 @@ class Run:
                     part.load_state_dict(saved[key])
             except (ValueError, KeyError, RuntimeError) as error:
                 raise UserError(f"{flag}: its {key} state does not fit ({one_line(error)}); try --weights") from None
-        for counter in COUNTERS:
-            setattr(self, counter, saved[counter])
+        vars(self).update({counter: saved[counter] for counter in COUNTERS})
         torch.set_rng_state(saved["rng"]["torch"])
         random.setstate(saved["rng"]["python"])
         self.say(f"resumed from {name} at epoch {self.epoch}, step {self.step}{change and ' with changes: ' + change}")
+        if saved["record"] and not change and any('"completed"' in p.read_text() for p in self.out.glob("log.jsonl")):
+            raise SystemExit(self.say("it is complete: nothing is left to do"))
 
     def rng(self, purpose: str, number: int) -> random.Random:
         """A generator of this step, the same on all ranks."""
@@ -435,7 +435,7 @@ class Run:
         if self.stop_agreed:
             self._stop()
         waiting = self.data.waited / seconds if done else 0.0
-        if waiting > 0.3:
+        if waiting > 0.3 and done >= 20 and self.workers < self.most_workers:  # the first steps always wait
             self.say(f"warning: {waiting:.0%} of this epoch was waiting for data; raise --workers (now {self.workers})")
         return {"epoch": self.epoch, "step": (self.epoch + 1) * self.data.steps,
                 "train_loss": self.loss_sum / max(self.loss_count, 1),

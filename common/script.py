@@ -1,19 +1,22 @@
 """What every script does around its loop: what it is asked to do, and all that comes before the first step."""
 
+import dataclasses
+import math
 import sys
 from collections.abc import Callable
 
 import torch
 
 from common import checkpoint, report
-from common.cli import built
+from common.cli import built, override
 from common.data import TrainingData
 from common.errors import UserError
 from common.evaluate import Predict, eval_loader, evaluate_weights, logits_of, predict_images
-from common.models import Teacher, on_meta
+from common.models import Teacher, export, on_meta
 from common.optim import EMA, make_optimizer
 from common.precision import Precision
 from common.run import Run
+from common.sources import open_data
 
 
 def run_script(
@@ -24,19 +27,43 @@ def run_script(
     train(run). make_model(args, recipe, num_classes) builds a model; adapt, predict: see fit, evaluate."""
     if args.list_models:
         width = max(map(len, models)) + 1
-        for name, config in models.items():
+        for args.model, config in models.items():
+            parameters = sum(p.numel() for p in on_meta(lambda: built(make_model, args, recipe, 1000)).parameters())
             config = config if isinstance(config, dict) else {"features": config}
-            print(f"{name:{width}s} " + "  ".join(f"{k} {v}" for k, v in config.items()))
+            sizes = "  ".join(f"{k} {v}" for k, v in config.items())
+            print(f"{args.model:{width}s} {parameters / 1e6:7.2f} M parameters  {sizes}")
         return
     run = Run(method, args, recipe, paper)
     if args.eval or args.eval_data:
         evaluate_weights(run, make_model, adapt, predict)
+    elif args.export:
+        export(run, make_model, adapt)
     elif args.predict:
         predict_images(run, make_model, adapt, predict)
     elif args.benchmark:
         report.benchmark(run, lambda: built(make_model, args, recipe, 1000), loss)
     else:
+        if args.recipe == "own":
+            fit_own(run)
         train(run)
+
+
+def fit_own(run: Run) -> None:
+    """Fits the recipe `own` to the N training images, where no flag says otherwise: N / 8 images a step (16 to the
+    recipe's batch, a power of two per rank), epochs for 1,000 steps (30 to 300), a twentieth of them warm-up. The rate
+    is that of the recipe at each of these batches. Of no paper: tried on 60 to 20,000 images (README)."""
+    args, paper = run.args, run.paper
+    images = len(run.first(lambda: open_data(args.data, splits=("train",), say=lambda line: None))["train"])
+    share = min(max(16, images // 8), images, paper.batch_size) // run.world
+    fitted = 2 ** max(1, share.bit_length() - 1) * run.world
+    batch = args.batch_size or fitted
+    epochs = args.epochs or max(paper.epochs, min(300, 1000 * batch // images))
+    changes = dict(batch_size=fitted, epochs=epochs, warmup_epochs=epochs // 20)
+    if hasattr(paper, "mix_group"):
+        changes["mix_group"] = math.gcd(paper.mix_group, batch // run.world)
+    run.paper = dataclasses.replace(paper, **changes)
+    run.recipe = override(run.paper, args)
+    run.say(f"recipe own for {images} images: batch {run.recipe.batch_size}, {epochs} epochs")
 
 
 def set_up(
@@ -49,20 +76,17 @@ def set_up(
     teacher: the default of a method that can distill; extra(data): further state, by its name in checkpoints."""
     args, recipe = run.args, run.recipe
     on_meta(lambda: built(make_model, args, recipe, 2))  # a size that does not fit is told before the data is scanned
-    taught = None
-    if teacher and recipe.distillation != "none" and not args.show_batch:
-        taught = run.first(lambda: Teacher(args, teacher, recipe.img_size, run.say))
-    data = TrainingData(run, recipe, transform)
+    data, taught = TrainingData(run, recipe, transform), None
     run.num_classes = len(data.classes)
-    if taught:
-        taught.check(data.classes)
+    if teacher and recipe.distillation != "none" and not args.show_batch:
+        taught = run.first(lambda: Teacher(args, teacher, recipe.img_size, data.classes, run.say))
         taught.model.to(run.device, memory_format=run.layout)
     torch.manual_seed(args.seed)
     model = make_model(args, recipe, run.num_classes)
     if args.weights:
         content, where = checkpoint.of_run(run), f"--weights {args.weights}"
         checkpoint.fit(model, content, where, run.say, ema=args.use_ema, adapt=adapt, new_head=True)
-    elif args.recipe.startswith(("finetune", "transfer", "in21k_to")) and not (args.resume or args.show_batch):
+    elif args.recipe.startswith(("finetune", "transfer", "in21k_to", "own")) and not (args.resume or args.show_batch):
         raise UserError(f"--recipe {args.recipe}: starts from a trained network; give --weights FILE")
     model.to(run.device, memory_format=run.layout)
     optimizer = make_optimizer(recipe.optimizer, model, recipe.lr, recipe.weight_decay)
@@ -76,10 +100,10 @@ def set_up(
 
     run.open_folder()
     run.say(report.describe(run, lambda: make_model(args, recipe, run.num_classes), data))
-    if taught:
-        run.say(f"teacher  {taught.identity}")
+    if taught or args.model.endswith("_distilled"):
+        run.say(f"teacher  {taught.identity if taught else 'none: both heads learn the true label'}")
     wrapped = run.prepare(model, data.micro_batch)
-    identity = data.identity() | ({"teacher": taught and taught.identity} if teacher else {})
+    identity = data.identity() | {"path": args.data} | ({"teacher": taught and taught.identity} if teacher else {})
     averaged, further = ema and ema.model, extra(data) if extra else {}
     run.start(identity, model=model, optimizer=optimizer, scaler=precision, ema=averaged, **further)
     if run.rank == 0 and run.epoch == run.step == 0:
@@ -89,8 +113,11 @@ def set_up(
     return data, model, wrapped, optimizer, precision, ema, taught
 
 
-def finish(run: Run, *panels: list[str]) -> None:
-    """The end of training: curves.png gets a panel of the log's figures over the epochs for each list."""
+def finish(run: Run, losses: list[str], accuracies: list[str]) -> None:
+    """The end of training: curves.png shows these figures of the log over the epochs."""
     run.log({"status": "completed", "epochs": run.recipe.epochs, "best": run.best})
+    panels = {"loss": losses, "accuracy, %": accuracies}
+    if getattr(run.recipe, "loss", None) == "bce":  # validation has another loss
+        panels = {"binary cross-entropy": losses[:1], "cross-entropy": losses[1:], "accuracy, %": accuracies}
     if run.rank == 0 and run.val_loader is not None:
-        report.save_curves(run.out / "curves.png", run.out / "log.jsonl", list(panels), run.say)
+        report.save_curves(run.out / "curves.png", run.out / "log.jsonl", panels, run.say)

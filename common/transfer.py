@@ -37,9 +37,9 @@ from tqdm import tqdm
 from common import checkpoint, evaluate
 from common.cli import Parser, check_choice, check_rule, check_torchvision, converter
 from common.errors import UserError
-from common.evaluate import extract, log_odds, logistic_regression, mean_average_precision
+from common.evaluate import extract, log_odds, logistic_regression, mean_average_precision, save_json
 from common.models import fingerprint, from_checkpoint, from_torchvision
-from common.report import new_figure, read_log, save_json
+from common.report import new_figure, read_log
 from common.run import Run, launch
 from common.sources import Source, cache_file, keep, open_data
 
@@ -408,12 +408,12 @@ def upper_right_hull(points: list[tuple[float, float]]) -> list[tuple[float, flo
 
 def comparison_table(summary: dict) -> str:
     networks, sets = summary["networks"], summary["sets"]
-    width = max(20, *(len(n) + 2 for n in networks))
+    width, column = (max(low, *(len(n) + 2 for n in names)) for low, names in ((20, networks), (12, sets)))
     lines = [f"adjusted log odds; top-1 {summary['top1']}; +-: standard error of the mean over the data sets",
-             f"{'network':{width}s}{'top-1':>8s}" + "".join(f"{c:>12s}" for c in [*sets, "mean", "+-"])]
+             f"{'network':{width}s}{'top-1':>8s}" + "".join(f"{c:>{column}s}" for c in [*sets, "mean", "+-"])]
     for name, n in sorted(networks.items(), key=lambda item: -item[1]["mean_adjusted"]):
         cells = [*n["adjusted"].values(), n["mean_adjusted"], n["standard_error"]]
-        texts = (f"{'-' if c is None else f'{c:.3f}':>12s}" for c in cells)
+        texts = (f"{'-' if c is None else f'{c:.3f}':>{column}s}" for c in cells)
         lines.append(f"{name:{width}s}{n['pretraining_top1']:8.2f}" + "".join(texts))
     lines.append("correlation of the mean with top-1, both as log odds")
     for kind, found in summary["correlation"]["mean"].items():

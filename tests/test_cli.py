@@ -2,11 +2,13 @@
 
 import importlib
 import json
+import re
 import shutil
 import signal
 import socket
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -268,7 +270,77 @@ def test_B26_data_changed_between_run_and_resume(deit3_here, tmp_path):
     assert deit3_here(*command).status == 0
     time.sleep(0.02)
     (images / "train" / "ant" / "new.jpg").write_bytes(encoded(picture(0, 77)))
-    refused(deit3_here(*command, "--resume"), "data was")
+    refused(deit3_here(*command, "--resume"), f"data was {images}, now {images} with other files or labels; repeat")
+    shutil.copytree(images, tmp_path / "e")
+    (images / "train" / "ant" / "new.jpg").unlink()
+    changed = [*TINY, "--data", tmp_path / "e", "--out", tmp_path / "o"]
+    refused(deit3_here(*changed, "--resume"), f"data was {images}, now {tmp_path / 'e'} with other files or labels")
+    images.rename(tmp_path / "moved")  # the same images elsewhere
+    moved = [*TINY, "--data", tmp_path / "moved", "--out", tmp_path / "o"]
+    assert deit3_here(*moved, "--resume").status == 0
+
+
+def test_a_finished_run_is_not_evaluated_again(deit3_here, tmp_path, folder, monkeypatch):
+    """But where it was stopped between its last checkpoint and its end it is."""
+    command = [*TINY, "--data", folder, "--out", tmp_path / "o"]
+    assert deit3_here(*command).status == 0
+    before = {p.name: p.read_bytes() for p in (tmp_path / "o").iterdir()}
+    result = deit3_here(*command, "--resume")
+    assert result.status == 0 and "it is complete: nothing is left to do" in result.out, result
+    assert before == {p.name: p.read_bytes() for p in (tmp_path / "o").iterdir()}
+    records = (tmp_path / "o/log.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "o/log.jsonl").write_text("".join(records[:-1]))
+    result = deit3_here(*command, "--resume")
+    assert result.status == 0 and "val_top1" in result.out and log_of(tmp_path / "o")[-1]["status"] == "completed"
+
+
+@pytest.mark.parametrize("workers, steps, told", [(1, 30, True), (1, 3, False), (2, 30, False)])
+def test_more_workers_are_recommended_only_where_they_can_help(tmp_path, workers, steps, told, monkeypatch):
+    """After enough steps, and while there are cores for them."""
+    monkeypatch.setattr(run.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(run.os, "sched_getaffinity", lambda _: {0, 1})
+    flags = ["--recipe", "shapes", "--device", "cpu", "--workers", str(workers), "--out", str(tmp_path)]
+    made, said = run.Run("deit3", *deit3.parse_args(flags)), []
+    run._CURRENT.remove(made)
+    model = torch.nn.Linear(1, 1)
+    made.parts, made.step, made.say = {"model": model}, steps, said.append
+    made.data, made.first_step, made.epoch_start = SimpleNamespace(waited=50.0, steps=steps), 0, time.time() - 60
+    monkeypatch.setattr(made, "save", lambda: None)
+    made.end_of_training_epoch(0.1)
+    assert bool([line for line in said if "raise --workers (now 1)" in line]) == told
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_list_of_models_says_their_parameters(here, script):
+    import deit
+
+    lines = here(script, "--list-models").out.splitlines()
+    assert [line.split()[0] for line in lines] == list(importlib.import_module(script).MODELS)
+    assert all(re.search(r" \d+\.\d\d M parameters  ", line) for line in lines)
+    if script == "deit":
+        own = sum(p.numel() for p in deit.build_model("deit_b").parameters()) / 1e6
+        assert f"deit_b               {own:7.2f} M parameters  dim 768" in "\n".join(lines)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_shows_the_recipes_values(here, script):
+    recipe = importlib.import_module(script).Recipe()
+    said = " ".join(here(script, "--help").out.split())
+    assert "in brackets the default recipe's" in said
+    for name, value in vars(recipe).items():
+        shown = "x".join(map(str, value)) if isinstance(value, tuple) else value
+        assert re.search(rf"--{name.replace('_', '-')} X ((?! --).)*\[{re.escape(str(shown))}\]( --|$)", said), name
+
+
+def test_evaluation_writes_its_figures_to_out(deit3_here, tmp_path, folder):
+    assert deit3_here(*TINY, "--data", folder, "--out", tmp_path / "o").status == 0
+    flags = ["--model", "vit_nano", "--device", "cpu", "--workers", 0, "--weights", tmp_path / "o/best.pt", "--eval"]
+    result = deit3_here(*flags, "--data", folder, "--eval-data", folder / "val", "--out", tmp_path / "e")
+    found = json.loads((tmp_path / "e/eval.json").read_text())
+    assert list(found) == [str(folder), str(folder / "val")], result
+    for metrics in found.values():
+        assert metrics["weights"] == str(tmp_path / "o/best.pt") and metrics["images"] == 20
+        assert metrics["img_size"] == [32, 32] and accuracy(result)["top1"] == pytest.approx(metrics["top1"], abs=1e-3)
 
 
 def test_a_damaged_image_ends_the_run_with_its_path(deit3_here, tmp_path):
@@ -341,9 +413,10 @@ def test_evaluation_on_other_sets_and_on_real_labels(deit3_here, tmp_path):
 
 
 def test_show_batch_writes_what_the_network_is_fed(deit3_here, tmp_path):
+    """Twice 16 images in rows of 8; those of 32 pixels are shown three times as large."""
     result = deit3_here(*TINY, "--show-batch", tmp_path / "batch.png")
     assert result.status == 0, result
-    assert Image.open(tmp_path / "batch.png").size == (8 * 34 + 2, 2 * (2 * 34 + 2 + 14))
+    assert Image.open(tmp_path / "batch.png").size == (8 * 100 - 4, 2 * (14 + 96 + 4 + 96))
     assert not (tmp_path / "o").exists()
 
 
@@ -356,7 +429,7 @@ def test_benchmark_prints_speed(deit3_here, monkeypatch):
 def test_a_run_writes_log_checkpoints_and_curves(deit3_here, tmp_path, folder):
     result = deit3_here(*TINY, "--data", folder, "--out", tmp_path, "--tensorboard")
     assert result.status == 0, result
-    assert Image.open(tmp_path / "batch.png").size == (8 * 34 + 2, 2 * (2 * 34 + 2 + 14))
+    assert Image.open(tmp_path / "batch.png").size == (8 * 100 - 4, 2 * (14 + 96 + 4 + 96))
     for part in ("16 = 1 ranks x 16 x 1 accumulation", "GMACs", "2 epochs x 4"):
         assert part in result.out
     assert {"last.pt", "best.pt", "log.jsonl", "curves.png"} <= {p.name for p in tmp_path.iterdir()}

@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import math
 import random
+from types import SimpleNamespace
 from urllib.error import URLError
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from conftest import (
+    NANO,
     SMALL,
     TINY,
     FixedDraws,
@@ -518,8 +520,20 @@ def test_a_teacher_that_cannot_serve_is_told_before_the_first_step(here, folder,
         raise URLError("no route to host")
 
     monkeypatch.setattr(torchvision.models, "get_model", no_network)
+    refused(here("deit", *DISTILLED, *run), "regnet_y_16gf: has 1000 classes, the data 4")  # before a download
+    four = SimpleNamespace(DEFAULT=SimpleNamespace(meta={"categories": ["a", "b", "c", "d"]}))
+    monkeypatch.setattr(torchvision.models, "get_model_weights", lambda name: four)
     refused(here("deit", *DISTILLED, *run), "regnet_y_16gf: its weights cannot be downloaded", "--teacher-weights FILE")
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("script", ["deit", "cait"])
+def test_a_distilled_model_without_a_teacher_says_so(here, folder, tmp_path, script):
+    """The thesis tried it (section 3.3: two class tokens, true labels only in fine-tuning), hence it is not refused."""
+    short = ["--data", folder, "--epochs", 1, "--warmup-epochs", 0, "--val-data", "none"]
+    for name, told in ((f"{NANO[script]}_distilled", True), (NANO[script], False)):
+        result = here(script, "--model", name, *SMALL, *short, "--out", tmp_path / name)
+        assert result.status == 0 and ("teacher  none: both heads learn the true label" in result.out) == told, result
 
 
 def test_a_flag_of_the_teacher_without_a_teacher_is_refused(here):

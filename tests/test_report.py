@@ -1,12 +1,14 @@
 """Pictures of curves, with matplotlib and without."""
 
+import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image
 from test_cli import TINY
 
-from common import report, transfer
+from common import report, script, transfer
 
 
 def test_curves_have_a_panel_for_losses_and_one_for_accuracies(deit3_here, folder, tmp_path, monkeypatch):
@@ -20,6 +22,25 @@ def test_curves_have_a_panel_for_losses_and_one_for_accuracies(deit3_here, folde
     assert accuracy.lines[1].get_xydata().tolist() == [[0, 100], [1, 100]]
     sheet = np.array(Image.open(tmp_path / "curves.png").convert("RGB"))
     assert sheet.shape == (260, 840, 3) and (sheet[:, :420] != 255).any() and (sheet[:, 420:] != 255).any()
+
+
+def test_binary_and_plain_cross_entropy_have_axes_of_their_own_and_a_legend_what_is_there(tmp_path, monkeypatch):
+    """A recipe with --loss bce is validated by cross-entropy; a curve without points is in no legend."""
+    drawn, original = [], report.new_figure
+    monkeypatch.setattr(report, "new_figure", lambda *a: drawn.append(original(*a)) or drawn[-1])
+    rows = [{"epoch": e, "train_loss": 0.1, "val_loss": 2.0, "val_top1": 50.0, "val_knn": None} for e in range(3)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for loss, labels in (
+        ("bce", ["binary cross-entropy", "cross-entropy", "accuracy, %"]), ("ce", ["loss", "accuracy, %"]),
+    ):
+        run = SimpleNamespace(
+            log=lambda record: None, rank=0, val_loader=[], out=tmp_path, say=print, best=1.0,
+            recipe=SimpleNamespace(loss=loss, epochs=3)
+        )
+        script.finish(run, ["train_loss", "val_loss"], ["val_top1", "val_knn"])
+        assert [axes.get_ylabel() for axes in drawn[-1].axes] == labels
+        legends = [[text.get_text() for text in axes.get_legend().get_texts()] for axes in drawn[-1].axes]
+        assert sum(legends, []) == ["train_loss", "val_loss", "val_top1"]
 
 
 def test_without_matplotlib_a_run_says_so_once_and_completes(deit3_here, folder, tmp_path, monkeypatch):

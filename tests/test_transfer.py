@@ -439,6 +439,14 @@ def test_eurosats_split_is_fixed_and_sun397s_is_the_first_partition(tmp_path, mo
     assert "training" in sources.open_data(f"sun397:{tmp_path}")["train"].name(0)
 
 
+def test_the_header_of_a_comparison_does_not_run_together():
+    name = "a_data_set_with_a_long_name"
+    network = {"pretraining_top1": 50.0, "adjusted": {name: 0.5, "dtd": 0.1}, "mean_adjusted": 0.3, "standard_error": 0}
+    summary = {"networks": {n: network for n in "abc"}, "top1": "", "sets": [name, "dtd"], "left_out": []}
+    table = transfer.comparison_table(summary | {"correlation": {"mean": {}}})
+    assert table.splitlines()[1].split() == ["network", "top-1", name, "dtd", "mean", "+-"]
+
+
 def test_split_files_that_could_run_code_are_refused(tmp_path):
     class Evil:
         def __reduce__(self):
