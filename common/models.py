@@ -76,7 +76,8 @@ def export(run: Run, make_model: Callable, adapt: Callable | None) -> None:
         raise UserError(f"--export {file}: its name must end in .onnx or .pt2")
     model, recipe, _ = evaluate.trained_model(run, make_model, adapt)
     images = torch.zeros(2, 3, *recipe.img_size, device=run.device)
-    program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False)
+    batch = ({0: torch.export.Dim.DYNAMIC},)
+    program = torch.export.export(model, (images,), dynamic_shapes=batch, strict=False).run_decompositions({})
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         if file.suffix == ".pt2":
@@ -84,8 +85,8 @@ def export(run: Run, make_model: Callable, adapt: Callable | None) -> None:
         else:  # one file, but for weights beyond its 2 GiB
             large = sum(p.nbytes for p in model.parameters()) > 2**31 - 2**20
             torch.onnx.export(program, f=file, dynamo=True, external_data=large, verbose=False)
-    except ImportError as error:
-        raise UserError(f"--export {file}: needs the package {error.name}: pip install onnx onnxscript") from None
+    except ImportError:
+        raise UserError(f"--export {file}: needs two more packages: pip install onnx onnxscript") from None
     except (OSError, RuntimeError) as error:
         raise UserError(f"--export {file}: cannot be written ({one_line(error)})") from None
     run.say(f"wrote {file}: images (batch, 3, {images.shape[2]}, {images.shape[3]}), normalised as by load_model")

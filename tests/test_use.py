@@ -6,15 +6,18 @@ import importlib
 import io
 import json
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import NANO, SCRIPTS, SMALL, WITHOUT_MIXING, reference
 from PIL import Image
 
-from common import checkpoint
+from common import checkpoint, models
+from common.data import split_batch
 from common.errors import UserError
 from common.images import eval_transform, from_pil
+from common.script import fit_own
 
 IMAGES = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -139,6 +142,89 @@ def test_what_cannot_be_predicted_is_refused(trained, here, tmp_path):
         assert result.status == 2 and said in result.err and str(path) in result.err
     result = here("deit3", *flags, "--predict", tmp_path, "--top", 0)
     assert result.status == 2 and "--top 0: must be 1 or more" in result.err
+
+
+@pytest.mark.parametrize("kind", ["pt2", "onnx"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_is_exported_answers_as_the_network_for_any_batch(script, kind, trained, here, tmp_path):
+    """Also at a resolution that it was not trained at, where that is not in its weights."""
+    if kind == "onnx":
+        onnxruntime = pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+    weights, size = trained(script, here), 32 if script == "resmlp" else 48
+    flags = ["--model", NANO[script], "--weights", weights, "--img-size", size, "--device", "cpu"]
+    file = tmp_path / "new" / f"net.{kind}"
+    result = here(script, *flags, "--export", file)
+    assert result.status == 0 and f"wrote {file}: images (batch, 3, {size}, {size})" in result.out, result
+    model = importlib.import_module(script).load_model(str(weights))[0]
+    if script not in ("grafit", "trex", "patchconvnet", "resmlp"):  # a position embedding is resized
+        content = checkpoint.load(weights, "")
+        model = models.from_checkpoint(content, "", (size, size), lambda line: None).eval()
+    images = torch.randn(5, 3, size, size, generator=torch.Generator().manual_seed(0))
+    if kind == "pt2":
+        answer = torch.export.load(file).module()
+    else:
+        session = onnxruntime.InferenceSession(file)
+        name = session.get_inputs()[0].name
+        answer = lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])  # noqa: E731
+    for count in (1, 2, 5):
+        with torch.no_grad():
+            torch.testing.assert_close(answer(images[:count]), model(images[:count]), atol=1e-4, rtol=1e-3)
+
+
+def test_what_cannot_be_exported_is_told_in_one_line(trained, here, tmp_path, monkeypatch):
+    weights = trained("deit3", here)
+    flags = ["--model", NANO["deit3"], "--weights", weights, "--device", "cpu", "--export"]
+
+    def without_packages(*args, **options):
+        raise ModuleNotFoundError("No module named 'onnxscript'", name="onnxscript")
+
+    monkeypatch.setattr(torch.onnx, "export", without_packages)
+    for file, said in (
+        (tmp_path / "a.tflite", "must end in .onnx or .pt2"), (tmp_path / "a.onnx", "pip install onnx onnxscript"),
+        ("/proc/none/a.pt2", "cannot be written"),
+    ):
+        result = here("deit3", *flags, file)
+        assert result.status == 2 and f"--export {file}: " in result.err and said in result.err, result
+        assert len(result.err.strip().splitlines()) == 1
+
+
+# ---- Images of one's own ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("images, world, flags, batch, epochs, warmup", [
+    (60, 1, [], 16, 266, 13), (10, 1, [], 8, 300, 15), (300, 1, [], 32, 106, 5), (300, 8, [], 32, 106, 5),
+    (2048, 1, [], 256, 125, 6), (60_000, 1, [], 256, 30, 1), (60_000, 3, [], 192, 30, 1), (60, 8, [], 16, 266, 13),
+    (60, 1, ["--batch-size", "30", "--epochs", "2"], 30, 2, 0), (60_000, 1, ["--epochs", "100"], 256, 100, 5),
+])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_recipe_for_own_images_fits_their_number(script, images, world, flags, batch, epochs, warmup, monkeypatch):
+    monkeypatch.setattr("common.script.open_data", lambda *args, **options: {"train": range(images)})
+    args, recipe, paper = importlib.import_module(script).parse_args(["--recipe", "own", "--data", "x", *flags])
+    said = []
+    run = SimpleNamespace(args=args, recipe=recipe, paper=paper, world=world, say=said.append, first=lambda f: f())
+    fit_own(run)
+    if script in ("trex", "grafit") and images == 60_000 and paper.batch_size == 512:
+        batch *= 2
+    assert (run.recipe.batch_size, run.recipe.epochs, run.recipe.warmup_epochs) == (batch, epochs, warmup)
+    micro, accumulation = split_batch(batch, world, None, min(getattr(run.recipe, "mix_group", 1), batch))
+    assert micro * accumulation * world == batch <= images and micro > 1
+    if not flags:  # the rate is that of the recipe at every batch
+        assert run.recipe.lr == importlib.import_module(script).RECIPES["own"].lr and len(said) == 1
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_few_images_of_ones_own_are_learned_from_trained_weights(script, trained, here, folder, tmp_path):
+    """Without a word about batch and warm-up."""
+    flags = ["--model", NANO[script], "--data", folder, "--img-size", 32, "--recipe", "own", "--workers", 0]
+    result = here(script, *flags, "--out", tmp_path / "o")
+    assert result.status == 2 and "--recipe own: starts from a trained network; give --weights FILE" in result.err
+    flags += ["--epochs", 2, "--weights", trained(script, here), "--device", "cpu"]
+    result = here(script, *flags, "--out", tmp_path / "o")
+    assert result.status == 0 and "recipe own for 64 images: batch 16, 2 epochs" in result.out, result
+    assert "none of the paper's" in result.out and (tmp_path / "o/best.pt").exists()
+    result = here(script, *flags, "--out", tmp_path / "o", "--resume")
+    assert result.status == 0 and "it is complete" in result.out, result
 
 
 # ---- Official files --------------------------------------------------------------------------------------------------
