@@ -98,6 +98,42 @@ def test_readmes_commands_of_the_transfer_suite_are_accepted():
         assert ("mean per class" in row) == (metric == "per-class"), name
 
 
+def test_readme_can_be_read_before_anything_is_unfolded():
+    """At most 250 lines are seen, with one picture that the repository makes."""
+    seen = re.sub(r"<details>.*?</details>\n", "", README, flags=re.S).splitlines()
+    assert len(seen) <= 250
+    pictures = re.findall(r"!\[.*\]\((.*)\)", README)
+    assert len(pictures) == 1 and (ROOT / pictures[0]).stat().st_size < 100_000
+    assert f"--show-batch {pictures[0]}`" in README
+
+
+def test_readmes_map_from_sections_to_functions_is_true():
+    """Every name stands in its script, every script in the map."""
+    rows = re.findall(r"^\| [^|`]*`(\w+)\.py` \| (.*) \|$", README, re.M)
+    rows = [(script, text) for script, text in rows if re.search(r"\d\.\d(\.\d)*[^:]*: `|the page: `", text)]
+    assert sorted(script for script, _ in rows) == sorted(SCRIPTS)
+    for script, text in rows:
+        names = re.findall(r"`(\w+)`", text)
+        assert len(names) >= 6 and not [n for n in names if not hasattr(importlib.import_module(script), n)], script
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_renamed_as_readme_says_trains_and_its_weights_load(fresh, tmp_path, script):
+    """Copying out: common/ without the suite and dense prediction, the name changed in the three calls."""
+    assert "the name in its three calls (`make_parser`,\n`load`, `run_script`)" in README
+    calls = rf'(make_parser\(|load\(|run_script\(\s*)"{script}"'
+    (tmp_path / "mine.py").write_text(re.sub(calls, r'\1"mine"', (ROOT / f"{script}.py").read_text()))
+    left = shutil.ignore_patterns("__pycache__", "transfer.py", "dense.py")
+    shutil.copytree(ROOT / "common", tmp_path / "common", ignore=left)
+    small = WITHOUT_MIXING if script in ("trex", "grafit") else SMALL
+    data = write_folder(tmp_path / "d", train=8, val=1)
+    flags = ["--model", NANO[script], *small, "--data", data, "--epochs", 1, "--warmup-epochs", 0, "--out", "o"]
+    assert fresh("mine.py", *flags, cwd=tmp_path).status == 0
+    code = "import sys, mine; sys.path.insert(0, '.'); print(mine.load_model('o/best.pt')[1])"
+    result = fresh("-c", code, cwd=tmp_path)
+    assert result.status == 0 and "['ant', 'bee', 'cat', 'dog']" in result.out, result
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_readme_has_a_command_for_every_recipe(script):
     lines = [line for name, line in commands() if name == script]
