@@ -49,12 +49,12 @@ def run_script(
 
 
 def fit_own(run: Run) -> None:
-    """Fits the recipe `own` to the N training images, where no flag says otherwise: N / 8 images a step (16 to the
-    recipe's batch, a power of two per rank), epochs for 1,000 steps (30 to 300), a twentieth of them warm-up. The rate
-    is that of the recipe at each of these batches. Of no paper: tried on 60 to 20,000 images (README)."""
+    """Fits the recipe `own` to the N training images, where no flag says otherwise: N / 8 images a step (16 to 256, a
+    power of two per rank), epochs for 1,000 steps (at most 300, at least the recipe's), a twentieth of them warm-up.
+    The rate is the recipe's at each of these batches. Of no paper: README has what was tried."""
     args, paper = run.args, run.paper
     images = len(run.first(lambda: open_data(args.data, splits=("train",), say=lambda line: None))["train"])
-    share = min(max(16, images // 8), images, paper.batch_size) // run.world
+    share = min(max(16, images // 8), images, 256) // run.world
     fitted = 2 ** max(1, share.bit_length() - 1) * run.world
     batch = args.batch_size or fitted
     epochs = args.epochs or max(paper.epochs, min(300, 1000 * batch // images))

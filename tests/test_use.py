@@ -204,8 +204,6 @@ def test_the_recipe_for_own_images_fits_their_number(script, images, world, flag
     said = []
     run = SimpleNamespace(args=args, recipe=recipe, paper=paper, world=world, say=said.append, first=lambda f: f())
     fit_own(run)
-    if script in ("trex", "grafit") and images == 60_000 and paper.batch_size == 512:
-        batch *= 2
     assert (run.recipe.batch_size, run.recipe.epochs, run.recipe.warmup_epochs) == (batch, epochs, warmup)
     micro, accumulation = split_batch(batch, world, None, min(getattr(run.recipe, "mix_group", 1), batch))
     assert micro * accumulation * world == batch <= images and micro > 1
