@@ -3,13 +3,13 @@
 import argparse
 import dataclasses
 import difflib
-import math
 import os
 import typing
 
+import torch
 import torchvision
 
-from common.errors import UserError
+from common.errors import UserError, one_line
 
 
 class Parser(argparse.ArgumentParser):
@@ -111,7 +111,7 @@ def converter(kind):
         if kind == tuple[int, int]:
             height, width = map(int, text.split("x") * (1 if "x" in text else 2))
             return height, width
-        return {"true": True, "false": False}[text.lower()] if kind is bool else options[0](text)
+        return bool(("false", "true").index(text.lower())) if kind is bool else options[0](text)
 
     convert.__name__ = "size" if kind == tuple[int, int] else getattr(kind, "__name__", "number")
     return convert
@@ -159,10 +159,11 @@ def differences(recipe, paper) -> list[str]:
 
 
 RULES = {  # in a Recipe field's annotation: which numbers it may have
-    "2 or more": lambda v: v >= 2,
-    "1 or more": lambda v: v >= 1,
-    "0 or more": lambda v: 0 <= v < math.inf,
-    "above 0": lambda v: 0 < v < math.inf,
+    "2 or more": lambda v: 2 <= v <= 10**9,  # who gives a larger number has mistyped it
+    "1 or more": lambda v: 1 <= v <= 10**9,
+    "0 or more": lambda v: 0 <= v <= 10**9,
+    "above 0": lambda v: 0 < v <= 10**9,
+    "0 or more, at most 1024": lambda v: 0 <= v <= 1024,
     "in [0, 1)": lambda v: 0 <= v < 1,
     "in [0, 1]": lambda v: 0 <= v <= 1,
     "in (0, 1]": lambda v: 0 < v <= 1,
@@ -170,25 +171,24 @@ RULES = {  # in a Recipe field's annotation: which numbers it may have
 }
 
 
-RUN_RULES = dict.fromkeys(("workers", "save_steps", "seed"), "0 or more") | dict.fromkeys(
-    ("micro_batch", "timeout", "top"), "1 or more")
+RUN_RULES = {"workers": "0 or more, at most 1024", "save_steps": "0 or more", "seed": "0 or more",
+             "micro_batch": "1 or more", "timeout": "1 or more", "top": "1 or more"}
 
 
-def check_rule(name: str, value, rule: str) -> None:
-    """UserError unless a flag's value (None: not given; of a size both sides) obeys a key of RULES."""
-    if value is not None and not RULES[rule](min(value) if isinstance(value, tuple) else value):
-        raise UserError(f"--{name.replace('_', '-')} {value}: must be {rule}")
+def check_rule(name: str, value, rule: str | tuple) -> None:
+    """UserError unless a flag's value (None: not given; of a size both sides) is in `rule` or obeys a key of RULES."""
+    flag, values = f"--{name.replace('_', '-')}", value if isinstance(value, tuple) else (value,)
+    if isinstance(rule, tuple):
+        check_choice(flag, value, rule)
+    elif value is not None and not all(map(RULES[rule], values)):
+        raise UserError(f"{flag} {value}: must be {rule}{' and at most 10^9' * (max(values) > 10**9)}")
 
 
 def check_recipe(recipe) -> None:
-    """UserError naming the first flag whose value breaks a rule of its field, choices or a key of RULES, or others."""
+    """UserError naming the first flag whose value breaks a rule of its field, or others."""
     for name, hint in typing.get_type_hints(type(recipe), include_extras=True).items():
-        value, flag = getattr(recipe, name), f"--{name.replace('_', '-')}"
         for rule in typing.get_args(hint)[2:]:
-            if isinstance(rule, tuple):
-                check_choice(flag, value, rule)
-            else:
-                check_rule(name, value, rule)
+            check_rule(name, getattr(recipe, name), rule)
     if recipe.warmup_epochs >= recipe.epochs:
         raise UserError(f"--warmup-epochs {recipe.warmup_epochs}: must be less than --epochs {recipe.epochs}")
     for flag, low in (("--min-lr", recipe.min_lr), ("--warmup-lr", recipe.warmup_lr)):
@@ -199,9 +199,16 @@ def check_recipe(recipe) -> None:
 def built(make_model, args: argparse.Namespace, recipe, num_classes: int):
     """make_model(args, recipe, num_classes); a size or an option that does not fit its model is the user's mistake."""
     try:
-        return make_model(args, recipe, num_classes)
-    except ValueError as error:
-        raise UserError(f"--model {args.model} (--img-size, ...): {error}") from None
+        model = make_model(args, recipe, num_classes)
+        if args.model.startswith("torchvision/"):  # they tell when they are used; on the meta device: in training
+            device = next(model.parameters()).device
+            with torch.no_grad():
+                answer = model.train(device.type == "meta")(torch.zeros(2, 3, *recipe.img_size, device=device))
+            if not isinstance(answer, torch.Tensor):
+                raise ValueError("it has auxiliary outputs, which are not trained here")
+        return model
+    except (ValueError, RuntimeError, AssertionError) as error:
+        raise UserError(f"--model {args.model} (--img-size, ...): {one_line(error, 300)}") from None
 
 
 def refuse(args: argparse.Namespace, flags: tuple[str, ...], why: str) -> None:

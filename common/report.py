@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common.cli import differences
 from common.data import TrainingData
+from common.errors import UserError, one_line
 from common.evaluate import denormalize
 from common.images import to_pil
 from common.models import on_meta
@@ -111,7 +112,7 @@ def show_batch(path: str | Path, data: TrainingData, prepare: Callable | None) -
 
 
 def save_sheet(path: str | Path, rows: list[tuple[str, list[Image.Image]]], gap: int = 4) -> None:
-    """PNG of rows of pictures, each row below its title, if it has one."""
+    """PNG of rows of pictures, each row below its title, if it has one. UserError if it cannot be written."""
     width = max(max(sum(p.width + gap for p in pictures) - gap, 7 * len(title) + 6) for title, pictures in rows)
     heights = [(14 if title else gap, max(p.height for p in pictures)) for title, pictures in rows]
     sheet = Image.new("RGB", (width, sum(map(sum, heights))), "white")
@@ -123,8 +124,11 @@ def save_sheet(path: str | Path, rows: list[tuple[str, list[Image.Image]]], gap:
             sheet.paste(picture, (left, top + above))
             left += picture.width + gap
         top += above + height
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be written ({one_line(error)})") from None
 
 
 def cividis(values: torch.Tensor) -> Image.Image:
@@ -155,12 +159,10 @@ def new_figure(path: str | Path, width: float, height: float, say: Callable[[str
 
 def save_curves(path: str | Path, log: str | Path, panels: dict[str, list[str]], say=print) -> None:
     """PNG with one panel for each label of an axis and its keys, over the epochs of a log.jsonl."""
-    rows = [r for r in read_log(log) if "epoch" in r and "status" not in r]
-
-    def points(key: str) -> list[tuple]:
-        return [(r["epoch"], r[key]) for r in rows if isinstance(r.get(key), (int, float))]
-
-    save_plot(path, [{k: points(k) for k in keys} for keys in panels.values()], "epoch", list(panels), say)
+    rows, curves = [r for r in read_log(log) if "epoch" in r and "status" not in r], []
+    for keys in panels.values():
+        curves.append({k: [(r["epoch"], r[k]) for r in rows if isinstance(r.get(k), (int, float))] for k in keys})
+    save_plot(path, curves, "epoch", list(panels), say)
 
 
 def save_plot(path: str | Path, panels: list[dict[str, list]], x_label: str, y_labels=None, say=print) -> bool:

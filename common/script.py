@@ -63,7 +63,6 @@ def fit_own(run: Run) -> None:
         changes["mix_group"] = math.gcd(paper.mix_group, batch // run.world)
     run.paper = dataclasses.replace(paper, **changes)
     run.recipe = override(run.paper, args)
-    run.say(f"recipe own for {images} images: batch {run.recipe.batch_size}, {epochs} epochs")
 
 
 def set_up(

@@ -17,7 +17,7 @@ from PIL import Image
 
 import deit
 import deit3
-from common import run
+from common import cli, run
 from common.data import split_batch
 from common.errors import UserError
 from common.evaluate import normalize
@@ -420,6 +420,12 @@ def test_show_batch_writes_what_the_network_is_fed(deit3_here, tmp_path):
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.parametrize("name", ["batch", "batch.xyz", "/proc/none/batch.png"])
+def test_a_picture_that_cannot_be_written_is_told_in_one_line(deit3_here, tmp_path, name):
+    """No suffix, an unknown one, no such place."""
+    refused(deit3_here(*TINY, "--show-batch", tmp_path / name), str(tmp_path / name), "cannot be written")
+
+
 def test_benchmark_prints_speed(deit3_here, monkeypatch):
     monkeypatch.setattr("common.report.speed.__kwdefaults__", {"seconds": 0.1})
     result = deit3_here(*TINY, "--benchmark")
@@ -543,3 +549,59 @@ def test_A4_run_flags_have_the_same_range_in_the_other_commands(launched, tmp_pa
     refused(launched(main, [module, command, *out, "--workers", "-1"]), "--workers -1: must be 0 or more")
     refused(launched(main, [module, command, *out, "--micro-batch", "0"]), "--micro-batch 0: must be 1 or more")
     refused(launched(main, [module, command, *out, "--weights", ""]), "--weights: is empty")
+
+
+ABSURD = ["-1", "-8", "nan", "inf", "-inf", "1e400", f"-1{30 * '0'}", f"1{30 * '0'}", "x", "", "0x0", "9" * 5000]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_has_a_range(here, script, monkeypatch):
+    """Absurd values of all flags of all scripts: one line that names the flag, status 2; what is no file's name or text
+    does not take them."""
+    found, parse_args = [], cli.Parser.parse_args
+    with monkeypatch.context() as patch:
+        patch.setattr(cli.Parser, "parse_args", lambda self, *a: found.append(self) or parse_args(self, *a))
+        importlib.import_module(script).parse_args([])
+    text = ("FILE", "FOLDER", "DATA", "PATH", "NAME", "IMAGE")
+    for action in found[0]._actions:
+        flag, hints = action.option_strings[-1], importlib.import_module(script).Recipe.__annotations__
+        if action.nargs == 0 or action.metavar in text or "[str" in str(hints.get(action.dest)):
+            continue
+        for value in ABSURD:
+            refused(here(script, f"{flag}={value}"), flag)
+
+
+@pytest.mark.parametrize("name, size", [("googlenet", 64), ("inception_v3", 80), ("vit_b_16", 64), ("alexnet", 48)])
+def test_torchvisions_models_of_another_kind_train_or_are_refused_in_one_line(deit3_here, tmp_path, folder, name, size):
+    """Auxiliary outputs (GoogLeNet, Inception), an image size of their own (ViT), one too small (AlexNet)."""
+    flags = [*TINY, "--data", folder, "--img-size", size, "--epochs", 1, "--warmup-epochs", 0, "--out", tmp_path / "o"]
+    result = deit3_here(*flags, "--model", f"torchvision/{name}")
+    assert result.status in (0, 2), result
+    if result.status:
+        refused(result, f"--model torchvision/{name}", "--img-size")
+
+
+def test_a_part_of_the_classes_is_evaluated_by_name_or_number(deit3_here, tmp_path, folder):
+    """ImageNet-A and -R hold 200 of the 1000 classes."""
+    assert deit3_here(*TINY, "--data", folder, "--out", tmp_path / "o").status == 0
+    flags = ["--model", "vit_nano", "--device", "cpu", "--workers", 0, "--img-size", 32, "--eval", "--weights"]
+    both = {}
+    for index, name in enumerate(("ant", "bee", "cat", "dog")):
+        for part, folders in (("name", ("bee", "dog")), ("number", ("bee", "dog"))):
+            if name in folders:
+                place = tmp_path / part / (name if part == "name" else str(index))
+                shutil.copytree(folder / "val" / name, place)
+    torch.save({"model": load(tmp_path / "o/best.pt")["model"]}, tmp_path / "bare.pth")
+    for weights in ("o/best.pt", "bare.pth"):
+        for part in ("name", "number"):
+            known = ["--data", folder] if (weights, part) == ("bare.pth", "name") else []
+            result = deit3_here(*flags, tmp_path / weights, *known, "--eval-data", tmp_path / part)
+            assert result.status == 0 and "2 of the 4 classes" in result.out, result
+            both[weights, part] = accuracy(result)
+    assert len({str(found) for found in both.values()}) == 1
+    with torch.no_grad():
+        model, classes, transform = deit3.load_model(str(tmp_path / "o/best.pt"))
+        files = [(classes.index(n), f) for n in ("bee", "dog") for f in sorted((folder / "val" / n).iterdir())]
+        right = [model(transform(f)[None]).argmax().item() == label for label, f in files]
+    assert both["bare.pth", "number"]["top1"] == pytest.approx(100 * sum(right) / len(right), abs=1e-3)
+    refused(deit3_here(*flags, tmp_path / "bare.pth", "--eval-data", tmp_path / "name"), "its 2 classes", "--data")

@@ -201,14 +201,13 @@ def test_what_cannot_be_exported_is_told_in_one_line(trained, here, tmp_path, mo
 def test_the_recipe_for_own_images_fits_their_number(script, images, world, flags, batch, epochs, warmup, monkeypatch):
     monkeypatch.setattr("common.script.open_data", lambda *args, **options: {"train": range(images)})
     args, recipe, paper = importlib.import_module(script).parse_args(["--recipe", "own", "--data", "x", *flags])
-    said = []
-    run = SimpleNamespace(args=args, recipe=recipe, paper=paper, world=world, say=said.append, first=lambda f: f())
+    run = SimpleNamespace(args=args, recipe=recipe, paper=paper, world=world, first=lambda f: f())
     fit_own(run)
     assert (run.recipe.batch_size, run.recipe.epochs, run.recipe.warmup_epochs) == (batch, epochs, warmup)
     micro, accumulation = split_batch(batch, world, None, min(getattr(run.recipe, "mix_group", 1), batch))
     assert micro * accumulation * world == batch <= images and micro > 1
     if not flags:  # the rate is that of the recipe at every batch
-        assert run.recipe.lr == importlib.import_module(script).RECIPES["own"].lr and len(said) == 1
+        assert run.recipe.lr == importlib.import_module(script).RECIPES["own"].lr and run.recipe == run.paper
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -219,7 +218,7 @@ def test_a_few_images_of_ones_own_are_learned_from_trained_weights(script, train
     assert result.status == 2 and "--recipe own: starts from a trained network; give --weights FILE" in result.err
     flags += ["--epochs", 2, "--weights", trained(script, here), "--device", "cpu"]
     result = here(script, *flags, "--out", tmp_path / "o")
-    assert result.status == 0 and "recipe own for 64 images: batch 16, 2 epochs" in result.out, result
+    assert result.status == 0 and "batch    16 = " in result.out and "steps    2 epochs x 4" in result.out, result
     assert "none of the paper's" in result.out and (tmp_path / "o/best.pt").exists()
     result = here(script, *flags, "--out", tmp_path / "o", "--resume")
     assert result.status == 0 and "it is complete" in result.out, result
