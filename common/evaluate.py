@@ -170,6 +170,16 @@ def evaluate_weights(run: Run, make_model: Callable, adapt: Callable | None, pre
             raise UserError(f"--data: its {len(source.classes)} classes are not the {len(classes)} of {args.weights}")
         sources[args.data], classes = source, source.classes
     for path in args.eval_data or []:
+        known = classes or checkpoint.classes_of(content)
+        part = run.first(lambda path=path: open_images(path, "--eval-data", say=lambda line: None))
+        labels = [known.index(c) if c in known else int(c) if c.isdigit() else -1 for c in part.classes]
+        if len(labels) < len(known) and all(0 <= label < len(known) for label in labels):  # by name or by number
+            run.say(f"{path}: {len(labels)} of the {len(known)} classes, any of which may be answered")
+            part.classes, part.labels, sources[path] = known, np.array(labels)[part.labels], part
+            continue
+        if classes is None and len(labels) != len(known):
+            why = "classes have names that the weights do not say; add --data, or name the folders by number"
+            raise UserError(f"--eval-data {path}: its {len(labels)} {why}")
         sources[path] = opened(lambda known, path=path: open_images(path, "--eval-data", known, run.say))
     first = next(iter(sources.values()))
     real = real_labels(args.real_labels, first) if args.real_labels else None
