@@ -151,41 +151,44 @@ def read_file(file: str, flag: str) -> torch.Tensor:
         raise UserError(f"{flag} {file}: {getattr(error, 'strerror', None) or one_line(error)}") from None
 
 
+def label_as(source: Source, known: list[str], named: bool, where: str, say: Callable) -> None:
+    """Makes the labels of `source` those of the weights' classes `known`, all of which (of --eval-data: or a part) its
+    folders name or number. Of weights that do not say names (named: False) the sorted folders are the classes."""
+    numbers = not set(source.classes) <= set(known) and all(c.isdigit() for c in source.classes)
+    labels = [int(c) if numbers else known.index(c) if c in known else -1 for c in source.classes]
+    whole = len(labels) == len(known)
+    if all(0 <= label < len(known) for label in labels) and (whole or where.startswith("--eval-data")):
+        if numbers:
+            say(f"{where}: class folders are numbers and taken as labels 0..{len(known) - 1}")
+        if not whole:
+            say(f"{where}: {len(labels)} of the {len(known)} classes, any of which may be answered")
+        source.classes, source.labels = known, np.array(labels)[source.labels]
+    elif named or not whole:
+        hint = "" if named else "; add --data, whose folders name the classes, or name the folders by number"
+        raise UserError(f"{where}: its {len(labels)} classes are not among the {len(known)} of the weights{hint}")
+
+
 def evaluate_weights(run: Run, make_model: Callable, adapt: Callable | None, predict: Predict = logits_of) -> None:
     """--eval: accuracy of --weights (or last.pt of --out) on --data's validation images, if given, and on --eval-data;
     with --out also as eval.json there."""
-    args, content, sources = run.args, checkpoint.of_run(run), {}
-    classes = checkpoint.classes_of(content) if isinstance(content.get("data"), dict) else None
+    args, content, sources, results = run.args, checkpoint.of_run(run), {}, {}
+    known, named = checkpoint.classes_of(content), isinstance(content.get("data"), dict)
+    options = dict(val_data=args.val_data, coarse_labels=args.coarse_labels, splits=("val",))
 
-    def opened(open_as: Callable) -> Source:
-        """open_as(classes); folders named by numbers are labels to weights that do not name their classes."""
-        source, numbers = run.first(lambda: open_as(classes)), checkpoint.classes_of(content)
-        again = classes is None and sorted(source.classes) == sorted(numbers)
-        return run.first(lambda: open_as(numbers)) if again else source
+    def say(line: str) -> None:  # how numbers are understood is said by label_as
+        if "labels follow their names" not in line:
+            run.say(line)
 
-    if args.data:
-        where = dict(val_data=args.val_data, coarse_labels=args.coarse_labels, splits=("val",), say=run.say)
-        source = opened(lambda known: open_data(args.data, classes=known, **where)["val"])
-        if classes not in (None, source.classes):
-            raise UserError(f"--data: its {len(source.classes)} classes are not the {len(classes)} of {args.weights}")
-        sources[args.data], classes = source, source.classes
-    for path in args.eval_data or []:
-        known = classes or checkpoint.classes_of(content)
-        part = run.first(lambda path=path: open_images(path, "--eval-data", say=lambda line: None))
-        labels = [known.index(c) if c in known else int(c) if c.isdigit() else -1 for c in part.classes]
-        if len(labels) < len(known) and all(0 <= label < len(known) for label in labels):  # by name or by number
-            run.say(f"{path}: {len(labels)} of the {len(known)} classes, any of which may be answered")
-            part.classes, part.labels, sources[path] = known, np.array(labels)[part.labels], part
-            continue
-        if classes is None and len(labels) != len(known):
-            why = "classes have names that the weights do not say; add --data, or name the folders by number"
-            raise UserError(f"--eval-data {path}: its {len(labels)} {why}")
-        sources[path] = opened(lambda known, path=path: open_images(path, "--eval-data", known, run.say))
+    asked = [("--eval-data", path) for path in args.eval_data or []]
+    for flag, path in [("--data", args.data), *asked] if args.data else asked:
+        source = run.first(lambda: open_data(path, say=say, **options)["val"] if flag == "--data" else
+                           open_images(path, flag, say=say))
+        known = known or source.classes
+        label_as(source, known, named, f"{flag} {path}", run.say)
+        sources[path], known, named = source, source.classes, named or flag == "--data"
     first = next(iter(sources.values()))
     real = real_labels(args.real_labels, first) if args.real_labels else None
-    classes = classes or checkpoint.classes_of(content) or first.classes
-    model, recipe, _ = trained_model(run, make_model, adapt, content, classes)
-    results = {}
+    model, recipe, _ = trained_model(run, make_model, adapt, content, known)
     for name, source in sources.items():
         metrics = accuracy(run, model, recipe, source, predict, real if source is first else None)
         (height, width), ratio = recipe.img_size, recipe.eval_crop_ratio
