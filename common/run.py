@@ -43,6 +43,7 @@ _STORE: list = []  # where its ranks meet
 
 def launch(main: Callable[[], None]) -> None:
     """Runs a script's main and ends the process, whatever main ended by and whatever still runs beside it."""
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # closed: None
     sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # it may know ASCII only
     status = 1
     try:
@@ -71,8 +72,7 @@ def outcome(main: Callable[[], None]) -> int:
     except torch.cuda.OutOfMemoryError:
         line = "the GPU's memory is full; lower --micro-batch (the result stays the same) or use --grad-checkpoint"
     except BaseException as error:
-        said = str(error).lower()
-        if isinstance(error, RuntimeError) and dist.is_initialized() and any(sign in said for sign in LOST):
+        if isinstance(error, RuntimeError) and dist.is_initialized() and any(s in str(error).lower() for s in LOST):
             time.sleep(3)  # the rank that failed speaks first
             where = "".join(f" at epoch {run.epoch}, step {run.step}" for run in _CURRENT if run.started)
             line = (f"lost contact with another rank{where}: it died or hangs (see its own message); "

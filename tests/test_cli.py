@@ -12,7 +12,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, TINY, Result, encoded, fewer_shapes, load, log_of, picture, start, write_folder
+from conftest import (
+    ROOT,
+    SCRIPTS,
+    TINY,
+    Result,
+    encoded,
+    fewer_shapes,
+    finish,
+    load,
+    log_of,
+    picture,
+    start,
+    write_folder,
+)  # fmt: skip
 from PIL import Image
 
 import deit
@@ -605,3 +618,9 @@ def test_a_part_of_the_classes_is_evaluated_by_name_or_number(deit3_here, tmp_pa
         right = [model(transform(f)[None]).argmax().item() == label for label, f in files]
     assert both["bare.pth", "number"]["top1"] == pytest.approx(100 * sum(right) / len(right), abs=1e-3)
     refused(deit3_here(*flags, tmp_path / "bare.pth", "--eval-data", tmp_path / "name"), "its 2 classes", "--data")
+
+
+def test_closed_standard_streams_change_nothing(tmp_path, folder):
+    flags = " ".join(map(str, [*TINY, "--data", folder, "--out", tmp_path / "o", "--epochs", 1, "--warmup-epochs", 0]))
+    result = finish(start("sh", "-c", f"{sys.executable} {ROOT}/deit3.py {flags} >&- 2>&-"))
+    assert result.status == 0 and "Traceback" not in result.err and (tmp_path / "o/best.pt").exists(), result

@@ -10,7 +10,7 @@ import sys
 import zipfile
 
 import pytest
-from conftest import NANO, ROOT, SCRIPTS, SMALL, WITHOUT_MIXING, write_folder
+from conftest import NANO, ROOT, SCRIPTS, SMALL, WITHOUT_MIXING, encoded, fewer_shapes, picture, write_folder
 
 README = (ROOT / "README.md").read_text()
 
@@ -132,6 +132,41 @@ def test_a_script_renamed_as_readme_says_trains_and_its_weights_load(fresh, tmp_
     code = "import sys, mine; sys.path.insert(0, '.'); print(mine.load_model('o/best.pt')[1])"
     result = fresh("-c", code, cwd=tmp_path)
     assert result.status == 0 and "['ant', 'bee', 'cat', 'dog']" in result.out, result
+
+
+TINY_COMMANDS = [(s, line) for s, line in commands() if "shapes" in line and "DATA" not in line and "--recipe" in line]
+
+
+@pytest.mark.parametrize("script, line", TINY_COMMANDS)
+def test_readmes_commands_on_the_built_in_data_run(here, tmp_path, monkeypatch, script, line):
+    """With less of it, and but an epoch; weights that an earlier command leaves are made."""
+    monkeypatch.chdir(tmp_path)
+    line = line.replace("runs/shapes_teacher/last.pt", "runs/first/last.pt")
+    short = ["--epochs", 1, "--warmup-epochs", 0, "--batch-size", 32, "--workers", 0, "--device", "cpu"]
+    with fewer_shapes(64, 12):
+        if "--teacher-weights" in line:
+            teacher = ["--model", "vit_nano", "--recipe", "shapes", *short, "--out", "runs/first"]
+            assert here("deit3", *teacher).status == 0
+        result = here(script, *shlex.split(line), *short)
+    assert result.status == 0, result
+
+
+def test_readmes_python_runs(here, tmp_path, monkeypatch):
+    """What is done with a trained model, and its lines of the command line, after the first command of all."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    for name in ("cat.jpg", "photos/a.jpg"):
+        (tmp_path / name).write_bytes(encoded(picture(0, 1)))
+    with fewer_shapes(64, 12):
+        first = ["--model", "vit_nano", "--recipe", "shapes", "--epochs", 1, "--warmup-epochs", 0, "--workers", 0]
+        assert here("deit3", *first, "--out", "runs/demo").status == 0
+    exec(re.search(r"```python\n(import torch.*?)```", README, re.S)[1], found := {})
+    assert found["logits"].shape == (1, 12) and found["tokens"].shape[2] == 96
+    lines = [line for script, line in commands() if "runs/demo/best.pt" in line and ".onnx" not in line]
+    assert len(lines) == 2
+    for line in lines:
+        assert here("deit3", *shlex.split(line), "--workers", 0).status == 0, line
+    assert (tmp_path / "vit.pt2").exists()
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
