@@ -47,7 +47,7 @@ def make_parser(method: str, doc: str, recipe_class: type, recipes, *, model: st
     flag("--recipe", metavar="NAME", help=f"{', '.join(recipes)}; default: {recipe}, or shapes without data")
     parser.paper = recipe
     flag("--list-models", action="store_true", help="print the models and stop")
-    flag("--show-batch", metavar="FILE", help="write what the network is fed as a PNG and stop")
+    flag("--show-batch", metavar="FILE", help="write what the network is fed as FILE.png (or .jpg) and stop")
     flag("--benchmark", action="store_true", help="measure images/s and peak memory of training and inference and stop")
     if teacher:
         flag("--teacher", metavar="NAME", help=f"a classifier of torchvision's; default: {teacher}, as in the thesis")

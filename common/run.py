@@ -435,7 +435,7 @@ class Run:
         if self.stop_agreed:
             self._stop()
         waiting = self.data.waited / seconds if done else 0.0
-        if waiting > 0.3 and done >= 20 and self.workers < self.most_workers:  # the first steps always wait
+        if waiting > 0.3 and done >= 10 and self.workers < self.most_workers:  # the first steps always wait
             self.say(f"warning: {waiting:.0%} of this epoch was waiting for data; raise --workers (now {self.workers})")
         return {"epoch": self.epoch, "step": (self.epoch + 1) * self.data.steps,
                 "train_loss": self.loss_sum / max(self.loss_count, 1),

@@ -701,6 +701,6 @@ def test_B28_waiting_for_data_is_logged_and_warned_about(command, tmp_path):
         Samples.__getitems__ = lambda self, keys: time.sleep(0.1) or original(self, keys)
 
     log = tmp_path / "log"
-    assert status_of(child(command("o"), patch=slow, log=log)) == 0
+    assert status_of(child(command("o", "--batch-size", 4), patch=slow, log=log)) == 0
     assert "of this epoch was waiting for data; raise --workers (now 0)" in log.read_text()
     assert all(r["waiting_for_data"] > 0.3 for r in log_of(tmp_path / "o") if "train_loss" in r)

@@ -283,7 +283,7 @@ def test_a_run_learns_is_evaluated_and_exports_the_encoder(here, folder, tmp_pat
     assert here("trex", "--model", NANO["trex"], "--weights", tmp_path / "o/last.pt", "--export", exported).status == 0
     found = trex.ResNet(trex.BasicBlock, [1] * 4).load_state_dict(load(exported), strict=False)
     assert found.missing_keys == ["fc.weight", "fc.bias"] and not found.unexpected_keys
-    assert Image.open(tmp_path / "o/batch.png").height == 3 * (32 + 14)  # one global and two local crops
+    assert Image.open(tmp_path / "o/batch.png").height == 3 * (96 + 14)  # a global, two local crops; 3 times
 
 
 def test_the_resnet_form_of_the_papers_page():
