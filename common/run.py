@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -142,13 +143,23 @@ class SyncedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         return super().forward(everything)[first : first + len(x)]
 
 
+class WaitlessBatchNorm(torch.nn.SyncBatchNorm):
+    """torch's for GPUs, without its wait: it looks for ranks whose batch is empty, unless a CUDA graph is captured."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: True):  # no rank's batch is empty
+            return super().forward(x)
+
+
 def synchronise(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     """`model` with every BatchNorm synchronised over several ranks; its parameters and buffers stay what they are."""
     if device.type == "cuda":
-        return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for module in model.modules():
         if type(module) in (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d):
             module.__class__ = SyncedBatchNorm
+        elif type(module) is torch.nn.SyncBatchNorm:
+            module.__class__ = WaitlessBatchNorm
     return model
 
 
