@@ -377,13 +377,10 @@ class Run:
             raise UserError(f"{flag}: the run was started differently: {change}; repeat its flags or --allow-changes")
         checkpoint.load_weights(self.parts["model"], saved["model"], flag)
         for key, part in self.parts.items():
-            if (part is None) != (saved[key] is None):
-                verbs = ("has", "lacks") if part is None else ("lacks", "has")
-                raise UserError(f"{flag}: the checkpoint {verbs[0]} {key}, this run {verbs[1]} it")
             try:
                 if part is not None and key != "model":
                     part.load_state_dict(saved[key])
-            except (ValueError, KeyError, RuntimeError) as error:
+            except (TypeError, ValueError, KeyError, RuntimeError) as error:  # TypeError: it is None
                 raise UserError(f"{flag}: its {key} state does not fit ({one_line(error)}); try --weights") from None
         for counter in COUNTERS:
             setattr(self, counter, saved[counter])
