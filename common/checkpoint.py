@@ -96,9 +96,10 @@ def load(path: str | Path, flag: str, checked: bool = False) -> dict:
         if isinstance(error, pickle.UnpicklingError) and (kind := re.search(r"global: GLOBAL (\S+)", str(error))):
             hint = "where you trust it, write what is needed to a new file: torch.save(state_dict, FILE)"
             raise UserError(f"{where}: refused, holds a {kind[1]}, which could run code; {hint}") from None
-        if isinstance(error, PermissionError) or size is None:
-            why = getattr(error, "strerror", None) or f"cannot be downloaded ({one_line(error)}); fetch it yourself"
-            raise UserError(f"{where}: {why}") from None
+        if isinstance(error, (PermissionError, MemoryError)):
+            raise UserError(f"{where}: {getattr(error, 'strerror', None) or 'does not fit into memory'}") from None
+        if size is None:
+            raise UserError(f"{where}: cannot be downloaded ({one_line(error)}); fetch it yourself") from None
         raise UserError(f"{flag}: damaged checkpoint {path}; previous.pt and best.pt lie beside last.pt") from None
     if not isinstance(content, dict):
         raise UserError(f"{where}: holds a {type(content).__name__}, not a checkpoint")

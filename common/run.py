@@ -194,7 +194,8 @@ class Run:
         self.bar, self.writer, self.lock = tqdm(disable=True), None, None
         _CURRENT.append(self)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._on_signal)
+            if threading.current_thread() is threading.main_thread():  # others hear no signals
+                signal.signal(number, self._on_signal)
         if getattr(args, "note", None):
             self.say(args.note)
         if args.device is None and self.device.type == "cpu":

@@ -208,11 +208,13 @@ def test_D3_a_zip_bomb_is_not_unpacked(tmp_path, monkeypatch):
         checkpoint.load(tmp_path / "y.pt", "--weights")
 
 
-def test_a_file_without_permission_is_not_called_damaged(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error, said", [
+    (PermissionError(errno.EACCES, "Permission denied"), "Permission denied"), (MemoryError(), "not fit into memory")
+])
+def test_a_whole_file_that_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch, error, said):
     checkpoint.save(CONTENT, tmp_path / "x.pt")
-    denied = PermissionError(errno.EACCES, "Permission denied")
-    monkeypatch.setattr(zipfile, "is_zipfile", mock.Mock(side_effect=denied))  # root may read everything
-    with pytest.raises(UserError, match="x.pt: Permission denied"):
+    monkeypatch.setattr(zipfile, "is_zipfile", mock.Mock(side_effect=error))  # to root nothing is forbidden
+    with pytest.raises(UserError, match=f"--weights .*x.pt: .*{said}"):
         checkpoint.load(tmp_path / "x.pt", "--weights")
 
 

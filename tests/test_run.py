@@ -12,6 +12,7 @@ import socket
 import sys
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -340,6 +341,13 @@ def test_J3_a_second_job_on_another_host_is_refused_while_the_first_renews_its_l
     time.sleep(2)
     assert status_of(child(command("o", "--resume", "auto"), patch=lambda: patch("two"))) == 0
     assert not (tmp_path / "o/lock").exists()
+
+
+def test_a_run_in_a_thread_trains_and_leaves_no_lock(tmp_path, folder, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["deit3.py", *TINY, "--data", str(folder), "--out", str(tmp_path / "o")])
+    with ThreadPoolExecutor(1) as threads:
+        assert threads.submit(common.run.outcome, importlib.import_module("deit3").main).result() == 0
+    assert (tmp_path / "o/last.pt").exists() and not (tmp_path / "o/lock").exists()
 
 
 def test_a_signal_in_a_long_step_is_heard_at_once(command, tmp_path):
