@@ -6,13 +6,14 @@ import contextlib
 import json
 import os
 import pickle
+import re
 import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from common.errors import RunError, UserError, one_line
 from common.progress import watched
@@ -30,7 +31,7 @@ def save(checkpoint: dict, path: Path, *, keep: Path | None = None) -> None:
     broken = [k for k, v in checkpoint["model"].items() if not torch.isfinite(v).all()]
     if broken:
         raise RunError(f"{path} not written: {len(broken)} tensors are not finite, e.g. {broken[0]}; the old is kept")
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.uname().nodename}-{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as f:
@@ -68,34 +69,37 @@ def official_address(method: str, asked: str, model: str | None = None, size: in
     return f"{OFFICIAL_FILES}/{fit[0]}.pth"
 
 
-def load(path: str | Path, flag: str) -> dict:
+def load(path: str | Path, flag: str, checked: bool = False) -> dict:
     """The checkpoint's content on the CPU, of a .safetensors file its bare state dict; path: a file or an address.
-    UserError, naming `flag`, for a missing, damaged or unsafe file."""
-    where, safe = f"{flag} {path}", torch.serialization.safe_globals([argparse.Namespace])  # official files hold one
-    if "://" in str(path):
-        try:
-            with safe:
-                return torch.hub.load_state_dict_from_url(path, map_location="cpu", weights_only=True, check_hash=True)
-        except Exception as error:  # URLError, a hash that differs, what a damaged file raises
-            raise UserError(f"{where}: cannot be downloaded ({one_line(error)}); fetch it yourself") from None
-    if not (path := Path(path)).is_file():
-        raise UserError(f"{where}: " + ("is a folder; name the checkpoint file" if path.is_dir() else "no such file"))
+    UserError, naming `flag`, for a missing, damaged or unsafe file; checked: another process has read every byte."""
+    where, name, size = f"{flag} {path}", str(path), os.path.getsize(path) if os.path.isfile(path) else None
+    if size is None and "://" not in name:
+        raise UserError(f"{where}: " + ("is a folder; name the file in it" if os.path.isdir(path) else "no such file"))
     try:
-        if path.suffix == ".safetensors":
+        if name.endswith(".safetensors"):
             import safetensors.torch
 
             return safetensors.torch.load_file(path)
-        if zipped := zipfile.is_zipfile(path):  # torch.load itself does not notice a flipped byte
-            with zipfile.ZipFile(path) as z:
+        if (zipped := size is not None and zipfile.is_zipfile(path)) and not checked:
+            with zipfile.ZipFile(path) as z:  # torch.load itself does not notice a flipped byte
+                if sum(part.file_size for part in z.infolist()) > size:  # nobody packs weights: they would not shrink
+                    raise zipfile.BadZipFile
                 for part in watched(z.namelist(), f"reading {path}", "parts", print, len(z.namelist())):
                     z.read(part)
-        with safe:  # nothing but plain types and their command line is let in
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        options = dict(map_location="cpu", weights_only=True)  # plain types alone, and official files' command line
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = (torch.load(path, mmap=zipped, **options) if size is not None else
+                       torch.hub.load_state_dict_from_url(name, check_hash=True, **options))
     except ImportError:
         raise UserError(f"{where}: reading this kind of file needs a package: pip install safetensors") from None
     except Exception as error:  # which one depends on where the damage is
-        if isinstance(error, pickle.UnpicklingError) and "global" in str(error).lower():
-            raise UserError(f"{where}: refused, holds more than tensors and plain types and could run code") from None
+        if isinstance(error, pickle.UnpicklingError) and (kind := re.search(r"global: GLOBAL (\S+)", str(error))):
+            hint = "where you trust it, write what is needed to a new file: torch.save(state_dict, FILE)"
+            raise UserError(f"{where}: refused, holds a {kind[1]}, which could run code; {hint}") from None
+        if isinstance(error, (PermissionError, MemoryError)):
+            raise UserError(f"{where}: {getattr(error, 'strerror', None) or 'does not fit into memory'}") from None
+        if size is None:
+            raise UserError(f"{where}: cannot be downloaded ({one_line(error)}); fetch it yourself") from None
         raise UserError(f"{flag}: damaged checkpoint {path}; previous.pt and best.pt lie beside last.pt") from None
     if not isinstance(content, dict):
         raise UserError(f"{where}: holds a {type(content).__name__}, not a checkpoint")
@@ -135,7 +139,9 @@ def load_weights(model: torch.nn.Module, state: dict[str, torch.Tensor], where: 
     own = model.state_dict()
     differ = [k for k in own if k in state and state[k].shape != own[k].shape]
     kinds = {"keys missing": sorted(own.keys() - state.keys()), "keys not known": sorted(state.keys() - own.keys()),
-             "shapes differ": [f"{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}" for k in differ]}
+             "shapes differ": [f"{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}" for k in differ],
+             "not of plain numbers": [k for k, v in state.items() if v.layout != torch.strided or v.is_complex()
+                                      or getattr(v, "is_quantized", False)]}
     problems = [f"{len(found)} {kind}, e.g. {', '.join(found[:5])}" for kind, found in kinds.items() if found]
     if problems:
         raise UserError(f"{where}: does not fit the model: {'; '.join(problems)}")
@@ -169,7 +175,7 @@ def of_run(run) -> dict:
     args.weights = args.weights or str(run.out / "last.pt")
     if args.weights.partition(":")[0] == "official":
         args.weights = official_address(run.method, args.weights, args.model, min(run.recipe.img_size))
-    content = load(args.weights, "--weights")
+    content = run.read(args.weights, "--weights")
     if isinstance(held := content.get("model_name"), str) and held != args.model:
         raise UserError(f"--weights {args.weights}: holds {content.get('method')} {held}, you asked for {args.model}")
     return content
@@ -189,15 +195,15 @@ def take_part(model: torch.nn.Module, state: dict[str, torch.Tensor], prefix: st
     return fresh
 
 
-def plain(value):
-    """`value` with dense tensors on the CPU in storage of their own, all else plain; TypeError for what may not be."""
-    if isinstance(value, torch.Tensor):
-        value = value.detach().cpu().contiguous()
-        return value.clone() if value.untyped_storage().nbytes() != value.numel() * value.element_size() else value
-    if isinstance(value, dict):
-        return {plain(k): plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(plain(v) for v in value)
-    if value is None or type(value) in (bool, int, float, str, bytes):
-        return value
-    raise TypeError(f"a checkpoint may not hold a {type(value).__name__}: {value!r}")
+def plain(content):
+    """`content` with dense tensors on the CPU in storage of their own; TypeError for what is neither that nor plain."""
+
+    def leaf(value):
+        if isinstance(value, torch.Tensor):
+            value = value.detach().cpu().contiguous()
+            return value.clone() if value.untyped_storage().nbytes() != value.nbytes else value
+        if value is None or type(value) in (bool, int, float, str, bytes):
+            return value
+        raise TypeError(f"a checkpoint may not hold a {type(value).__name__}: {value!r}")
+
+    return tree_map(leaf, content)

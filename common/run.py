@@ -14,10 +14,13 @@ import random
 import shutil
 import signal
 import sys
+import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -33,6 +36,7 @@ from common.errors import RunError, UserError, one_line
 from common.progress import terminal
 
 FLAG_LAG = 3  # steps after which the host reads a step's flags from a GPU: long done by then, so nothing waits
+LEASE = 120.0  # seconds after which a lock that its owner on another host has not renewed no longer counts
 SAVE, STOP = 1.0, 2.0**16  # what a signal asks of a rank; a sum over ranks tells both
 COUNTERS = ("epoch", "step", "best", "loss_sum", "loss_count", "skipped_steps", "log_bytes")  # kept in checkpoints
 MAX_SKIPPED = 20  # consecutive fp16 overflows before the run stops
@@ -141,13 +145,23 @@ class SyncedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         return super().forward(everything).split(len(x))[dist.get_rank()]
 
 
+class WaitlessBatchNorm(torch.nn.SyncBatchNorm):
+    """torch's for GPUs, without its wait: it looks for ranks whose batch is empty, unless a CUDA graph is captured."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: True):  # no rank's batch is empty
+            return super().forward(x)
+
+
 def synchronise(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     """`model` with every BatchNorm synchronised over several ranks; its parameters and buffers stay what they are."""
     if device.type == "cuda":
-        return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for module in model.modules():
         if type(module) in (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d):
             module.__class__ = SyncedBatchNorm
+        elif type(module) is torch.nn.SyncBatchNorm:
+            module.__class__ = WaitlessBatchNorm
     return model
 
 
@@ -178,7 +192,8 @@ class Run:
         self.bar, self.writer, self.lock = tqdm(disable=True), None, None
         _CURRENT.append(self)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._on_signal)
+            if threading.current_thread() is threading.main_thread():  # others hear no signals
+                signal.signal(number, self._on_signal)
         if getattr(args, "note", None):
             self.say(args.note)
         if args.device is None and self.device.type == "cpu":
@@ -212,22 +227,31 @@ class Run:
             dist.all_gather(parts, tensor.contiguous())
         return torch.cat(parts)
 
+    def together(self, action: Callable):
+        """action() on every rank, and what it returns there; if it fails on one, all stop."""
+        result = error = None
+        try:
+            result = action()
+        except (UserError, RunError) as raised:
+            error = raised
+        if self.gather(torch.tensor([error is not None], device=self.device)).any():
+            raise error or SystemExit(1)  # the rank where it failed says why
+        return result
+
+    def on_rank_0(self, action: Callable):
+        """action() on rank 0, and what it returns, while the others wait."""
+        return self.together(lambda: action() if self.rank == 0 else None)
+
     def first(self, action: Callable):
         """action() of every rank, rank 0's before the others': what it builds (an index), they find."""
         result = self.on_rank_0(action)
         return result if self.rank == 0 else action()
 
-    def on_rank_0(self, action: Callable):
-        """action() on rank 0, and what it returns, while the others wait; if it fails there, all ranks stop."""
-        result = error = None
-        if self.rank == 0:
-            try:
-                result = action()
-            except (UserError, RunError) as raised:
-                error = raised
-        if self.gather(torch.tensor([error is not None], device=self.device)).any():
-            raise error or SystemExit(1)  # rank 0 says why
-        return result
+    def read(self, path: str | Path, flag: str) -> dict:
+        """A checkpoint's content. One rank of each node fetches and checks the file, the others share its pages."""
+        leads = int(os.environ.get("LOCAL_RANK", 0)) == 0
+        content = self.together(lambda: checkpoint.load(path, flag) if leads else None)
+        return content if leads else checkpoint.load(path, flag, checked=True)
 
     def _check_same_weights(self) -> None:
         """RunError if ranks hold different weights: they would diverge without a word."""
@@ -242,33 +266,44 @@ class Run:
         self.on_rank_0(self._open_folder)
 
     def _open_folder(self) -> None:
-        path, where, here = self.out / "lock", f"--out {self.out}", os.uname().nodename
+        """One writer: the kernel frees the lock of a process that ends; one of another host counts until it is old."""
+        path, where, here = self.out / "lock", f"--out {self.out}", f" on {os.uname().nodename}"
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             lock = open(path, "a+")
+            with tempfile.TemporaryFile(dir=self.out) as now:  # by the file system's clock, which hosts share
+                age = os.fstat(now.fileno()).st_mtime - os.fstat(lock.fileno()).st_mtime
             lock.seek(0)
-            owner = lock.read().strip()  # "process PID on HOST", left behind if that was killed
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it, however this process ends
+            if (owner := lock.read().strip()) and not owner.endswith(here) and age < LEASE:
+                raise BlockingIOError
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not path.exists() or not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
                 raise BlockingIOError  # its last owner removed it just now, and somebody may have made another
         except BlockingIOError:
-            raise UserError(f"{where}: in use by {owner or 'another run'}; choose another or stop that run") from None
+            hint = f"choose another or stop that run; dead on another host, it is forgotten after {LEASE:.0f} s"
+            raise UserError(f"{where}: in use by {owner or 'another run'}, alive {age:.0f} s ago; {hint}") from None
         except OSError as error:
             raise UserError(f"{where}: cannot be written ({error.strerror})") from None
-        if owner and not owner.endswith(f" on {here}") and self.args.resume is None:
-            raise UserError(f"{where}: locked by {owner}; if that run is dead, remove {path}")
-        self.lock = lock
+        self.lock, self.owner = lock, f"process {os.getpid()}{here}"
+        lock.truncate(0)
+        print(self.owner, file=lock, flush=True)
+        threading.Thread(target=self._renew, daemon=True).start()
         if (self.out / "last.pt").exists() and self.args.resume is None:
             raise UserError(f"{where}: holds a run already; --resume auto goes on with it, another --out starts anew")
-        lock.truncate(0)
-        print(f"process {os.getpid()} on {here}", file=lock, flush=True)
         for leftover in self.out.glob("*.tmp"):  # of a write that was killed
             leftover.unlink(missing_ok=True)
+
+    def _renew(self) -> None:
+        while self.lock is not None:
+            with contextlib.suppress(OSError, ValueError):
+                os.utime(self.lock.fileno())
+            time.sleep(LEASE / 8)
 
     def _unlock(self) -> None:
         if self.lock is not None:
             with contextlib.suppress(OSError), self.lock:
-                (self.out / "lock").unlink()
+                if (self.out / "lock").read_text().strip() == self.owner:
+                    (self.out / "lock").unlink()
             self.lock = None
 
     def prepare(self, model: torch.nn.Module, micro_batch: int) -> torch.nn.Module:
@@ -311,13 +346,14 @@ class Run:
     def _newest_checkpoint(self) -> tuple[str, dict | None]:
         """(name, content) of what --resume asks for; no content if there is nothing."""
         if self.args.resume != "auto":
-            return self.args.resume, checkpoint.load(self.args.resume, "--resume")
-        for path in filter(Path.exists, (self.out / "last.pt", self.out / "previous.pt")):
+            return self.args.resume, self.read(self.args.resume, "--resume")
+        found = [path for path in (self.out / "last.pt", self.out / "previous.pt") if path.exists()]
+        for path in found:
             try:
-                return path.name, checkpoint.load(path, "--resume")
-            except UserError as error:
-                self.say(f"warning: {error}")
-        if (self.out / "last.pt").exists():
+                return path.name, self.read(path, "--resume")
+            except (UserError, SystemExit) as error:
+                self.say(f"warning: {error if isinstance(error, UserError) else f'{path}: not read on every node'}")
+        if found:
             raise UserError(f"--resume auto: no good checkpoint in {self.out}; start anew with another --out")
         return "", None
 
@@ -341,13 +377,10 @@ class Run:
             raise UserError(f"{flag}: the run was started differently: {change}; repeat its flags or --allow-changes")
         checkpoint.load_weights(self.parts["model"], saved["model"], flag)
         for key, part in self.parts.items():
-            if (part is None) != (saved[key] is None):
-                verbs = ("has", "lacks") if part is None else ("lacks", "has")
-                raise UserError(f"{flag}: the checkpoint {verbs[0]} {key}, this run {verbs[1]} it")
             try:
                 if part is not None and key != "model":
                     part.load_state_dict(saved[key])
-            except (ValueError, KeyError, RuntimeError) as error:
+            except (TypeError, ValueError, KeyError, RuntimeError) as error:  # TypeError: it is None
                 raise UserError(f"{flag}: its {key} state does not fit ({one_line(error)}); try --weights") from None
         vars(self).update({counter: saved[counter] for counter in COUNTERS})
         torch.set_rng_state(saved["rng"]["torch"])
@@ -473,7 +506,13 @@ class Run:
         content, path = self._state() | {"record": record}, self.out / name
         if name == "best.pt":  # what is needed to use the network; last.pt holds what the run needs
             content = {k: v for k, v in content.items() if k not in {*self.parts, "rng"} - {"model", "ema"}}
-        self.on_rank_0(lambda: checkpoint.save(content, path, keep=None if record else path.with_name("previous.pt")))
+        self.on_rank_0(lambda: self._write(content, path, None if record else path.with_name("previous.pt")))
+
+    def _write(self, content: dict, path: Path, keep: Path | None) -> None:
+        with contextlib.suppress(FileNotFoundError):  # if somebody removed the folder, it is made again
+            if (owner := (self.out / "lock").read_text().strip()) != self.owner:  # it stood still, passed for dead
+                raise RunError(f"--out {self.out}: was taken over by {owner}; nothing was written, this run ends")
+        checkpoint.save(content, path, keep=keep)
 
     def check_stop(self) -> None:
         """Ends the run if any rank was asked to, with what is on disk (before training, and during evaluation)."""
@@ -488,6 +527,8 @@ class Run:
             self._unlock()
             _quit(130)
         self.stop_signal = int(number)
+        with contextlib.suppress(OSError):  # a step can be long
+            os.write(2, f"signal {number}: ends after this step\n".encode() * (self.rank == 0 and self.started))
         if not self.started:  # nothing to save yet, or ever
             raise SystemExit(128 + number)
 

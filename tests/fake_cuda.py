@@ -168,8 +168,6 @@ class FakeCuda(TorchDispatchMode):
         return f"{Path(frame.filename).name}:{frame.lineno}"
 
     def wait(self, kind: str, op: str, detail: str = "") -> None:
-        if any(f.filename.endswith("nn/modules/_functions.py") for f in traceback.extract_stack(limit=12)):
-            detail = f"{detail} in torch's SyncBatchNorm"
         self.waits.append(Event(kind, op, self.where(), self.phase, detail, self.step))
 
     # -- the operators

@@ -1,6 +1,7 @@
 """Writing and reading checkpoints: rows C and D of the fault list."""
 
 import argparse
+import errno
 import os
 import pickle
 import random
@@ -10,7 +11,9 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, load, same_training, start, wait_until
@@ -186,6 +189,42 @@ def test_D3_a_malicious_file_runs_nothing(tmp_path, zipped):
         ["grep", "-rn", "weights_only=False", "--include=*.py", str(ROOT / "common"), str(ROOT / "deit3.py")],
         capture_output=True
     ).stdout
+
+
+@pytest.mark.parametrize("value, kind", [(np.float64(1), r"numpy\S+scalar"), (Path("/data"), r"pathlib\S*Path")])
+def test_D3_what_is_refused_is_named(tmp_path, value, kind):
+    torch.save({"model": {}, "args": value}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match=f"refused, holds a {kind}, which could run code; .*torch.save"):
+        checkpoint.load(tmp_path / "x.pt", "--weights")
+
+
+def test_D3_a_zip_bomb_is_not_unpacked(tmp_path, monkeypatch):
+    torch.save({"model": {"x": torch.zeros(10**6)}}, tmp_path / "x.pt")
+    with zipfile.ZipFile(tmp_path / "x.pt") as old, zipfile.ZipFile(tmp_path / "y.pt", "w") as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name), zipfile.ZIP_DEFLATED)
+    monkeypatch.setattr(zipfile.ZipFile, "read", lambda *_: pytest.fail("it was read"))
+    with pytest.raises(UserError, match="damaged checkpoint"):
+        checkpoint.load(tmp_path / "y.pt", "--weights")
+
+
+@pytest.mark.parametrize("error, said", [
+    (PermissionError(errno.EACCES, "Permission denied"), "Permission denied"), (MemoryError(), "not fit into memory")
+])
+def test_a_whole_file_that_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch, error, said):
+    checkpoint.save(CONTENT, tmp_path / "x.pt")
+    monkeypatch.setattr(zipfile, "is_zipfile", mock.Mock(side_effect=error))  # to root nothing is forbidden
+    with pytest.raises(UserError, match=f"--weights .*x.pt: .*{said}"):
+        checkpoint.load(tmp_path / "x.pt", "--weights")
+
+
+@pytest.mark.parametrize("unusual", [
+    lambda x: x.to_sparse(), lambda x: x.cfloat(), lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)
+])
+def test_D5_tensors_of_another_kind_are_named(unusual):
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(UserError, match="--weights x: .*1 not of plain numbers, e.g. weight"):
+        checkpoint.load_weights(model, {**model.state_dict(), "weight": unusual(torch.zeros(2, 2))}, "--weights x")
 
 
 def test_D4_another_architecture(deit3_here, tmp_path, folder):

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -35,6 +36,7 @@ from common.data import split_batch
 from common.errors import UserError
 from common.evaluate import normalize
 from common.images import eval_transform
+from common.run import LEASE
 from common.sources import open_images
 
 
@@ -210,11 +212,11 @@ def test_A10_an_output_folder_in_use(deit3_here, tmp_path, folder):
     holder.communicate()
     assert deit3_here(*command, "--resume").status == 0
     before = (tmp_path / "last.pt").read_bytes()
-    (tmp_path / "last.pt").rename(tmp_path / "other.pt")
-    (tmp_path / "lock").write_text("process 1 on another-host\n")
-    refused(deit3_here(*command), "locked by process 1 on another-host", "remove")
-    (tmp_path / "other.pt").rename(tmp_path / "last.pt")
-    assert (tmp_path / "last.pt").read_bytes() == before
+    (tmp_path / "lock").write_text("process 1 on another-host\n")  # which this kernel knows nothing of
+    refused(deit3_here(*command, "--resume"), "in use by process 1 on another-host, alive 0 s ago", "after 120 s")
+    assert (tmp_path / "lock").exists() and (tmp_path / "last.pt").read_bytes() == before
+    os.utime(tmp_path / "lock", (0, time.time() - LEASE - 1))
+    assert deit3_here(*command, "--resume").status == 0 and not (tmp_path / "lock").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")

@@ -1,5 +1,6 @@
 """Signals, ranks, broken numbers and resuming: rows E to H of the fault list. Each run is a process of its own."""
 
+import fcntl
 import gc
 import importlib
 import json
@@ -10,13 +11,17 @@ import signal
 import socket
 import sys
 import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, TINY, TORCHRUN, finish, load, log_of, python, same_training, start, wait_until
 
-from common.run import launch
+import common.run
+from common.run import Run, launch
 
 # A run in a forked child: it inherits the imported torch, hence starts in milliseconds. Threads are off (conftest).
 LONG = [*TINY, "--data", "FOLDER", "--epochs", "3"]  # 3 x 4 steps
@@ -299,6 +304,81 @@ def test_E7_H1_twenty_kills_and_automatic_resume_give_the_undisturbed_run(comman
     assert status_of(child(command("o", *SAME, "--save-steps", 1, "--resume", "auto"))) == 0
     assert same_training(undisturbed, out) and epochs(out) == epochs(undisturbed)
     assert not list(out.glob("*.tmp"))
+
+
+def test_J3_a_run_that_passed_for_dead_writes_nothing_more(deit3_here, tmp_path, folder, monkeypatch):
+    """Two hosts, one folder: the first was cut off until the second took the folder over."""
+    after = Run.after_step
+
+    def cut_off(self, *args):
+        (tmp_path / "o/lock").write_text("process 2 on another-host\n")
+        after(self, *args)
+
+    monkeypatch.setattr(Run, "after_step", cut_off)
+    result = deit3_here(*TINY, "--data", folder, "--out", tmp_path / "o", "--save-steps", 1)
+    assert result.status == 1 and "was taken over by process 2 on another-host" in result.err, result
+    assert sorted(p.name for p in (tmp_path / "o").iterdir()) == ["batch.png", "lock", "log.jsonl"]
+    assert (tmp_path / "o/lock").read_text() == "process 2 on another-host\n"
+
+
+def test_J3_a_second_job_on_another_host_is_refused_while_the_first_renews_its_lock(command, tmp_path):
+    """The file system knows no locks between hosts (patched away), a lock counts for 1.6 s without being renewed."""
+
+    def patch(host="one", steps=0.0):
+        fcntl.lockf = lambda *_: None
+        common.run.LEASE = 1.6
+        os.uname = lambda: SimpleNamespace(nodename=host)
+        after = Run.after_step
+        Run.after_step = lambda self, *args: (time.sleep(steps), after(self, *args))
+
+    first = child(command("o"), patch=lambda: patch(steps=0.4))
+    wait_until(lambda: (tmp_path / "o/lock").exists() and (tmp_path / "o/lock").read_text())
+    time.sleep(2.5)  # longer than the lock counts
+    second = child(command("o", "--resume", "auto"), patch=lambda: patch("two"), log=tmp_path / "two.log")
+    assert status_of(second) == 2 and "on one, alive 0 s ago" in (tmp_path / "two.log").read_text()
+    os.killpg(first, signal.SIGKILL)
+    assert status_of(first) == -signal.SIGKILL
+    time.sleep(2)
+    assert status_of(child(command("o", "--resume", "auto"), patch=lambda: patch("two"))) == 0
+    assert not (tmp_path / "o/lock").exists()
+
+
+def test_a_run_in_a_thread_trains_and_leaves_no_lock(tmp_path, folder, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["deit3.py", *TINY, "--data", str(folder), "--out", str(tmp_path / "o")])
+    with ThreadPoolExecutor(1) as threads:
+        assert threads.submit(common.run.outcome, importlib.import_module("deit3").main).result() == 0
+    assert (tmp_path / "o/last.pt").exists() and not (tmp_path / "o/lock").exists()
+
+
+def test_a_signal_in_a_long_step_is_heard_at_once(command, tmp_path):
+    def patch():
+        after = Run.after_step
+        Run.after_step = lambda self, *args: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(1), after(self, *args))
+
+    started = child(command("o"), patch=patch, log=tmp_path / "log")
+    wait_until(lambda: (tmp_path / "log").exists() and "signal 15: ends after" in (tmp_path / "log").read_text())
+    assert os.waitpid(started, os.WNOHANG) == (0, 0) and not (tmp_path / "o/last.pt").exists()
+    assert status_of(started) == 143 and (tmp_path / "o/last.pt").exists()
+
+
+def test_one_rank_of_a_node_reads_every_byte_of_a_checkpoint(command, tmp_path):
+    def patch():
+        read = zipfile.ZipFile.read
+        zipfile.ZipFile.read = lambda *args: print("part read", flush=True) or read(*args)
+
+    assert status_of(child(command("o", *SAME, "--epochs", 2))) == 0
+    resumed = command("o", *SAME, "--resume", "--allow-changes")
+    assert ranks(2, resumed, tmp_path, patch=patch) == [0, 0]
+    logs = [(tmp_path / f"rank{rank}.log").read_text() for rank in (0, 1)]
+    assert "part read" in logs[0] and "resumed from last.pt" in logs[0] and "part read" not in logs[1]
+    damaged = (tmp_path / "o/last.pt").read_bytes()
+    (tmp_path / "o/last.pt").write_bytes(damaged[: len(damaged) // 2])
+    assert ranks(2, resumed, tmp_path) == [0, 0]
+    assert "resumed from previous.pt" in (tmp_path / "rank0.log").read_text()
+    (tmp_path / "half.pt").write_bytes(damaged[: len(damaged) // 2])
+    assert ranks(2, command("p", *SAME, "--resume", tmp_path / "half.pt"), tmp_path) == [2, 1]
+    assert "damaged checkpoint" in (tmp_path / "rank0.log").read_text()
+    assert "Traceback" not in (tmp_path / "rank1.log").read_text()
 
 
 def test_E9_a_closed_standard_output_does_not_stop_training(command, fresh, tmp_path):
