@@ -169,8 +169,7 @@ def label_as(source: Source, known: list[str], named: bool, where: str, say: Cal
 
 
 def evaluate_weights(run: Run, make_model: Callable, adapt: Callable | None, predict: Predict = logits_of) -> None:
-    """--eval: accuracy of --weights (or last.pt of --out) on --data's validation images, if given, and on --eval-data;
-    with --out also as eval.json there."""
+    """--eval: accuracy of --weights (or last.pt of --out) on --data's validation images and --eval-data; in eval.json."""
     args, content, sources, results = run.args, checkpoint.of_run(run), {}, {}
     known, named = checkpoint.classes_of(content), isinstance(content.get("data"), dict)
     options = dict(val_data=args.val_data, coarse_labels=args.coarse_labels, splits=("val",))
@@ -228,15 +227,22 @@ def predict_images(run: Run, make_model: Callable, adapt: Callable | None, predi
                 run.say("  ".join([source.name(index), *(f"{name} {share:.4f}" for name, share in found)]))
                 records.append(json.dumps({"file": source.name(index), "classes": dict(found)}) + "\n")
     if args.out:
-        run.out.mkdir(parents=True, exist_ok=True)
-        (run.out / "predictions.jsonl").write_text("".join(records))
+        save_text(run.out / "predictions.jsonl", "".join(records))
     if bad:
         raise RunError(f"--predict: {bad} of {len(source)} images could not be read")
 
 
+def save_text(path: str | Path, text: str) -> None:
+    """Writes a file, and makes the folder it is in. UserError if that cannot be."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+
+
 def save_json(path: str | Path, content) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    save_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def real_labels(file: str, source: Source) -> list[list[int]]:

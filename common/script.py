@@ -92,8 +92,7 @@ def set_up(
     precision = Precision(run.amp, run.device, accumulation=data.accumulation, clip_grad=recipe.clip_grad)
     ema = EMA(model, recipe.ema) if getattr(recipe, "ema", 0) else None
     if args.show_batch:
-        if run.rank == 0:
-            report.show_batch(args.show_batch, data, prepare)
+        run.on_rank_0(lambda: report.show_batch(args.show_batch, data, prepare))
         run.say(f"wrote {args.show_batch}")
         sys.exit()
 
@@ -105,8 +104,8 @@ def set_up(
     identity = data.identity() | {"path": args.data} | ({"teacher": taught and taught.identity} if teacher else {})
     averaged, further = ema and ema.model, extra(data) if extra else {}
     run.start(identity, model=model, optimizer=optimizer, scaler=precision, ema=averaged, **further)
-    if run.rank == 0 and run.epoch == run.step == 0:
-        report.show_batch(run.out / "batch.png", data, prepare)
+    if run.epoch == run.step == 0:
+        run.on_rank_0(lambda: report.show_batch(run.out / "batch.png", data, prepare))
     run.check_stop()
     run.val_loader = data.val and eval_loader(data.val, recipe.img_size, recipe.eval_crop_ratio, data.micro_batch, run)
     return data, model, wrapped, optimizer, precision, ema, taught

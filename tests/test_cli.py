@@ -356,6 +356,9 @@ def test_evaluation_writes_its_figures_to_out(deit3_here, tmp_path, folder):
     for metrics in found.values():
         assert metrics["weights"] == str(tmp_path / "o/best.pt") and metrics["images"] == 20
         assert metrics["img_size"] == [32, 32] and accuracy(result)["top1"] == pytest.approx(metrics["top1"], abs=1e-3)
+    for asked in (["--data", folder], ["--predict", folder / "val/ant"]):
+        flag = flags[:-1] if asked[0] == "--predict" else flags
+        refused(deit3_here(*flag, *asked, "--out", "/proc/none/e"), "/proc/none/e/", "cannot be written")
 
 
 def test_a_damaged_image_ends_the_run_with_its_path(deit3_here, tmp_path):
