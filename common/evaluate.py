@@ -169,7 +169,7 @@ def label_as(source: Source, known: list[str], named: bool, where: str, say: Cal
 
 
 def evaluate_weights(run: Run, make_model: Callable, adapt: Callable | None, predict: Predict = logits_of) -> None:
-    """--eval: accuracy of --weights (or last.pt of --out) on --data's validation images and --eval-data; in eval.json."""
+    """--eval: accuracy of --weights (or last.pt of --out) on --data's validation images and --eval-data; eval.json."""
     args, content, sources, results = run.args, checkpoint.of_run(run), {}, {}
     known, named = checkpoint.classes_of(content), isinstance(content.get("data"), dict)
     options = dict(val_data=args.val_data, coarse_labels=args.coarse_labels, splits=("val",))

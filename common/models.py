@@ -69,26 +69,24 @@ def load(method: str, source: str, device: str = "cpu") -> tuple[nn.Module, list
 
 
 def export(run: Run, make_model: Callable, adapt: Callable | None) -> None:
-    """--export FILE.pt2 or FILE.onnx: --weights as a program, normalised images (B, 3, H, W) of any number B, of the
-    recipe's size or --img-size, to what the network answers. UserError for what cannot be written."""
-    file = Path(run.args.export)
+    """--export FILE.pt2 (torch.export) or FILE.onnx: --weights as a program, normalised images (B, 3, H, W) of any
+    number B, of the recipe's size or --img-size, to what the network answers."""
+    file, batch = Path(run.args.export), ({0: torch.export.Dim.DYNAMIC},)
     if file.suffix not in (".onnx", ".pt2"):
         raise UserError(f"--export {file}: its name must end in .onnx or .pt2")
     model, recipe, _ = evaluate.trained_model(run, make_model, adapt)
     images = torch.zeros(2, 3, *recipe.img_size, device=run.device)
-    batch = ({0: torch.export.Dim.DYNAMIC},)
     program = torch.export.export(model, (images,), dynamic_shapes=batch, strict=False).run_decompositions({})
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         if file.suffix == ".pt2":
             torch.export.save(program, file)
-        else:  # one file, but for weights beyond its 2 GiB
-            large = sum(p.nbytes for p in model.parameters()) > 2**31 - 2**20
+        else:
+            large = sum(p.nbytes for p in model.parameters()) > 2**31 - 2**20  # too large for one file
             torch.onnx.export(program, f=file, dynamo=True, external_data=large, verbose=False)
-    except ImportError:
-        raise UserError(f"--export {file}: needs two more packages: pip install onnx onnxscript") from None
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"--export {file}: cannot be written ({one_line(error)})") from None
+    except (ImportError, OSError, RuntimeError) as error:
+        hint = "; pip install onnx onnxscript" if isinstance(error, ImportError) else ""
+        raise UserError(f"--export {file}: cannot be written ({one_line(error)}{hint})") from None
     run.say(f"wrote {file}: images (batch, 3, {images.shape[2]}, {images.shape[3]}), normalised as by load_model")
 
 

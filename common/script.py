@@ -29,8 +29,8 @@ def run_script(
         width = max(map(len, models)) + 1
         for args.model, config in models.items():
             parameters = sum(p.numel() for p in on_meta(lambda: built(make_model, args, recipe, 1000)).parameters())
-            config = config if isinstance(config, dict) else {"features": config}
-            sizes = "  ".join(f"{k} {v}" for k, v in config.items())
+            row = config if isinstance(config, dict) else {"features": config}
+            sizes = "  ".join(f"{k} {v}" for k, v in row.items())
             print(f"{args.model:{width}s} {parameters / 1e6:7.2f} M parameters  {sizes}")
         return
     run = Run(method, args, recipe, paper)
@@ -58,10 +58,8 @@ def fit_own(run: Run) -> None:
     fitted = 2 ** max(1, share.bit_length() - 1) * run.world
     batch = args.batch_size or fitted
     epochs = args.epochs or max(paper.epochs, min(300, 1000 * batch // images))
-    changes = dict(batch_size=fitted, epochs=epochs, warmup_epochs=epochs // 20)
-    if hasattr(paper, "mix_group"):
-        changes["mix_group"] = math.gcd(paper.mix_group, batch // run.world)
-    run.paper = dataclasses.replace(paper, **changes)
+    group = {"mix_group": math.gcd(paper.mix_group, batch // run.world)} if hasattr(paper, "mix_group") else {}
+    run.paper = dataclasses.replace(paper, batch_size=fitted, epochs=epochs, warmup_epochs=epochs // 20, **group)
     run.recipe = override(run.paper, args)
 
 
