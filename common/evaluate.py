@@ -154,8 +154,9 @@ def read_file(file: str, flag: str) -> torch.Tensor:
 def label_as(source: Source, known: list[str], named: bool, where: str, say: Callable) -> None:
     """Makes the labels of `source` those of the weights' classes `known`, all of which (of --eval-data: or a part) its
     folders name or number. Of weights that do not say names (named: False) the sorted folders are the classes."""
-    numbers = not set(source.classes) <= set(known) and all(c.isdigit() for c in source.classes)
-    labels = [int(c) if numbers else known.index(c) if c in known else -1 for c in source.classes]
+    place = {name: label for label, name in enumerate(known)}
+    numbers = not place.keys() >= set(source.classes) and all(c.isdigit() for c in source.classes)
+    labels = [int(c) if numbers else place.get(c, -1) for c in source.classes]
     whole = len(labels) == len(known)
     if all(0 <= label < len(known) for label in labels) and (whole or where.startswith("--eval-data")):
         if numbers:
