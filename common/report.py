@@ -157,14 +157,6 @@ def new_figure(path: str | Path, width: float, height: float, say: Callable[[str
     return matplotlib.figure.Figure((width, height), dpi=100, layout="constrained")
 
 
-def save_curves(path: str | Path, log: str | Path, panels: dict[str, list[str]], say=print) -> None:
-    """PNG with one panel for each label of an axis and its keys, over the epochs of a log.jsonl."""
-    rows, curves = [r for r in read_log(log) if "epoch" in r and "status" not in r], []
-    for keys in panels.values():
-        curves.append({k: [(r["epoch"], r[k]) for r in rows if isinstance(r.get(k), (int, float))] for k in keys})
-    save_plot(path, curves, "epoch", list(panels), say)
-
-
 def save_plot(path: str | Path, panels: list[dict[str, list]], x_label: str, y_labels=None, say=print) -> bool:
     """PNG with one panel per dictionary, the name of a curve to its points (x, y), x whole. Whether it is drawn."""
     if figure := new_figure(path, 4.2 * len(panels), 2.6, say):

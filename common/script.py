@@ -116,4 +116,7 @@ def finish(run: Run, losses: list[str], accuracies: list[str]) -> None:
     if getattr(run.recipe, "loss", None) == "bce":  # validation has another loss
         panels = {"binary cross-entropy": losses[:1], "cross-entropy": losses[1:], "accuracy, %": accuracies}
     if run.rank == 0 and run.val_loader is not None:
-        report.save_curves(run.out / "curves.png", run.out / "log.jsonl", panels, run.say)
+        rows, curves = [r for r in report.read_log(run.out / "log.jsonl") if "epoch" in r and "status" not in r], []
+        for keys in panels.values():
+            curves.append({k: [(r["epoch"], r[k]) for r in rows if isinstance(r.get(k), (int, float))] for k in keys})
+        report.save_plot(run.out / "curves.png", curves, "epoch", list(panels), run.say)

@@ -69,6 +69,10 @@ def test_I3_a_foreign_common_package_fails_with_a_clear_line(fresh, tmp_path):
     assert result.status == 0 or "another package named common" in result.err, result
 
 
+def test_results_stay_out_of_the_repository_but_the_claims():
+    assert {"results/*", "!results/claims.json", "runs/"} <= set((ROOT / ".gitignore").read_text().split())
+
+
 def commands() -> list[tuple[str, str]]:
     """(script, arguments) of every command line in README, continuation lines joined."""
     blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.S)
