@@ -92,7 +92,7 @@ def _add_run_flags(parser: Parser) -> None:
 
 
 def _add_recipe_flags(parser: Parser, recipe_class: type) -> None:
-    """One flag per field of the Recipe dataclass, Annotated[type, help] or [type, help, rule of check_recipe]."""
+    """One flag per field of the Recipe dataclass, Annotated[type, help] or [type, help, rule of check_rule]."""
     group = parser.add_argument_group("recipe (unset: that of --recipe, in brackets the default recipe's)")
     for name, hint in typing.get_type_hints(recipe_class, include_extras=True).items():
         kind, text = typing.get_args(hint)[:2]
@@ -145,7 +145,14 @@ def override(paper, args: argparse.Namespace):
     elif paper.min_lr == paper.lr:
         given = {"min_lr": args.lr} | given
     recipe = dataclasses.replace(paper, **given)
-    check_recipe(recipe)
+    for name, hint in typing.get_type_hints(type(recipe), include_extras=True).items():
+        for rule in typing.get_args(hint)[2:]:
+            check_rule(name, getattr(recipe, name), rule)
+    if recipe.warmup_epochs >= recipe.epochs:
+        raise UserError(f"--warmup-epochs {recipe.warmup_epochs}: must be less than --epochs {recipe.epochs}")
+    for flag, low in (("--min-lr", recipe.min_lr), ("--warmup-lr", recipe.warmup_lr)):
+        if low > recipe.lr:
+            raise UserError(f"--lr {recipe.lr}: is below {flag} {low}, the rate would rise; lower {flag} too")
     if getattr(recipe, "distillation", None) == "none":
         refuse(args, ("teacher", "teacher_weights"), "has no effect without a teacher; add --distillation hard")
     elif getattr(args, "teacher", None) is not None:
@@ -182,18 +189,6 @@ def check_rule(name: str, value, rule: str | tuple) -> None:
         check_choice(flag, value, rule)
     elif value is not None and not all(map(RULES[rule], values)):
         raise UserError(f"{flag} {value}: must be {rule}{' and at most 10^9' * (max(values) > 10**9)}")
-
-
-def check_recipe(recipe) -> None:
-    """UserError naming the first flag whose value breaks a rule of its field, or others."""
-    for name, hint in typing.get_type_hints(type(recipe), include_extras=True).items():
-        for rule in typing.get_args(hint)[2:]:
-            check_rule(name, getattr(recipe, name), rule)
-    if recipe.warmup_epochs >= recipe.epochs:
-        raise UserError(f"--warmup-epochs {recipe.warmup_epochs}: must be less than --epochs {recipe.epochs}")
-    for flag, low in (("--min-lr", recipe.min_lr), ("--warmup-lr", recipe.warmup_lr)):
-        if low > recipe.lr:
-            raise UserError(f"--lr {recipe.lr}: is below {flag} {low}, the rate would rise; lower {flag} too")
 
 
 def built(make_model, args: argparse.Namespace, recipe, num_classes: int):

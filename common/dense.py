@@ -58,7 +58,7 @@ class Recipe:
     drop_path: Annotated[float | None, "stochastic depth of all blocks; unset: the script's", "in [0, 1)"] = None
     img_size: Annotated[Size, "training crop, SIDE or HxW; detect: for position embeddings", "1 or more"] = (512, 512)
     width: Annotated[int | None, "of the heads; unset: 512, in ViTs the trunk's; detect: 256", "1 or more"] = None
-    warmup_epochs = min_lr = warmup_lr = 0  # no fields: what cli.check_recipe knows of other schedules
+    warmup_epochs = min_lr = warmup_lr = 0  # no fields: what cli.override knows of other schedules
 
 
 @dataclass(frozen=True)
