@@ -202,6 +202,8 @@ def built(make_model, args: argparse.Namespace, recipe, num_classes: int):
             if not isinstance(answer, torch.Tensor):
                 raise ValueError("it has auxiliary outputs, which are not trained here")
         return model
+    except NotImplementedError:  # on the meta device: see models.on_meta
+        raise
     except (ValueError, RuntimeError, AssertionError) as error:
         raise UserError(f"--model {args.model} (--img-size, ...): {one_line(error, 300)}") from None
 

@@ -126,39 +126,32 @@ def from_torchvision(name: str, content: dict | None, where: str, flag: str, *, 
     return model
 
 
-class Teacher:
-    """A trained classifier in eval mode, without gradient: images (B, 3, H, W) -> logits (B, K). It is the model that
-    the checkpoint --teacher-weights names, or torchvision's --teacher (else `default`) with that file's weights or its
-    own; UserError, before a download, if it does not tell `classes` apart; later if it cannot be had or cannot take
-    images of `img_size`. identity names model and weights."""
-
-    def __init__(self, args, default: str, img_size: tuple[int, int], classes: list[str], say: Callable[[str], None]):
-        name, where = args.teacher or default, f"--teacher-weights {args.teacher_weights}"
-        content = checkpoint.load(args.teacher_weights, "--teacher-weights") if args.teacher_weights else None
-        if ours := content is not None and isinstance(content.get("method"), str):
-            name = f"{content['method']} {content['model_name']}"
-            if args.teacher and content["model_name"] != f"torchvision/{args.teacher}":
-                raise UserError(f"{where}: holds {name}, you asked for --teacher {args.teacher}; leave it out")
-        downloaded = content is None and torchvision.models.get_model_weights(name).DEFAULT.meta["categories"]
-        known = downloaded or checkpoint.classes_of(content)
-        if len(known) not in (0, len(classes)):
-            counts = f"has {len(known)} classes, the data {len(classes)}"
-            raise UserError(f"teacher {name}: {counts}; give --teacher-weights of a classifier of these")
-        for number, (own, wanted) in enumerate(zip(known if ours else [], classes)):
-            if own != wanted:
-                raise UserError(f"teacher {name}: its class {number} is {own!r}, the data's is {wanted!r}")
-        if ours:
-            model = from_checkpoint(content, where, img_size, lambda line: say(f"teacher: {line}"))
-        else:
-            model = from_torchvision(name, content, where, "--teacher-weights")
-        self.model = model.eval().requires_grad_(False)
-        try:
-            self(torch.zeros(1, 3, *img_size))
-        except (RuntimeError, AssertionError, ValueError, TypeError) as error:
-            why = f"cannot take images of --img-size {img_size[0]}x{img_size[1]} ({one_line(error)})"
-            raise UserError(f"teacher {name}: {why}") from None
-        self.identity = f"{name} {fingerprint(model)[:8]}"
-
-    @torch.no_grad()
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        return self.model(images)
+def load_teacher(args, default: str, size: tuple[int, int], classes: list[str], say: Callable) -> nn.Module:
+    """A trained classifier in eval mode, without gradient: the checkpoint --teacher-weights, or torchvision's --teacher
+    (else `default`) with that file's weights or its own; its attribute identity names model and weights.
+    UserError, before a download, unless it tells `classes` apart; if it cannot be had or take images of `size`."""
+    name, where = args.teacher or default, f"--teacher-weights {args.teacher_weights}"
+    content = checkpoint.load(args.teacher_weights, "--teacher-weights") if args.teacher_weights else None
+    if ours := content is not None and isinstance(content.get("method"), str):
+        name = f"{content['method']} {content['model_name']}"
+        if args.teacher and content["model_name"] != f"torchvision/{args.teacher}":
+            raise UserError(f"{where}: holds {name}, you asked for --teacher {args.teacher}; leave it out")
+    downloaded = content is None and torchvision.models.get_model_weights(name).DEFAULT.meta["categories"]
+    known = downloaded or checkpoint.classes_of(content)
+    if len(known) not in (0, len(classes)):
+        counts = f"has {len(known)} classes, the data {len(classes)}"
+        raise UserError(f"teacher {name}: {counts}; give --teacher-weights of a classifier of these")
+    for number, (own, wanted) in enumerate(zip(known if ours else [], classes)):
+        if own != wanted:
+            raise UserError(f"teacher {name}: its class {number} is {own!r}, the data's is {wanted!r}")
+    if ours:
+        model = from_checkpoint(content, where, size, lambda line: say(f"teacher: {line}"))
+    else:
+        model = from_torchvision(name, content, where, "--teacher-weights")
+    try:
+        model.eval().requires_grad_(False)(torch.zeros(1, 3, *size))
+    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+        why = f"cannot take images of --img-size {size[0]}x{size[1]} ({one_line(error)})"
+        raise UserError(f"teacher {name}: {why}") from None
+    model.identity = f"{name} {fingerprint(model)[:8]}"
+    return model

@@ -12,7 +12,7 @@ from common.cli import built, override
 from common.data import TrainingData
 from common.errors import UserError
 from common.evaluate import Predict, eval_loader, evaluate_weights, logits_of, predict_images
-from common.models import Teacher, export, on_meta
+from common.models import export, load_teacher, on_meta
 from common.optim import EMA, make_optimizer
 from common.precision import Precision
 from common.run import Run
@@ -76,8 +76,8 @@ def set_up(
     data, taught = TrainingData(run, recipe, transform), None
     run.num_classes = len(data.classes)
     if teacher and recipe.distillation != "none" and not args.show_batch:
-        taught = run.first(lambda: Teacher(args, teacher, recipe.img_size, data.classes, run.say))
-        taught.model.to(run.device, memory_format=run.layout)
+        taught = run.first(lambda: load_teacher(args, teacher, recipe.img_size, data.classes, run.say))
+        taught.to(run.device, memory_format=run.layout)
     torch.manual_seed(args.seed)
     model = make_model(args, recipe, run.num_classes)
     if args.weights:
