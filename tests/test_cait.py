@@ -93,14 +93,14 @@ TABLE_3_16 = {
 def test_drop_rate_and_epsilon_of_table_3_16(name):
     rate, epsilon = TABLE_3_16[name]
     with torch.random.fork_rng():
-        config = cait.MODELS[f"cait_{name}"] | dict(dim=48, num_heads=1, num_classes=3, img_size=(32, 32))
+        config = cait.MODELS[f"cait_{name}"] | dict(dim=48, heads=1, num_classes=3, img_size=(32, 32))
         model = cait.CaiT(**config, branches="layerscale", class_in_keys=True)
     assert {b.drop_path for b in model.blocks} == {rate}
     scales = [g for b in (*model.blocks, *model.blocks_token_only) for g in (b.gamma_1, b.gamma_2)]
     assert all(torch.equal(g, torch.full((48,), epsilon)) for g in scales) and len(scales) == 2 * (int(name[-2:]) + 2)
     assert cait.paper_recipe("in1k", f"cait_{name}").drop_path == rate
     config = cait.MODELS[f"cait_{name}"]
-    assert config["dim"] == 48 * config["num_heads"]
+    assert config["dim"] == 48 * config["heads"]
 
 
 def test_a_fresh_model_has_the_official_distribution():
@@ -234,7 +234,7 @@ def test_branch_weights_of_tables_3_11_and_3_12(branches, shape, check):
 
 def test_kept_only_stochastic_depth_equals_masking():
     torch.manual_seed(0)
-    block = cait.Block(48, 1, "layerscale", 0.3, drop_path=0.4)
+    block = cait.Block(48, cait.Attention(48, 1), "layerscale", 0.3, drop_path=0.4)
     x = torch.randn(16, 5, 48)
     torch.manual_seed(1)
     kept_only = block(x)
@@ -321,7 +321,7 @@ def test_layerscale_trains_24_blocks_that_do_not_train_without_it():
     for branches in ("none", "layerscale"):
         torch.manual_seed(0)
         model = cait.CaiT(
-            48, depth=24, num_heads=1, patch=8, num_classes=12, img_size=(32, 32), drop_path=0.0, branches=branches,
+            48, depth=24, heads=1, patch=8, num_classes=12, img_size=(32, 32), drop_path=0.0, branches=branches,
             epsilon=1e-5, class_in_keys=True,
         )
         optimizer = torch.optim.AdamW(param_groups(model, 0.05), lr=3e-3, fused=True)
