@@ -133,7 +133,7 @@ MODELS = {
     "cait_nano": dict(dim=96, depth=3, heads=2, patch=8, drop_path=0.0),  # not in the thesis
 }
 MODELS |= {f"{name}_distilled": {**config, "distilled": True} for name, config in MODELS.items()}
-# DeiT-S, the network of all studies; every block has the rate 0.05: Table 3.11.
+# DeiT-S, on which depth, heads and class token were studied; the rate of every block: Table 3.11.
 MODELS["deit_s"] = dict(dim=384, depth=12, heads=6, patch=16, drop_path=0.05, branches="none", talking_heads=False,
                         class_layers=0, insert_class=0)
 
@@ -291,7 +291,7 @@ class ClassBlock(Block):
     def forward(self, tokens: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
         z = self.norm1(torch.cat([tokens, patches], dim=1))  # (B, T + N, C)
         tokens = tokens + scaled(self.attn(z, tokens.shape[1]), self.gamma_1)
-        return tokens + scaled(self.mlp(self.norm2(tokens)), self.gamma_2)
+        return tokens + self.mlp_branch(tokens)
 
 
 class CaiT(nn.Module):
@@ -299,8 +299,8 @@ class CaiT(nn.Module):
 
     With the distillation token (Table 3.14), which enters beside the class token: in training mode the pair (class
     head, distillation head), in eval mode the mean of the two; `heads` gives the pair in either mode. The tokens enter
-    after insert_class blocks (Table 3.13; None: all), with positions if after 0, as in DeiT; without a block that they
-    could enter, there are none: the head is given the patches' mean. ValueError for what does not fit together.
+    after insert_class blocks (Table 3.13), with positions if that is 0, as in DeiT; None: after all, to class attention
+    or, if that has no layers, not at all: the head is given the patches' mean. ValueError for what does not fit.
     """
 
     def __init__(
@@ -313,15 +313,14 @@ class CaiT(nn.Module):
         averages = insert_class is None and class_layers == 0
         insert_class = depth if insert_class is None else insert_class
         if dim % heads or (distilled if averages else insert_class >= depth + bool(class_layers)):
-            blocks = f"{depth} blocks ({dim} channels, {heads} heads) and {class_layers} of class attention"
-            raise ValueError(f"{blocks} with a token after {insert_class} do not fit together")
+            wrong = f"depth {depth}, heads {heads}, class layers {class_layers}, a class token after {insert_class}"
+            raise ValueError(f"{wrong}: do not fit together in {dim} channels")
         epsilon = (0.1 if depth <= 18 else 1e-5 if depth <= 24 else 1e-6) if epsilon is None else epsilon
         self.distilled, self.grad_checkpoint, self.insert_class = distilled, False, insert_class
         self.tokens = 0 if averages else 1 + distilled
         self.grid = (img_size[0] // patch, img_size[1] // patch)
         self.cls_token = None if averages else nn.Parameter(torch.zeros(1, 1, dim))
-        positions = self.grid[0] * self.grid[1] + (0 if insert_class else self.tokens)
-        self.pos_embed = nn.Parameter(torch.zeros(1, positions, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, math.prod(self.grid) + (0 if insert_class else self.tokens), dim))
         if distilled:
             self.dist_token = nn.Parameter(torch.zeros(1, 1, dim))
             nn.init.trunc_normal_(self.dist_token, std=0.02)
@@ -352,7 +351,7 @@ class CaiT(nn.Module):
         if blocks != self.insert_class or not self.tokens:
             return x
         tokens = [self.cls_token, self.dist_token] if self.distilled else [self.cls_token]
-        return torch.cat([torch.cat(tokens, dim=1).expand(len(x), -1, -1), x], dim=1)
+        return torch.cat([torch.cat(tokens, dim=1).expand(x.shape[0], -1, -1), x], dim=1)
 
     def stages(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(tokens (B, T, C) before the class-attention stage, patches (B, N, C) after the self-attention stage)."""
@@ -532,8 +531,7 @@ def write_figures(run) -> None:
         logged = [r for r in (report.read_log(log) if log.exists() else []) if "branch_norms" in r]
         curves = {f"epoch {r['epoch']}": r["branch_norms"] for r in logged} | {"now": ratios}
         panels = [{when: list(enumerate(norms[kind])) for when, norms in curves.items()} for kind in ratios]
-        labels = [f"{kind}: branch / input" for kind in ratios]
-        drawn = report.save_plot(run.out / "branch_norms.png", panels, "block", labels, run.say)
+        drawn = report.save_plot(run.out / "branch_norms.png", panels, "block", [f"{k}/input" for k in ratios], run.say)
         run.say(f"wrote {run.out / 'branch_norms.json'}{' and .png' if drawn else ''}")
     for file in args.attention_maps or []:
         image = images.eval_transform(evaluate.read_file(file, "--attention-maps"), size, crop_ratio)
@@ -743,8 +741,8 @@ def parse_args(argv: list[str] | None = None):
     parser = cli.make_parser("cait", __doc__, Recipe, RECIPES, model="cait_s24", recipe="in1k", teacher=TEACHER,
                              grad_checkpoint=True)
     flag, norms = parser.add_argument, "the branches' norms (Figure 3.6) on 64 validation images"
-    flag("--attention-maps", nargs="+", metavar="IMAGE",
-         help="write class attention (Figure 3.9) and saliency (3.10) to --out and stop")
+    maps = "write class attention (Figure 3.9) and saliency (3.10) to --out and stop"
+    flag("--attention-maps", nargs="+", metavar="IMAGE", help=maps)
     flag("--branch-norms", action="store_true", help=f"write {norms}, with those logged there, to --out and stop")
     flag("--log-branch-norms", action="store_true", default=None, help=f"log {norms} at 8 times of the training")
     args = cli.parse(parser, argv, MODELS, RECIPES)
