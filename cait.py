@@ -21,8 +21,6 @@ Where the official code differs from what stands here:
 - biases that softmax cancels (of the keys, of the mixing before it) get there rounding noise for a gradient, here none;
 - stochastic depth masks a binomial number of samples there; here a fixed number is drawn, only these are computed;
 - it has no distillation token (Table 3.14), and evaluates M-48 in float32, as --eval does here for all models;
-- Tables 3.11 and 3.12 are of DeiT-S (12 to 36 blocks, 300 epochs, drop rates per method), not of CaiT: --branches puts
-  their branch weights into CaiT;
 - learning rate, mixup draw, dropped label on the distillation head: as said in deit.py.
 """
 
@@ -45,7 +43,7 @@ from torchvision.transforms import v2
 
 # ---- Recipe: thesis section 3.7 ("identical to DeiT except mentioned otherwise": Table 3.9) --------------------------
 
-BRANCHES = ("layerscale", "layerscale-zero", "layerscale-uniform", "scalar", "scalar-zero", "none")
+BRANCHES = ("layerscale", "layerscale-zero", "layerscale-uniform", "layerscale-fixed", "scalar", "scalar-zero", "none")
 
 
 @dataclass(frozen=True)
@@ -70,8 +68,14 @@ class Recipe:
     mix_group: Annotated[int, "images that share one mixup or cutmix draw (officially: a GPU's)", "1 or more"] = 64
     smoothing: Annotated[float, "label smoothing", "in [0, 1)"] = 0.1
     branches: Annotated[str, "branch weights (Tables 3.11, 3.12): " + ", ".join(BRANCHES), BRANCHES] = "layerscale"
-    epsilon: Annotated[float | None, "what these weights start at; unset: Table 3.16", "0 or more"] = None
+    epsilon: Annotated[float | None, "what these weights start at; unset: by the depth (T. 3.16)", "0 or more"] = None
+    depth: Annotated[int | None, "blocks of self-attention; unset: Table 3.15", "1 or more"] = None
+    heads: Annotated[int | None, "attention heads (Table 3.21); unset: a head per 48 channels", "1 or more"] = None
+    talking_heads: Annotated[bool, "self-attention mixes its heads' maps (section 3.7)"] = True
+    class_layers: Annotated[int, "blocks of class attention (Table 3.13)", "0 or more"] = 2
+    insert_class: Annotated[int | None, "blocks before the class token (Table 3.13); none: all", "0 or more"] = None
     class_in_keys: Annotated[bool, "class attention sees the class embedding: Eq. 3.13; false: section 3.6.3"] = True
+    class_scale: Annotated[bool, "branch weights in class attention too; false: section 3.6.3"] = True
     drop_path: Annotated[float | None, "stochastic depth: rate of every block; unset: Table 3.16", "in [0, 1)"] = None
     ema: Annotated[float, "decay of the averaged weights; 0: none", "in [0, 1)"] = 0.0
     distillation: Annotated[str, "none or hard (Eq. 3.3)", ("none", "hard")] = "none"
@@ -109,25 +113,30 @@ def paper_recipe(name: str, model: str, *, data: str = "") -> Recipe:
         recipe = dataclasses.replace(recipe, **TRANSFER.get(data.split(":")[0].split("@")[0], {}))
     elif model.endswith("_distilled") and name not in ("own", "shapes"):
         recipe = dataclasses.replace(recipe, distillation="hard")
-    return dataclasses.replace(recipe, drop_path=MODELS[model]["drop_path"], epsilon=MODELS[model]["epsilon"])
+    elif model == "deit_s" and name == "in1k":  # "DeiT-S [300 epochs]", crop ratio 0.875: Table 3.20
+        recipe = dataclasses.replace(recipe, epochs=300, eval_crop_ratio=0.875)
+    return dataclasses.replace(recipe, **{k: v for k, v in MODELS[model].items() if hasattr(recipe, k)})
 
 
-# ---- Architecture: sections 3.5 and 3.6; sizes: Table 3.15, drop rates and epsilon: Table 3.16 -----------------------
+# ---- Architecture: sections 3.5 and 3.6; sizes: Table 3.15, drop rates: Table 3.16 -----------------------------------
 
 MODELS = {
-    "cait_xxs24": dict(dim=192, depth=24, num_heads=4, patch=16, drop_path=0.05, epsilon=1e-5),
-    "cait_xxs36": dict(dim=192, depth=36, num_heads=4, patch=16, drop_path=0.1, epsilon=1e-6),
-    "cait_xs24": dict(dim=288, depth=24, num_heads=6, patch=16, drop_path=0.05, epsilon=1e-5),
-    "cait_xs36": dict(dim=288, depth=36, num_heads=6, patch=16, drop_path=0.1, epsilon=1e-6),
-    "cait_s24": dict(dim=384, depth=24, num_heads=8, patch=16, drop_path=0.1, epsilon=1e-5),
-    "cait_s36": dict(dim=384, depth=36, num_heads=8, patch=16, drop_path=0.2, epsilon=1e-6),
-    "cait_s48": dict(dim=384, depth=48, num_heads=8, patch=16, drop_path=0.3, epsilon=1e-6),
-    "cait_m24": dict(dim=768, depth=24, num_heads=16, patch=16, drop_path=0.2, epsilon=1e-5),
-    "cait_m36": dict(dim=768, depth=36, num_heads=16, patch=16, drop_path=0.3, epsilon=1e-6),
-    "cait_m48": dict(dim=768, depth=48, num_heads=16, patch=16, drop_path=0.4, epsilon=1e-6),
-    "cait_nano": dict(dim=96, depth=3, num_heads=2, patch=8, drop_path=0.0, epsilon=0.1),  # not in the thesis
+    "cait_xxs24": dict(dim=192, depth=24, heads=4, patch=16, drop_path=0.05),
+    "cait_xxs36": dict(dim=192, depth=36, heads=4, patch=16, drop_path=0.1),
+    "cait_xs24": dict(dim=288, depth=24, heads=6, patch=16, drop_path=0.05),
+    "cait_xs36": dict(dim=288, depth=36, heads=6, patch=16, drop_path=0.1),
+    "cait_s24": dict(dim=384, depth=24, heads=8, patch=16, drop_path=0.1),
+    "cait_s36": dict(dim=384, depth=36, heads=8, patch=16, drop_path=0.2),
+    "cait_s48": dict(dim=384, depth=48, heads=8, patch=16, drop_path=0.3),
+    "cait_m24": dict(dim=768, depth=24, heads=16, patch=16, drop_path=0.2),
+    "cait_m36": dict(dim=768, depth=36, heads=16, patch=16, drop_path=0.3),
+    "cait_m48": dict(dim=768, depth=48, heads=16, patch=16, drop_path=0.4),
+    "cait_nano": dict(dim=96, depth=3, heads=2, patch=8, drop_path=0.0),  # not in the thesis
 }
 MODELS |= {f"{name}_distilled": {**config, "distilled": True} for name, config in MODELS.items()}
+# DeiT-S, on which depth, heads and class token were studied; the rate of every block: Table 3.11.
+MODELS["deit_s"] = dict(dim=384, depth=12, heads=6, patch=16, drop_path=0.05, branches="none", talking_heads=False,
+                        class_layers=0, insert_class=0)
 
 
 # Copied from deit.py
@@ -161,25 +170,28 @@ class MLP(nn.Module):
 
 # Adapted from deit.py: heads mixed before and after the softmax
 class Attention(nn.Module):
-    """Multi-head self-attention with talking heads (section 3.7; arXiv:2003.02436), (B, N, C) -> (B, N, C).
+    """Multi-head self-attention, with talking heads (section 3.7; arXiv:2003.02436) or without, (B, N, C) -> (B, N, C).
 
     Two h x h matrices mix the heads: proj_l their logits, proj_w their weights. The backward pass keeps three maps
     (B, h, N, N), 12 h bytes per pair of tokens in float32; with --grad-checkpoint one block's at a time instead of all.
     """
 
-    def __init__(self, dim: int, heads: int):
+    def __init__(self, dim: int, heads: int, talking: bool = True):
         super().__init__()
-        self.heads = heads
+        self.heads, self.talking = heads, talking
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
-        self.proj_l, self.proj_w = (nn.Linear(heads, heads) for _ in range(2))
-        self.proj_l.bias.requires_grad_(False)  # the same for all keys: softmax cancels it, as it does the keys' bias
+        if talking:
+            self.proj_l, self.proj_w = (nn.Linear(heads, heads) for _ in range(2))
+            self.proj_l.bias.requires_grad_(False)  # the same for all keys: softmax cancels it, as the keys' bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         B, N, C = x.shape
         bias = torch.cat([self.qkv.bias[:C], self.qkv.bias[C : 2 * C].detach(), self.qkv.bias[2 * C :]])
         qkv = F.linear(x, self.qkv.weight, bias).reshape(B, N, 3, self.heads, C // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, h, N, C/h)
+        if not self.talking:
+            return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, C))
         logits = (q * (C // self.heads) ** -0.5) @ k.transpose(-2, -1)  # (B, h, N, N)
         logits = mix_heads(self.proj_l.weight, logits)
         weights = logits.softmax(dim=-1, dtype=logits.dtype)  # autocast would keep a map in float32, for nothing
@@ -211,7 +223,7 @@ def branch_weight(kind: str, dim: int, epsilon: float) -> nn.Parameter | None:
         weight.zero_()
     elif kind.endswith("-uniform"):
         weight.uniform_(0, 2 * epsilon)
-    return nn.Parameter(weight)
+    return nn.Parameter(weight, requires_grad=not kind.endswith("-fixed"))
 
 
 def scaled(branch: torch.Tensor, weight: nn.Parameter | None) -> torch.Tensor:
@@ -220,14 +232,14 @@ def scaled(branch: torch.Tensor, weight: nn.Parameter | None) -> torch.Tensor:
 
 # Adapted from deit.py: LayerScale, stochastic depth on the kept samples only
 class Block(nn.Module):
-    """Block of the self-attention stage (Eq. 3.7), patches (B, N, C) -> (B, N, C)."""
+    """Block of the self-attention stage (Eq. 3.7), (B, N, C) -> (B, N, C)."""
 
-    def __init__(self, dim: int, heads: int, branches: str, epsilon: float, drop_path: float):
+    def __init__(self, dim: int, attn: nn.Module, branches: str, epsilon: float, drop_path: float = 0.0):
         super().__init__()
         self.drop_path = drop_path
         self.gamma_1, self.gamma_2 = (branch_weight(branches, dim, epsilon) for _ in range(2))
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, heads)
+        self.attn = attn
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = MLP(dim)
 
@@ -274,52 +286,58 @@ class ClassAttention(nn.Module):
         return self.proj((self.weights(z, T).to(v.dtype) @ v).transpose(1, 2).flatten(2))
 
 
-class ClassBlock(nn.Module):
+class ClassBlock(Block):
     """Block of the class-attention stage: tokens (B, T, C), patches (B, N, C) -> tokens; the patches stay."""
-
-    def __init__(self, dim: int, heads: int, branches: str, epsilon: float, class_in_keys: bool):
-        super().__init__()
-        self.gamma_1, self.gamma_2 = (branch_weight(branches, dim, epsilon) for _ in range(2))
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = ClassAttention(dim, heads, class_in_keys)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = MLP(dim)
 
     def forward(self, tokens: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
         z = self.norm1(torch.cat([tokens, patches], dim=1))  # (B, T + N, C)
         tokens = tokens + scaled(self.attn(z, tokens.shape[1]), self.gamma_1)
-        return tokens + scaled(self.mlp(self.norm2(tokens)), self.gamma_2)
+        return tokens + self.mlp_branch(tokens)
 
 
 class CaiT(nn.Module):
-    """Images (B, 3, H, W) -> logits (B, K): patches through the self-attention stage, then two class-attention blocks.
+    """Images (B, 3, H, W) -> logits (B, K): patches through the self-attention stage, then the class-attention blocks.
 
     With the distillation token (Table 3.14), which enters beside the class token: in training mode the pair (class
-    head, distillation head), in eval mode the mean of the two; `heads` gives the pair in either mode.
+    head, distillation head), in eval mode the mean of the two; `heads` gives the pair in either mode. The tokens enter
+    after insert_class blocks (Table 3.13), with positions if that is 0, as in DeiT; None: after all, to class attention
+    or, if that has no layers, not at all: the head is given the patches' mean. ValueError for what does not fit.
     """
 
     def __init__(
-        self, dim: int, *, depth: int, num_heads: int, patch: int, distilled: bool = False, num_classes: int,
-        img_size: tuple[int, int], drop_path: float, branches: str, epsilon: float, class_in_keys: bool,
+        self, dim: int, *, depth: int, heads: int, patch: int, distilled: bool = False, num_classes: int,
+        img_size: tuple[int, int], drop_path: float, branches: str = "layerscale", epsilon: float | None = None,
+        talking_heads: bool = True, class_layers: int = 2, insert_class: int | None = None, class_in_keys: bool = True,
+        class_scale: bool = True,
     ):
         super().__init__()
-        self.distilled, self.grad_checkpoint = distilled, False
+        averages = insert_class is None and class_layers == 0
+        insert_class = depth if insert_class is None else insert_class
+        if dim % heads or (distilled if averages else insert_class >= depth + bool(class_layers)):
+            wrong = f"depth {depth}, heads {heads}, class layers {class_layers}, a class token after {insert_class}"
+            raise ValueError(f"{wrong}: do not fit together in {dim} channels")
+        epsilon = (0.1 if depth <= 18 else 1e-5 if depth <= 24 else 1e-6) if epsilon is None else epsilon
+        self.distilled, self.grad_checkpoint, self.insert_class = distilled, False, insert_class
+        self.tokens = 0 if averages else 1 + distilled
         self.grid = (img_size[0] // patch, img_size[1] // patch)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, self.grid[0] * self.grid[1], dim))
+        self.cls_token = None if averages else nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, math.prod(self.grid) + (0 if insert_class else self.tokens), dim))
         if distilled:
             self.dist_token = nn.Parameter(torch.zeros(1, 1, dim))
             nn.init.trunc_normal_(self.dist_token, std=0.02)
         self.patch_embed = PatchEmbed(dim, patch)
-        self.blocks = nn.ModuleList(Block(dim, num_heads, branches, epsilon, drop_path) for _ in range(depth))
-        last_two = (ClassBlock(dim, num_heads, branches, epsilon, class_in_keys) for _ in range(2))
-        self.blocks_token_only = nn.ModuleList(last_two)
+        blocks = (Block(dim, Attention(dim, heads, talking_heads), branches, epsilon, drop_path) for _ in range(depth))
+        self.blocks = nn.ModuleList(blocks)
+        kind = branches if class_scale else "none"
+        last = [ClassBlock(dim, ClassAttention(dim, heads, class_in_keys), kind, epsilon) for _ in range(class_layers)]
+        self.blocks_token_only = nn.ModuleList(last) if last else None
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, num_classes)
         if distilled:
             self.head_dist = nn.Linear(dim, num_classes)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        if self.tokens:
+            nn.init.trunc_normal_(self.cls_token, std=0.02)
         for module in self.modules():  # the patch projection keeps the convolution's default, as the official code does
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -329,25 +347,33 @@ class CaiT(nn.Module):
         """Parameters of two or more dimensions that are not decayed all the same."""
         return {"pos_embed", "cls_token"}
 
+    def with_tokens(self, x: torch.Tensor, blocks: int) -> torch.Tensor:
+        """x (B, N, C) after so many blocks, with the T tokens in front if it is there that they enter."""
+        if blocks != self.insert_class or not self.tokens:
+            return x
+        tokens = [self.cls_token, self.dist_token] if self.distilled else [self.cls_token]
+        return torch.cat([torch.cat(tokens, dim=1).expand(x.shape[0], -1, -1), x], dim=1)
+
     def stages(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(tokens (B, T, C) before the class-attention stage, patches (B, N, C) after the self-attention stage)."""
-        x = self.patch_embed(images) + self.pos_embed
-        for block in self.blocks:
+        x = self.with_tokens(self.patch_embed(images), 0) + self.pos_embed
+        for number, block in enumerate(self.blocks, 1):
             x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpoint and self.training else block(x)
-        tokens = [self.cls_token, self.dist_token] if self.distilled else [self.cls_token]
-        return torch.cat(tokens, dim=1).expand(x.shape[0], -1, -1), x
+            x = self.with_tokens(x, number)
+        return x[:, : self.tokens], x[:, self.tokens :]
 
     def forward_features(self, images: torch.Tensor) -> torch.Tensor:
         """Class token, distillation token if there is one, and patches as the heads are given the tokens: (B, T, C)."""
         tokens, patches = self.stages(images)
-        for block in self.blocks_token_only:
+        for block in self.blocks_token_only or ():
             tokens = block(tokens, patches)
         return self.norm(torch.cat([tokens, patches], dim=1))
 
     def heads(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Logits of the class head and, with the distillation token, of the distillation head, each (B, K)."""
         x = self.forward_features(images)
-        return (self.head(x[:, 0]), self.head_dist(x[:, 1])) if self.distilled else (self.head(x[:, 0]),)
+        first = self.head(x[:, 0] if self.tokens else x.mean(dim=1))
+        return (first, self.head_dist(x[:, 1])) if self.distilled else (first,)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         logits = self.heads(images)
@@ -356,17 +382,16 @@ class CaiT(nn.Module):
 
 def build_model(
     name: str, num_classes: int = 1000, img_size: int | tuple[int, int] | None = None, drop_path: float | None = None,
-    *, branches: str = "layerscale", epsilon: float | None = None, class_in_keys: bool = True,
+    **options,
 ) -> CaiT:
-    """A fresh model, a row of MODELS; KeyError for an unknown name, ValueError for a size that does not fit.
+    """A fresh model, a row of MODELS; KeyError for an unknown name, ValueError for what does not fit.
 
-    img_size: pixels, S or (H, W), multiples of the patch; branches: one of BRANCHES; None: 224, Table 3.16's values.
+    img_size: pixels, S or (H, W), multiples of the patch (None: 224); drop_path None: Table 3.16's; options: CaiT's, by
+    the names of Recipe's fields; left out, or None (but for insert_class): the row's.
     """
-    config = dict(MODELS[name])
-    config["drop_path"] = config["drop_path"] if drop_path is None else drop_path
-    config["epsilon"] = config["epsilon"] if epsilon is None else epsilon
-    size = whole_patches(img_size or 224, config["patch"], name)
-    return CaiT(**config, num_classes=num_classes, img_size=size, branches=branches, class_in_keys=class_in_keys)
+    options = {k: v for k, v in {**options, "drop_path": drop_path}.items() if v is not None or k == "insert_class"}
+    size = whole_patches(img_size or 224, MODELS[name]["patch"], name)
+    return CaiT(**{**MODELS[name], **options}, num_classes=num_classes, img_size=size)
 
 
 # Copied from deit.py
@@ -447,16 +472,26 @@ def predict(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
 # ---- Figures 3.6, 3.9 and 3.10 of a trained model --------------------------------------------------------------------
 
 
+def norms_images(source, recipe: Recipe, device: torch.device) -> torch.Tensor:
+    """64 of the images of `source`, spread over it, as the network sees them (B, 3, H, W)."""
+    from common import evaluate, images
+
+    chosen = [source.read(i) for i in range(0, len(source), -(-len(source) // 64))]
+    batch = [images.eval_transform(image, recipe.img_size, recipe.eval_crop_ratio) for image in chosen]
+    return evaluate.normalize(torch.stack(batch).to(device))
+
+
 @torch.no_grad()
 def branch_norms(model: CaiT, images: torch.Tensor) -> dict[str, list[float]]:
     """Figure 3.6, on normalised images (B, 3, H, W): {"attention": [...], "mlp": [...]}, one number per block of the
     self-attention stage: norm of the residual branch / norm of what it is added to, mean over the images."""
-    x, ratios = model.patch_embed(images) + model.pos_embed, {"attention": [], "mlp": []}
-    for block in model.blocks:
+    x, ratios = model.with_tokens(model.patch_embed(images), 0) + model.pos_embed, {"attention": [], "mlp": []}
+    for number, block in enumerate(model.blocks, 1):
         for name, branch in (("attention", block.attention_branch), ("mlp", block.mlp_branch)):
             change = branch(x)
             ratios[name].append((change.flatten(1).norm(dim=1) / x.flatten(1).norm(dim=1)).mean().item())
             x = x + change
+        x = model.with_tokens(x, number)
     return ratios
 
 
@@ -465,7 +500,7 @@ def attention_maps(model: CaiT, images: torch.Tensor) -> list[torch.Tensor]:
     """Figure 3.9: the class token's attention to the patches, (B, h, H/p, W/p) for each class-attention block."""
     tokens, patches = model.stages(images)
     maps, N = [], patches.shape[1]
-    for block in model.blocks_token_only:
+    for block in model.blocks_token_only or ():
         weights = block.attn.weights(block.norm1(torch.cat([tokens, patches], dim=1)), tokens.shape[1])
         maps.append(weights[:, :, 0, -N:].unflatten(2, model.grid))  # of (B, h, T, keys)
         tokens = block(tokens, patches)
@@ -482,22 +517,23 @@ def saliency(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 def write_figures(run) -> None:
     """--branch-norms, --attention-maps: figures of the trained model --weights, in the folder --out."""
-    from common import evaluate, images, report
+    from common import cli, evaluate, images, report
     from common.sources import open_data
 
     args = run.args
     model, recipe, classes = evaluate.trained_model(run, make_model, fit_resolution)
     size, crop_ratio = recipe.img_size, recipe.eval_crop_ratio
+    if model.blocks_token_only is None:
+        cli.refuse(args, ("attention_maps",), "this network has no class attention")
     if args.branch_norms:
         source = open_data(args.data, val_data=args.val_data, splits=("val",), say=run.say)["val"]
-        chosen = range(0, len(source), -(-len(source) // 64))
-        batch = torch.stack([images.eval_transform(source.read(i), size, crop_ratio) for i in chosen])
-        ratios = branch_norms(model, evaluate.normalize(batch.to(run.device)))
+        ratios, log = branch_norms(model, norms_images(source, recipe, run.device)), run.out / "log.jsonl"
         evaluate.save_json(run.out / "branch_norms.json", ratios)
-        panels = [{name: list(enumerate(values))} for name, values in ratios.items()]
-        labels = ["branch / input"] * len(panels)
-        drawn = report.save_plot(run.out / "branch_norms.png", panels, "block", labels, run.say)
-        run.say(f"wrote {run.out / 'branch_norms.json'}{' and .png' if drawn else ''}, over {len(chosen)} images")
+        logged = [r for r in (report.read_log(log) if log.exists() else []) if "branch_norms" in r]
+        curves = {f"epoch {r['epoch']}": r["branch_norms"] for r in logged} | {"now": ratios}
+        panels = [{when: list(enumerate(norms[kind])) for when, norms in curves.items()} for kind in ratios]
+        drawn = report.save_plot(run.out / "branch_norms.png", panels, "block", [f"{k}/input" for k in ratios], run.say)
+        run.say(f"wrote {run.out / 'branch_norms.json'}{' and .png' if drawn else ''}")
     for file in args.attention_maps or []:
         image = images.eval_transform(evaluate.read_file(file, "--attention-maps"), size, crop_ratio)
         batch, picture, rows = evaluate.normalize(image[None].to(run.device)), images.to_pil(image), []
@@ -705,10 +741,11 @@ def parse_args(argv: list[str] | None = None):
 
     parser = cli.make_parser("cait", __doc__, Recipe, RECIPES, model="cait_s24", recipe="in1k", teacher=TEACHER,
                              grad_checkpoint=True)
-    parser.add_argument("--attention-maps", nargs="+", metavar="IMAGE",
-                        help="write class attention (Figure 3.9) and saliency (3.10) to --out and stop")
-    parser.add_argument("--branch-norms", action="store_true",
-                        help="write the branches' norms (Figure 3.6) on 64 images of --data to --out and stop")
+    flag, norms = parser.add_argument, "the branches' norms (Figure 3.6) on 64 validation images"
+    maps = "write class attention (Figure 3.9) and saliency (3.10) to --out and stop"
+    flag("--attention-maps", nargs="+", metavar="IMAGE", help=maps)
+    flag("--branch-norms", action="store_true", help=f"write {norms}, with those logged there, to --out and stop")
+    flag("--log-branch-norms", action="store_true", default=None, help=f"log {norms} at 8 times of the training")
     args = cli.parse(parser, argv, MODELS, RECIPES)
     if args.branch_norms:
         cli.refuse(args, ("eval_data",), "has no effect beside --branch-norms, which looks at --data")
@@ -718,10 +755,19 @@ def parse_args(argv: list[str] | None = None):
 
 def make_model(args, recipe: Recipe, num_classes: int) -> CaiT:
     """build_model for a command line."""
-    options = dict(branches=recipe.branches, epsilon=recipe.epsilon, class_in_keys=recipe.class_in_keys)
-    model = build_model(args.model, num_classes, recipe.img_size, recipe.drop_path, **options)
+    model = build_model(
+        args.model, num_classes, recipe.img_size, recipe.drop_path, branches=recipe.branches, epsilon=recipe.epsilon,
+        depth=recipe.depth, heads=recipe.heads, talking_heads=recipe.talking_heads, class_layers=recipe.class_layers,
+        insert_class=recipe.insert_class, class_in_keys=recipe.class_in_keys, class_scale=recipe.class_scale,
+    )
     model.grad_checkpoint = args.grad_checkpoint
     return model
+
+
+def branch_weights_only(model: nn.Module, state: dict[str, torch.Tensor], content: dict, say) -> None:
+    """Of a trained network's `state` the branch weights, which stay; all else anew: section 3.5.3, "Re-training"."""
+    say("of --weights only the branch weights are taken, and kept; all else starts anew")
+    state |= {k: v for k, v in model.state_dict().items() if ".gamma_" not in k}
 
 
 def load_model(source: str, device: str = "cpu") -> tuple:
@@ -732,7 +778,7 @@ def load_model(source: str, device: str = "cpu") -> tuple:
 
 def train(run) -> None:
     """The loop; what it starts from (data, network, teacher, what was saved) is common.script.set_up's."""
-    from common import evaluate, script
+    from common import cli, evaluate, script
     from common.optim import cosine_lr
 
     recipe = run.recipe
@@ -747,9 +793,15 @@ def train(run) -> None:
     def lr_at(epochs: float) -> float:
         return cosine_lr(epochs, recipe.epochs, recipe.warmup_epochs, recipe.lr, recipe.min_lr, recipe.warmup_lr)
 
+    adapt = branch_weights_only if recipe.branches == "layerscale-fixed" else fit_resolution
+    if adapt is branch_weights_only and not (run.args.weights or run.args.resume):
+        cli.refuse(run.args, ("branches",), "needs --weights FILE, of a network trained with --branches layerscale")
     data, model, wrapped, optimizer, precision, ema, teacher = script.set_up(
-        run, TrainTransform(recipe), make_model, prepare, adapt=fit_resolution, teacher=TEACHER
+        run, TrainTransform(recipe), make_model, prepare, adapt=adapt, teacher=TEACHER
     )
+    if data.val is None:
+        cli.refuse(run.args, ("log_branch_norms",), "needs validation images")
+    shown = norms_images(data.val, recipe, run.device) if run.args.log_branch_norms else None
     for epoch in range(run.epoch, recipe.epochs):
         wrapped.train()
         for step in run.steps(data):
@@ -768,6 +820,8 @@ def train(run) -> None:
                 ema.update(model, skip=skipped)
             run.after_step(stats, lr)
         record = run.end_of_training_epoch(lr_at(epoch + 1)) | evaluate.validate(run, predict)
+        if shown is not None and (epoch + 1) * 8 // recipe.epochs > epoch * 8 // recipe.epochs:
+            run.log({"epoch": epoch, "branch_norms": branch_norms(model, shown)})
         run.end_of_epoch(record, record.get("val_top1"))
     script.finish(run, ["train_loss", "val_loss"], ["val_top1", "val_top5"])
 

@@ -1,6 +1,7 @@
 """What every script does around its loop: what it is asked to do, and all that comes before the first step."""
 
 import dataclasses
+import importlib
 import math
 import sys
 from collections.abc import Callable
@@ -26,12 +27,13 @@ def run_script(
     """What the command line asks for: --list-models, --eval, --benchmark (of loss(model, images, labels)) or
     train(run). make_model(args, recipe, num_classes) builds a model; adapt, predict: see fit, evaluate."""
     if args.list_models:
-        width = max(map(len, models)) + 1
-        for args.model, config in models.items():
-            parameters = sum(p.numel() for p in on_meta(lambda: built(make_model, args, recipe, 1000)).parameters())
+        width, script = max(map(len, models)) + 1, importlib.import_module(method)
+        for name, config in models.items():
+            model = on_meta(lambda name=name: script.build_model(name, num_classes=1000))  # as in the paper
             row = config if isinstance(config, dict) else {"features": config}
             sizes = "  ".join(f"{k} {v}" for k, v in row.items())
-            print(f"{args.model:{width}s} {parameters / 1e6:7.2f} M parameters  {sizes}")
+            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            print(f"{name:{width}s} {trained / 1e6:7.2f} M parameters  {sizes}")
         return
     run = Run(method, args, recipe, paper)
     if args.eval or args.eval_data:

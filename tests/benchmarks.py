@@ -277,7 +277,7 @@ def talking_heads() -> None:
         return lambda: module(x).sum().backward()
 
     for name, batch, size in (("cait_xxs24", 8, 224), ("cait_s24", 4, 224), ("cait_xxs24", 2, 384)):
-        dim, heads = cait.MODELS[name]["dim"], cait.MODELS[name]["num_heads"]
+        dim, heads = cait.MODELS[name]["dim"], cait.MODELS[name]["heads"]
         x = torch.randn(batch, (size // 16) ** 2, dim)
         title = f"talking heads, {name} at {size}: permute and Linear / ours"
         compare(title, step(PermutedHeads(dim, heads), x), step(cait.Attention(dim, heads), x))

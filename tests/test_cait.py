@@ -3,12 +3,14 @@
 import hashlib
 import json
 import math
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import (
     NANO,
+    ROOT,
     SMALL,
     check_architecture,
     check_distribution,
@@ -19,6 +21,7 @@ from conftest import (
     load,
     log_of,
     reference,
+    same_training,
 )
 from PIL import Image
 from test_cli import refused
@@ -93,14 +96,14 @@ TABLE_3_16 = {
 def test_drop_rate_and_epsilon_of_table_3_16(name):
     rate, epsilon = TABLE_3_16[name]
     with torch.random.fork_rng():
-        config = cait.MODELS[f"cait_{name}"] | dict(dim=48, num_heads=1, num_classes=3, img_size=(32, 32))
+        config = cait.MODELS[f"cait_{name}"] | dict(dim=48, heads=1, num_classes=3, img_size=(32, 32))
         model = cait.CaiT(**config, branches="layerscale", class_in_keys=True)
     assert {b.drop_path for b in model.blocks} == {rate}
     scales = [g for b in (*model.blocks, *model.blocks_token_only) for g in (b.gamma_1, b.gamma_2)]
     assert all(torch.equal(g, torch.full((48,), epsilon)) for g in scales) and len(scales) == 2 * (int(name[-2:]) + 2)
     assert cait.paper_recipe("in1k", f"cait_{name}").drop_path == rate
     config = cait.MODELS[f"cait_{name}"]
-    assert config["dim"] == 48 * config["num_heads"]
+    assert config["dim"] == 48 * config["heads"]
 
 
 def test_a_fresh_model_has_the_official_distribution():
@@ -234,7 +237,7 @@ def test_branch_weights_of_tables_3_11_and_3_12(branches, shape, check):
 
 def test_kept_only_stochastic_depth_equals_masking():
     torch.manual_seed(0)
-    block = cait.Block(48, 1, "layerscale", 0.3, drop_path=0.4)
+    block = cait.Block(48, cait.Attention(48, 1), "layerscale", 0.3, drop_path=0.4)
     x = torch.randn(16, 5, 48)
     torch.manual_seed(1)
     kept_only = block(x)
@@ -256,6 +259,122 @@ def test_gradient_checkpointing_changes_nothing():
         model(images).square().sum().backward()
         grads.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
     assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+# ---- The studies on DeiT-S: Tables 3.11 to 3.13, 3.20, 3.21 ----------------------------------------------------------
+
+
+def on_command(flags: str) -> tuple:
+    """(arguments, recipe, model without memory) of a command line."""
+    args, recipe, _ = cait.parse_args(["--data", "/imagenet", *flags.split()])
+    with torch.device("meta"):
+        return args, recipe, cait.make_model(args, recipe, 1000)
+
+
+def test_the_studies_network_is_deit_s():
+    case = reference("deit")["small"]
+    with torch.device("meta"):
+        check_architecture(cait.build_model("deit_s"), case)
+    model = cait.build_model("deit_s").eval()
+    fill(model)
+    with torch.no_grad():
+        check_logits(model(filled_images(2, 224)), case["logits"], case["logits_norm"])
+    recipe = cait.paper_recipe("in1k", "deit_s")
+    assert (recipe.epochs, recipe.lr, recipe.drop_path, recipe.eval_crop_ratio) == (300, 1e-3, 0.05, 0.875)
+    assert {b.drop_path for b in model.blocks} == {0.05}  # Table 3.11: the same for all blocks
+
+
+README = (ROOT / "README.md").read_text()
+COUNTED = re.findall(r"cait.py (--model deit_s .*?)--out.*?(\d+) M, ([\d.]+) G(?: \(here ([\d.]+)\))?", README)
+
+
+@pytest.mark.parametrize("flags, millions, gmacs, here", COUNTED, ids=lambda v: v.partition("/imagenet ")[2])
+def test_commands_in_readme_have_their_rows_parameters_and_flops(flags, millions, gmacs, here):
+    args, recipe, _ = on_command(flags)
+    parameters, found = count(lambda: cait.make_model(args, recipe, 1000), recipe.img_size)
+    assert recipe.epochs == 300 and parameters / 1e6 == pytest.approx(int(millions), abs=0.7)
+    assert found == pytest.approx(float(here or gmacs), abs=0.07) and float(gmacs) == pytest.approx(found, abs=0.1)
+
+
+def test_readme_has_every_row_of_the_tables():
+    assert len(COUNTED) == 1 + 12 + 6 + 1  # DeiT-S; Table 3.13; Table 3.20; one of Table 3.21
+    assert count(lambda: cait.build_model("cait_s36", img_size=256), (256, 256))[1] == pytest.approx(18.6, abs=0.1)
+    for heads in (1, 2, 3, 6, 8, 12, 16, 24):  # Table 3.21
+        parameters, gmacs = count(lambda: cait.build_model("deit_s", heads=heads), (224, 224))
+        assert (round(parameters / 1e6, 2), round(gmacs, 1)) == (22.05, 4.6)
+
+
+def test_the_path_of_table_3_20_ends_at_cait_s36():
+    last = [flags for flags, *_ in COUNTED if "--talking-heads true" in flags and "--insert-class none" in flags]
+    _, recipe, model = on_command(last[0])
+    _, paper, official = on_command("--model cait_s36")
+    shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (model, official)]
+    assert len(last) == 1 and shapes[0] == shapes[1] and repr(model) == repr(official)
+    differ = {k: v for k, v in vars(recipe).items() if v != getattr(paper, k)}
+    assert differ == {"epochs": 300, "eval_crop_ratio": 0.875}
+
+
+@pytest.mark.parametrize("depth, epsilon", [(1, 0.1), (12, 0.1), (18, 0.1), (24, 1e-5), (36, 1e-6), (48, 1e-6)])
+def test_epsilon_follows_the_depth(depth, epsilon):
+    model = cait.build_model("cait_nano", 3, 16, depth=depth)
+    assert len(model.blocks) == depth and all((g == epsilon).all() for n, g in model.named_parameters() if "gamma" in n)
+    assert (cait.build_model("cait_nano", 3, 16, depth=depth, epsilon=0.5).blocks[-1].gamma_2 == 0.5).all()
+
+
+@pytest.mark.parametrize("insert, layers", [(0, 0), (1, 0), (2, 0), (None, 0), (None, 1), (3, 3), (0, 2), (1, 1)])
+@pytest.mark.parametrize("distilled", [False, True])
+def test_where_the_class_token_enters(insert, layers, distilled):
+    """Table 3.13, block by block; norms of Figure 3.6 along the way."""
+    if distilled and (insert, layers) == (None, 0):
+        return
+    name, options = "cait_nano_distilled" if distilled else "cait_nano", dict(insert_class=insert, class_layers=layers)
+    model = scramble(cait.build_model(name, 5, 32, **options)).eval()
+    images, tokens, norms = torch.randn(2, 3, 32, 32), None, {"attention": [], "mlp": []}
+    x = model.patch_embed(images)
+    own = [model.cls_token.expand(2, 1, -1)] if (insert, layers) != (None, 0) else []
+    own += [model.dist_token.expand(2, 1, -1)] if distilled else []
+    for number, block in enumerate([*model.blocks, None]):
+        if number == (3 if insert is None else insert):
+            x = torch.cat([*own, x], dim=1)
+        if number == 0:
+            x = x + model.pos_embed
+        if block is not None:
+            y = x + block.gamma_1 * block.attn(block.norm1(x))
+            x, before = block(x), x
+            for kind, change, stream in (("attention", y - before, before), ("mlp", x - y, y)):
+                norms[kind].append((change.flatten(1).norm(dim=1) / stream.flatten(1).norm(dim=1)).mean().item())
+    tokens, patches = x[:, : len(own)], x[:, len(own) :]
+    for block in model.blocks_token_only or ():
+        tokens = block(tokens, patches)
+    features = model.norm(torch.cat([tokens, patches], dim=1))
+    with torch.no_grad():
+        assert torch.allclose(model.forward_features(images), features, atol=1e-5)
+        logits = model.head(features[:, 0] if own else features.mean(1))
+        assert torch.allclose(model.heads(images)[0], logits, atol=1e-4)
+    found = cait.branch_norms(model, images)
+    assert all(found[kind] == pytest.approx(norms[kind], rel=1e-4) for kind in norms)
+    assert ("cls_token" in model.state_dict()) == bool(own) and len(model.blocks_token_only or ()) == layers
+    assert model.pos_embed.shape[1] == 16 + (len(own) if insert == 0 else 0)
+    images.requires_grad_(True)
+    (gradient,) = torch.autograd.grad(model(images)[0, 0], images)
+    assert gradient[0].any()  # whatever is chosen, the head sees the image
+
+
+def test_talking_heads_and_scales_of_class_attention_can_be_left_out():
+    model = cait.build_model("cait_nano", 5, 32, talking_heads=False, class_scale=False)
+    keys = "\n".join(model.state_dict())
+    assert "proj_l" not in keys and "blocks.2.gamma_1" in keys and "blocks_token_only.0.gamma_1" not in keys
+    block, tokens, patches = scramble(model.blocks_token_only[0]), torch.randn(2, 1, 96), torch.randn(2, 16, 96)
+    y = tokens + block.attn(block.norm1(torch.cat([tokens, patches], dim=1)), 1)  # T:1671
+    assert torch.allclose(block(tokens, patches), y + block.mlp(block.norm2(y)), atol=1e-6)
+
+
+def test_what_does_not_fit_together_is_refused(here, folder):
+    for flags in (["--heads", 5], ["--insert-class", 12], ["--insert-class", 14, "--class-layers", 2]):
+        refused(here("cait", "--model", "deit_s", "--data", folder, *flags), "do not fit together")
+    flags = ["--class-layers", 0, "--insert-class", "none"]
+    refused(here("cait", "--model", "cait_nano_distilled", "--data", folder, *flags), "do not fit together")
+    refused(here("cait", "--depth", 0, "--data", folder), "--depth 0", "1 or more")
 
 
 # ---- Recipe and loss -------------------------------------------------------------------------------------------------
@@ -307,6 +426,80 @@ def test_an_evaluation_takes_the_trained_variant_from_the_checkpoint(here, folde
     assert f"top1 {log_of(tmp_path / 'o')[-2]['val_top1']:.5g}" in result.out, result
 
 
+ONE_BLOCK = ("--insert-class none", "--class-layers 1 --insert-class 1")
+
+
+@pytest.mark.parametrize("flags", ["--depth 2 --insert-class 1", *(f"--depth 1 {flags}" for flags in ONE_BLOCK)])
+def test_the_studies_networks_train_and_are_evaluated(here, folder, tmp_path, flags):
+    small = ["--model", "deit_s", *SMALL, "--data", folder, "--epochs", 1, "--warmup-epochs", 0, "--heads", 2]
+    result = here("cait", *small, "--drop-path", 0.3, *flags.split(), "--out", tmp_path)
+    assert result.status == 0 and "loss" in result.out, result
+    model, classes, _ = cait.load_model(str(tmp_path / "last.pt"))  # as it was trained
+    assert len(classes) == 4 and model.blocks[0].attn.heads == 2 and model(torch.zeros(1, 3, 32, 32)).shape == (1, 4)
+    result = here("cait", "--model", "deit_s", "--eval", "--data", folder, "--out", tmp_path, "--device", "cpu")
+    assert f"top1 {log_of(tmp_path)[-2]['val_top1']:.5g}" in result.out, result
+    if model.blocks_token_only is None:
+        maps = here("cait", "--model", "deit_s", "--attention-maps", "a.png", "--out", tmp_path, "--device", "cpu")
+        refused(maps, "--attention-maps", "no class attention")
+
+
+def test_training_again_with_the_learned_branch_weights(here, folder, tmp_path):
+    """Section 3.5.3, "Re-training": they come from the file and stay, all else is the seed's and trains."""
+    small = ["--model", "cait_nano", *SMALL, "--data", folder, "--epochs", 1, "--warmup-epochs", 0]
+    again, states = [*small, "--branches", "layerscale-fixed"], {}
+    refused(here("cait", *again, "--out", tmp_path / "no"), "--branches", "--weights FILE")
+    assert here("cait", *small, "--out", tmp_path / "first").status == 0
+    source = ["--weights", tmp_path / "first/last.pt"]
+    result = here("cait", *again, *source, "--seed", 1, "--out", tmp_path / "again")
+    assert result.status == 0 and "only the branch weights" in result.out, result
+    still = ["--seed", 1, "--lr", 1e-12, "--min-lr", 0, "--warmup-lr", 0, "--out", tmp_path / "fresh"]
+    assert here("cait", *small, *still).status == 0
+    for name in ("first", "again", "fresh"):
+        states[name] = load(tmp_path / name / "last.pt")["model"]
+    for key, value in states["again"].items():
+        if ".gamma_" in key:
+            assert torch.equal(value, states["first"][key]) and (value != 0.1).any(), key
+        elif value.ndim > 1:
+            assert 0 < (value - states["fresh"][key]).norm() < 0.5 * (value - states["first"][key]).norm(), key
+    assert here("cait", *small, "--branches", "none", "--out", tmp_path / "none").status == 0
+    wrong = ["--weights", tmp_path / "none/last.pt", "--out", tmp_path / "no"]
+    refused(here("cait", *again, *wrong), "none/last.pt", "keys missing", "gamma_1")
+    evaluate = ["--model", "cait_nano", "--eval", "--data", folder, "--device", "cpu"]
+    result = here("cait", *evaluate, "--out", tmp_path / "again")
+    assert f"top1 {log_of(tmp_path / 'again')[-2]['val_top1']:.5g}" in result.out, result
+
+
+def test_branch_norms_over_the_epochs(here, folder, tmp_path):
+    small = ["--model", "cait_nano", *SMALL, "--data", folder, "--warmup-epochs", 0, "--log-branch-norms"]
+    refused(here("cait", *small, "--epochs", 1, "--val-data", "none", "--out", tmp_path / "no"), "--log-branch-norms")
+    plain = [f for f in small if f != "--log-branch-norms"]
+    for flags, out in ((plain, "without"), (small, "with")):
+        assert here("cait", *flags, "--epochs", 10, "--out", tmp_path / out).status == 0
+    assert same_training(tmp_path / "with", tmp_path / "without")  # looking changes nothing
+    logged = [r for r in log_of(tmp_path / "with") if "branch_norms" in r]
+    assert [r["epoch"] for r in logged] == [1, 2, 3, 4, 6, 7, 8, 9]  # 8 times, the end among them
+    figure = ["--model", "cait_nano", "--data", folder, "--branch-norms", "--device", "cpu", "--out", tmp_path / "with"]
+    assert here("cait", *figure).status == 0
+    final = json.loads((tmp_path / "with/branch_norms.json").read_text())
+    for kind in final:
+        assert logged[-1]["branch_norms"][kind] == pytest.approx(final[kind], rel=1e-4)
+        assert logged[0]["branch_norms"][kind] != pytest.approx(final[kind], rel=1e-4)
+    assert Image.open(tmp_path / "with/branch_norms.png").size == (840, 260)
+
+
+def test_a_checkpoint_from_before_these_fields_still_loads(here, folder, tmp_path):
+    small = [*SMALL, "--data", folder, "--epochs", 1, "--warmup-epochs", 0]
+    assert here("cait", "--model", "cait_nano", *small, "--out", tmp_path).status == 0
+    content = load(tmp_path / "last.pt")
+    for field in ("depth", "heads", "talking_heads", "class_layers", "insert_class", "class_scale"):
+        del content["recipe"][field]
+    content["recipe"]["epsilon"] = 0.1
+    torch.save(content, tmp_path / "old.pt")
+    images = torch.randn(2, 3, 32, 32)
+    old, new = (cait.load_model(str(tmp_path / name))[0](images) for name in ("old.pt", "last.pt"))
+    assert torch.equal(old, new)
+
+
 @torch.no_grad()
 def shapes_batch(split: str, count: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     source = Shapes(split)
@@ -321,7 +514,7 @@ def test_layerscale_trains_24_blocks_that_do_not_train_without_it():
     for branches in ("none", "layerscale"):
         torch.manual_seed(0)
         model = cait.CaiT(
-            48, depth=24, num_heads=1, patch=8, num_classes=12, img_size=(32, 32), drop_path=0.0, branches=branches,
+            48, depth=24, heads=1, patch=8, num_classes=12, img_size=(32, 32), drop_path=0.0, branches=branches,
             epsilon=1e-5, class_in_keys=True,
         )
         optimizer = torch.optim.AdamW(param_groups(model, 0.05), lr=3e-3, fused=True)

@@ -332,6 +332,8 @@ def test_the_list_of_models_says_their_parameters(here, script):
     lines = here(script, "--list-models").out.splitlines()
     assert [line.split()[0] for line in lines] == list(importlib.import_module(script).MODELS)
     assert all(re.search(r" \d+\.\d\d M parameters  ", line) for line in lines)
+    if script == "cait":
+        assert re.search("cait_m48 +356.0", "\n".join(lines)) and re.search("deit_s +22.0", "\n".join(lines))
     if script == "deit":
         own = sum(p.numel() for p in deit.build_model("deit_b").parameters()) / 1e6
         assert f"deit_b               {own:7.2f} M parameters  dim 768" in "\n".join(lines)
