@@ -93,7 +93,7 @@ RECIPES = {
     # Table 3.19.
     "transfer": Recipe(epochs=1000, lr=1e-4, min_lr=1e-6, eval_crop_ratio=0.875),
     # Not of the thesis: images of your own (common.script.fit_own); the built-in data set, minutes on two CPU cores.
-    "own": Recipe(epochs=30, lr=1e-4, warmup_epochs=0, repeats=1, augment="none", mixup=0.0, cutmix=0.0),
+    "own": Recipe(epochs=30, lr=3e-4, warmup_epochs=0, repeats=1, augment="none", mixup=0.0, cutmix=0.0),
     "shapes": Recipe(
         epochs=6, batch_size=64, lr=2e-3, warmup_epochs=1, img_size=(48, 48), repeats=1, augment="none", erasing=0.0,
         mixup=0.0, cutmix=0.0, mix_group=8,

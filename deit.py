@@ -101,7 +101,7 @@ RECIPES = {
     # Section 3.4.4, CIFAR-10 from scratch: 7200 epochs, images scaled to 224, the rest as on ImageNet.
     "cifar10": Recipe(epochs=7200),
     # Not of the thesis: images of your own (common.script.fit_own); the built-in data set, minutes on two CPU cores.
-    "own": Recipe(epochs=30, lr=1e-4, warmup_epochs=0, repeats=1, augment="none", mixup=0.0, cutmix=0.0),
+    "own": Recipe(epochs=30, lr=3e-4, warmup_epochs=0, repeats=1, augment="none", mixup=0.0, cutmix=0.0),
     "shapes": Recipe(
         epochs=6, batch_size=64, lr=2e-3, warmup_epochs=1, img_size=(48, 48), repeats=1, augment="none", erasing=0.0,
         mixup=0.0, cutmix=0.0, mix_group=8, drop_path=0.0,

@@ -93,7 +93,7 @@ RECIPES = {
     "grafit": Recipe(),
     "cifar": Recipe(views=8, img_size=(32, 32), eval_crop_ratio=1.0),
     "transfer": Recipe(epochs=240, lr=0.01, **TUNING),  # sections 2.4.6, 2.5.4
-    "own": Recipe(epochs=30, lr=0.01, augment="crop", erasing=0.0, **TUNING),  # of no paper: common.script.fit_own
+    "own": Recipe(epochs=30, lr=0.05, augment="crop", erasing=0.0, **TUNING),  # of no paper: common.script.fit_own
     # Table 2.10: full fine-tuning with CutMix, longer; then FixRes (arXiv:1906.06423) at the test resolution, 384:
     # classifier and BatchNorm on test images. The thesis gives no numbers for the latter.
     "transfer_full": Recipe(epochs=300, lr=0.01, cutmix=1.0, **TUNING),

@@ -105,7 +105,7 @@ RECIPES = {
         eval_crop_ratio=0.95,
     ),
     # Not of the thesis: images of your own (common.script.fit_own); the built-in data set, minutes on two CPU cores.
-    "own": Recipe(epochs=30, lr=3e-3, warmup_epochs=0, repeats=1, augment="none", mixup=0.0, cutmix=0.0),
+    "own": Recipe(epochs=30, lr=1e-2, warmup_epochs=0, repeats=1, augment="none", mixup=0.0, cutmix=0.0),
     "shapes": Recipe(
         epochs=6, batch_size=64, lr=1e-2, warmup_epochs=1, img_size=(48, 48), repeats=1, augment="none", mixup=0.0,
         cutmix=0.0, mix_group=8,

@@ -82,7 +82,7 @@ RECIPES = {
     ),
     # Not of the paper: images of your own (common.script.fit_own); the built-in data set, minutes on two CPU cores.
     "own": Recipe(
-        epochs=30, lr=0.01, warmup_epochs=0, local_crops=0, global_scale=0.08, hidden_layers=0, memory_size=0,
+        epochs=30, lr=0.05, warmup_epochs=0, local_crops=0, global_scale=0.08, hidden_layers=0, memory_size=0,
     ),
     "shapes": Recipe(
         epochs=2, batch_size=32, lr=0.05, warmup_epochs=1, img_size=(48, 48), local_size=(32, 32), local_crops=2,

@@ -53,15 +53,17 @@ def run_script(
 def fit_own(run: Run) -> None:
     """Fits the recipe `own` to the N training images, where no flag says otherwise: N / 8 images a step (16 to 256, a
     power of two per rank), epochs for 1,000 steps (at most 300, at least the recipe's), a twentieth of them warm-up.
-    The rate is the recipe's at each of these batches. Of no paper: README has what was tried."""
+    The recipe's rates are those at 256 images, with others they follow the root. Of no paper; tried: see README."""
     args, paper = run.args, run.paper
     images = len(run.first(lambda: open_data(args.data, splits=("train",), say=lambda line: None))["train"])
     share = min(max(16, images // 8), images, 256) // run.world
     fitted = 2 ** max(1, share.bit_length() - 1) * run.world
     batch = args.batch_size or fitted
     epochs = args.epochs or max(paper.epochs, min(300, 1000 * batch // images))
-    group = {"mix_group": math.gcd(paper.mix_group, batch // run.world)} if hasattr(paper, "mix_group") else {}
-    run.paper = dataclasses.replace(paper, batch_size=fitted, epochs=epochs, warmup_epochs=epochs // 20, **group)
+    changes = {name: getattr(paper, name) * math.sqrt(fitted / 256) for name in ("lr", "min_lr", "warmup_lr")}
+    if hasattr(paper, "mix_group"):
+        changes["mix_group"] = math.gcd(paper.mix_group, batch // run.world)
+    run.paper = dataclasses.replace(paper, batch_size=fitted, epochs=epochs, warmup_epochs=epochs // 20, **changes)
     run.recipe = override(run.paper, args)
 
 
