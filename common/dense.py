@@ -256,12 +256,12 @@ class MaskFiles(sources.Files):
             mask = np.asarray(Image.open(file)).astype(int) - self.first
         except (OSError, ValueError, SyntaxError, EOFError) as error:
             raise ValueError(f"its mask {file}: {error}") from None
+        mask[(mask < 0) | (mask == IGNORED - self.first)] = IGNORED
+        bad, last = mask[(mask >= len(self.classes)) & (mask != IGNORED)] + self.first, len(self.classes) - 1 + self.first
+        if len(bad):
+            raise ValueError(f"its mask {file}: label {bad[0]} is outside {self.first}..{last}")
         if mask.shape != tuple(image.shape[1:]):
             raise ValueError(f"its mask {file} is of shape {mask.shape}, the image of {tuple(image.shape[1:])}")
-        mask[(mask < 0) | (mask == IGNORED - self.first)] = IGNORED
-        if len(bad := mask[(mask >= len(self.classes)) & (mask != IGNORED)] + self.first):
-            last = len(self.classes) - 1 + self.first
-            raise ValueError(f"its mask {file}: label {bad[0]} is outside {self.first}..{last}")
         return image, {"mask": tv_tensors.Mask(mask.astype(np.uint8))}
 
 
@@ -279,12 +279,10 @@ class Drawn(sources.Source):
             image, mask, label = shapes.draw(self.split, index)
             return images.from_numpy(image), {"mask": tv_tensors.Mask(mask * np.uint8(label + 1))}
         rng, side = random.Random(f"scenes-{self.split}-{index}"), shapes.SIZE
-        scene, masks, labels = np.zeros((2 * side, 2 * side, 3), np.uint8), np.zeros((4, 2 * side, 2 * side), bool), []
-        for i in range(4):
-            at = np.s_[i // 2 * side : (i // 2 + 1) * side, i % 2 * side : (i % 2 + 1) * side]
-            scene[at], masks[i][at], label = shapes.draw(self.split, rng.randrange(self.drawn))
-            labels.append(label + 1)
-        return images.from_numpy(scene), instances(masks, labels)
+        parts, masks, labels = zip(*(shapes.draw(self.split, rng.randrange(self.drawn)) for _ in range(4)))
+        margins = [[(i // 2 * side, side - i // 2 * side), (i % 2 * side, side - i % 2 * side)] for i in range(4)]
+        scene = np.vstack([np.hstack(parts[:2]), np.hstack(parts[2:])])
+        return images.from_numpy(scene), instances(np.stack(list(map(np.pad, masks, margins))), [i + 1 for i in labels])
 
 
 class CocoFiles(sources.Files):
@@ -319,8 +317,9 @@ def instances(masks: np.ndarray, labels: list[int], boxes: torch.Tensor | None =
     return v2.ClampBoundingBoxes()({"boxes": boxes, "labels": torch.tensor(labels, dtype=torch.int64), "masks": masks})
 
 
-READERS = {"shapes": Drawn, "ade20k": MaskFiles, "masks": MaskFiles, "scenes": Drawn, "coco": CocoFiles}
-sources.NAMED |= {name: (reader,) for name, reader in READERS.items()}
+READERS = {"segment": {"shapes": Drawn, "ade20k": MaskFiles, "masks": MaskFiles},
+           "detect": {"scenes": Drawn, "coco": CocoFiles}}  # fmt: skip
+sources.NAMED.update({name: (reader,) for readers in READERS.values() for name, reader in readers.items()})
 
 
 def augment(task: str, recipe: Recipe, sample: Sample) -> Sample:
@@ -352,7 +351,7 @@ class TruthSamples(data.Samples):
     length = 0
 
     def __getitems__(self, keys: list[tuple[int, int, int]]) -> tuple | str:
-        pictures, truths, indices = [], [], [(epoch * self.length + i) % len(self.source) for epoch, i, _ in keys]
+        samples, indices = [], [(epoch * self.length + i) % len(self.source) for epoch, i, _ in keys]
         for key, index in zip(keys, indices):
             try:
                 sample = self.source.sample(index)
@@ -360,9 +359,8 @@ class TruthSamples(data.Samples):
                 return f"{self.source.name(index)}: {one_line(error, 1000)}"
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(hash((self.seed, *key)) & (2**63 - 1))
-                image, truth = self.transform(sample)
-            pictures.append(image)
-            truths.append(truth)
+                samples.append(self.transform(sample))
+        pictures, truths = map(list, zip(*samples))
         return pictures, torch.empty(0), truths, torch.tensor(indices)
 
 
@@ -428,16 +426,18 @@ def results(image: int, found: dict[str, torch.Tensor]) -> list[dict]:
     return rows
 
 
-def overlaps(found: list[dict], truth: list[dict], kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Areas in common (D, G) of detections and truths, areas (D,), areas (G,)."""
+def overlaps(found: list[dict], truth: list[dict], crowd: np.ndarray, kind: str) -> np.ndarray:
+    """IoU (D, G) of detections and truths; with a crowd the share of the detection that it covers."""
     if kind == "bbox":
         a, b = (np.array([row["bbox"] for row in rows], float).T for rows in (found, truth))  # x, y, w, h
-        sides = [np.minimum.outer(a[i] + a[i + 2], b[i] + b[i + 2]) - np.maximum.outer(a[i], b[i]) for i in (0, 1)]
-        return sides[0].clip(0) * sides[1].clip(0), a[2] * a[3], b[2] * b[3]
-    areas = [row["segmentation"] for row in found + truth]
-    size = next(area["size"] for area in areas if isinstance(area, dict))  # results are run lengths
-    a, b = np.split(np.array([mask_of(area, size).ravel() for area in areas], np.float32), [len(found)])
-    return (a @ b.T).astype(float), a.sum(1, dtype=float), b.sum(1, dtype=float)
+        ends = [np.minimum.outer(a[i] + a[i + 2], b[i] + b[i + 2]) for i in (0, 1)]
+        both = math.prod((ends[i] - np.maximum.outer(a[i], b[i])).clip(0) for i in (0, 1))
+        area, areas = a[2] * a[3], b[2] * b[3]
+    else:
+        size = next(row["segmentation"]["size"] for row in found)  # results are run lengths
+        a, b = (np.array([mask_of(row["segmentation"], size).ravel() for row in r], float) for r in (found, truth))
+        both, area, areas = a @ b.T, a.sum(1), b.sum(1)
+    return both / np.maximum(np.where(crowd, area[:, None], area[:, None] + areas - both), np.spacing(1))
 
 
 def matched(truth: list[dict], found: list[dict], kind: str) -> tuple[np.ndarray, ...]:
@@ -446,11 +446,8 @@ def matched(truth: list[dict], found: list[dict], kind: str) -> tuple[np.ndarray
     found = sorted(found, key=lambda row: -row["score"])[:100]
     crowd = np.array([bool(row.get("iscrowd")) for row in truth], bool)
     right, taken = (np.zeros((len(THRESHOLDS), len(rows)), bool) for rows in (found, truth))
-    wrong, both = ~right, ()
-    if found and truth:
-        both, area, areas = overlaps(found, truth, kind)
-        both = both / np.maximum(np.where(crowd, area[:, None], area[:, None] + areas - both), np.spacing(1))
-    for d, shares in enumerate(both):
+    wrong = ~right
+    for d, shares in enumerate(overlaps(found, truth, crowd, kind) if found and truth else ()):
         fits = (shares >= np.minimum(THRESHOLDS, 1 - 1e-10)[:, None]) & (crowd | ~taken)
         for group in (~crowd, crowd):
             rest = fits & group & wrong[:, d, None]
@@ -536,7 +533,7 @@ def evaluate(run: Run, model: nn.Module, val: sources.Source, pictures: Path | N
         if number % 8 == 0 and number < len(val) // run.world:  # images that every rank has
             run.check_stop()
         answers = truth, predict(run, model, image, **how)
-        if number < 4:
+        if pictures and number < 4:
             sheet = [images.to_pil(image.cpu()), *(painted(image, answer) for answer in answers)]
             rows.append(("" if number else "image, truth, prediction", sheet))
         if run.method == "segment":
@@ -624,8 +621,7 @@ def parse_args(argv: list[str] | None = None):
     cli.check_choice("--recipe", args.recipe, recipes)
     if ":" not in args.data:
         args.data = f"{args.data}:." if args.data in ("shapes", "scenes") else f"masks:{args.data}"
-    fit = list(READERS)[:3] if args.task == "segment" else list(READERS)[3:]
-    cli.check_choice("--data", args.data.partition(":")[0], fit)
+    cli.check_choice("--data", args.data.partition(":")[0], READERS[args.task])
     return args, cli.override(recipes[args.recipe], args), recipes[paper]
 
 
