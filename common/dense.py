@@ -251,17 +251,16 @@ class MaskFiles(sources.Files):
 
     def sample(self, index: int) -> Sample:
         """ValueError for a mask that cannot be read, is of another size or holds other labels."""
-        image, file = self.read(index), self.masks[index]
+        image, file, first, last = self.read(index), self.masks[index], self.first, self.first + len(self.classes) - 1
         try:
-            mask = np.asarray(Image.open(file)).astype(int) - self.first
+            mask = np.asarray(Image.open(file)).astype(int)
         except (OSError, ValueError, SyntaxError, EOFError) as error:
             raise ValueError(f"its mask {file}: {error}") from None
-        mask[(mask < 0) | (mask == IGNORED - self.first)] = IGNORED
-        bad, last = mask[(mask >= len(self.classes)) & (mask != IGNORED)] + self.first, len(self.classes) - 1 + self.first
-        if len(bad):
-            raise ValueError(f"its mask {file}: label {bad[0]} is outside {self.first}..{last}")
         if mask.shape != tuple(image.shape[1:]):
             raise ValueError(f"its mask {file} is of shape {mask.shape}, the image of {tuple(image.shape[1:])}")
+        if len(bad := mask[(mask > last) & (mask != IGNORED)]):
+            raise ValueError(f"its mask {file}: label {bad[0]} is outside {first}..{last}")
+        mask = np.where((mask < first) | (mask == IGNORED), IGNORED, mask - first)
         return image, {"mask": tv_tensors.Mask(mask.astype(np.uint8))}
 
 
@@ -435,8 +434,8 @@ def overlaps(found: list[dict], truth: list[dict], crowd: np.ndarray, kind: str)
         area, areas = a[2] * a[3], b[2] * b[3]
     else:
         size = next(row["segmentation"]["size"] for row in found)  # results are run lengths
-        a, b = (np.array([mask_of(row["segmentation"], size).ravel() for row in r], float) for r in (found, truth))
-        both, area, areas = a @ b.T, a.sum(1), b.sum(1)
+        masks = [[mask_of(row["segmentation"], size).ravel() for row in rows] for rows in (found, truth)]
+        both, area, areas = np.float32(masks[0]) @ np.float32(masks[1]).T, *(np.sum(m, axis=1) for m in masks)
     return both / np.maximum(np.where(crowd, area[:, None], area[:, None] + areas - both), np.spacing(1))
 
 
@@ -460,14 +459,13 @@ def matched(truth: list[dict], found: list[dict], kind: str) -> tuple[np.ndarray
 def coco_ap(truth: list[dict], detections: list[dict], kind: str = "bbox") -> dict[str, float]:
     """{"AP", "AP50", "AP75"} in 0..1 of COCO's annotations and results, boxes ("bbox", x y w h) or masks ("segm"): all
     areas, at most 100 detections per image and category; 101 recalls, 10 IoUs. -1 where nothing is to be found."""
-    cells, of_category, precisions = defaultdict(lambda: ([], [])), defaultdict(list), []
+    cells, precisions = defaultdict(lambda: ([], [])), []  # truths and detections of a category in an image
     for number, rows in enumerate((truth, detections)):
         for row in rows:
             cells[row["category_id"], row["image_id"]][number].append(row)
-    for category, image in sorted(cells):
-        of_category[category].append(matched(*cells[category, image], kind))
-    for parts in of_category.values():
-        scores, right, wrong, counts = (np.concatenate(part, axis=-1) for part in zip(*parts))
+    for _, group in itertools.groupby(sorted(cells), key=lambda cell: cell[0]):
+        found = [matched(*cells[cell], kind) for cell in group]
+        scores, right, wrong, counts = (np.concatenate(part, axis=-1) for part in zip(*found))
         order = np.argsort(-scores, kind="stable")
         right, wrong = (x[:, order].cumsum(1).astype(float) for x in (right, wrong))
         precision = np.maximum.accumulate((right / (wrong + right + np.spacing(1)))[:, ::-1], axis=1)[:, ::-1]
@@ -575,7 +573,7 @@ def train(run: Run, content: dict) -> None:
     precision = Precision(run.amp, run.device, accumulation=found.accumulation)
     run.open_folder()
     size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(found.classes)} classes"
-    run.say(f"{args.model} {f'from {args.weights}' if content else 'from scratch'}, {size}; {args.data}, "
+    run.say(f"{args.model} {f'from {args.weights}' if content else 'from scratch: no --weights'}, {size}; {args.data}, "
             f"{len(found.source)} training, {len(found.val)} validation images; {recipe.epochs} epochs x {found.steps} "
             f"steps of {recipe.batch_size} = {run.world} ranks x {found.micro_batch} x {found.accumulation}, {run.amp} "
             f"on {run.device.type}; unlike the paper: {', '.join(cli.differences(recipe, run.paper)) or 'nothing'}")
@@ -609,12 +607,14 @@ def parse_args(argv: list[str] | None = None):
     parser.add_argument("task", choices=RECIPES)
     parser.add_argument("--model", metavar="SCRIPT/MODEL", help="for official weights, or from scratch")
     parser.add_argument("--recipe", metavar="NAME", help="of the task; default: the data's")
-    parser.add_argument("--multi-scale", action="store_true", help="--eval segment: by scales 0.5-1.75 and flips too")
+    text = "--eval segment: by scales 0.5-1.75 and flips too"
+    parser.add_argument("--multi-scale", action="store_true", default=None, help=text)
     cli._add_run_flags(parser)
     cli._add_recipe_flags(parser, Recipe)
     parser._option_string_actions["--data"].help = "see above"
     args = parser.parse_args(argv)
     cli.refuse(args, ("coarse_labels", "eval_data", "real_labels", "predict", "val_data"), "not for dense prediction")
+    cli.refuse(args, ("crop", "rois") if args.task == "segment" else ("multi_scale",), f"not for {args.task}")
     paper, *_, own = recipes = RECIPES[args.task]
     args.data = args.data or own
     args.recipe = args.recipe or (own if args.data == own else paper)

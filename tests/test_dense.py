@@ -547,6 +547,7 @@ def test_a_bad_mask_gets_one_line(suite, tmp_path, spoil, told):
     (["segment", "--real-labels", "x"], "not for dense"), (["segment", "--predict", "x"], "not for dense"),
     (["segment", "--warmup-steps", 300], "less than the 300"),
     (["segment", "--val-data", "x"], "not for dense"), (["segment", "--eval"], "no such file"),
+    (["detect", "--multi-scale"], "not for detect"), (["segment", "--rois", "9"], "not for segment"),
     (["segment", "--eval", "--weights", "nowhere.pt"], "no such file"), (["classify"], "invalid choice"),
     (["segment", "--model", "trex/resnet_nano"], "no patch grid"),
 ])  # fmt: skip
