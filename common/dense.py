@@ -6,10 +6,10 @@
 Data: shapes (segment), scenes (detect), ade20k:FOLDER, coco:FOLDER as published, or a FOLDER of images/, masks/ (PNGs
 of the same names, of line numbers from 0; 255: ignored) and classes.txt (a name per line), both with train/ and val/
 below, or every fifth image validates. Numbers: thesis sections 4.3.6, 5.3.3, 6.3.5.2; what it leaves open is of XCiT's
-published configurations, its base: [xcit]. Where it differs from these: images are padded to whole patches; contrast is
-changed after brightness, not at times last; Mask R-CNN is torchvision's (smooth L1 with beta 1/9, 2 samples per RoI
-bin), crowds take no part in its training, and its losses are means over a micro-batch, hence depend on how the batch is
-cut; segmentation's do not. Checked here: parameters, AP, the built-in data. Not run: ADE20k, COCO."""
+published configurations, its base: [xcit]. Where it differs from these: segmentation's sizes are drawn in steps of 32
+pixels; images are padded to whole patches; contrast is changed after brightness, not at times last; Mask R-CNN is
+torchvision's (smooth L1 with beta 1/9, 2 samples per RoI bin), crowds take no part in its training, and its losses are
+means over a micro-batch, hence depend on how the batch is cut. Not run here: ADE20k, COCO."""
 
 import functools
 import importlib
@@ -385,13 +385,10 @@ def mask_of(segmentation: dict | list, size: Size) -> np.ndarray:
         return np.any([polygon_mask(np.array(corners, float).reshape(-1, 2), size) for corners in segmentation], axis=0)
     (height, width), runs = segmentation["size"], segmentation["counts"]
     if not isinstance(runs, list):
-        text, runs, value, shift = runs.encode() if isinstance(runs, str) else runs, [], 0, 0
-        for byte in text:
-            value, shift = value | (byte - 48 & 31) << shift, shift + 5
-            if not byte - 48 & 32:  # the last 5 bits, the highest of which is the sign; differences from the third on
-                value -= (byte - 48 & 16) << shift - 4
-                runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-                value = shift = 0
+        digits, runs = np.frombuffer(runs.encode() if isinstance(runs, str) else runs, np.uint8).astype(int) - 48, []
+        for part in np.split(digits, np.flatnonzero(digits & 32 == 0) + 1)[:-1]:  # 5 bits each; the last has the sign
+            value = ((part & 31) << 5 * np.arange(len(part))).sum() - ((part[-1] & 16) << 5 * len(part) - 4)
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))  # differences from the third on
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
 
 
@@ -420,8 +417,8 @@ def results(image: int, found: dict[str, torch.Tensor]) -> list[dict]:
     for label, mask, *values in zip(found["labels"].tolist(), found["masks"].cpu().numpy() > 0, boxes, scores, crowd):
         changes = np.flatnonzero(np.diff(mask.T.ravel(), prepend=False))
         runs = {"size": list(mask.shape), "counts": np.diff(changes, prepend=0, append=mask.size).tolist()}
-        row = {"image_id": image, "category_id": label, "segmentation": runs}
-        rows.append(row | dict(zip(("bbox", "score", "iscrowd"), values)))
+        names = ("image_id", "category_id", "segmentation", "bbox", "score", "iscrowd")
+        rows.append(dict(zip(names, (image, label, runs, *values))))
     return rows
 
 
@@ -572,8 +569,8 @@ def train(run: Run, content: dict) -> None:
     optimizer = make_optimizer("adamw", model, recipe.lr, recipe.weight_decay)
     precision = Precision(run.amp, run.device, accumulation=found.accumulation)
     run.open_folder()
-    size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(found.classes)} classes"
-    run.say(f"{args.model} {f'from {args.weights}' if content else 'from scratch: no --weights'}, {size}; {args.data}, "
+    run.say(f"{args.model} {f'from {args.weights}' if content else 'from scratch: no --weights'}, "
+            f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(found.classes)} classes; "
             f"{len(found.source)} training, {len(found.val)} validation images; {recipe.epochs} epochs x {found.steps} "
             f"steps of {recipe.batch_size} = {run.world} ranks x {found.micro_batch} x {found.accumulation}, {run.amp} "
             f"on {run.device.type}; unlike the paper: {', '.join(cli.differences(recipe, run.paper)) or 'nothing'}")
@@ -607,8 +604,7 @@ def parse_args(argv: list[str] | None = None):
     parser.add_argument("task", choices=RECIPES)
     parser.add_argument("--model", metavar="SCRIPT/MODEL", help="for official weights, or from scratch")
     parser.add_argument("--recipe", metavar="NAME", help="of the task; default: the data's")
-    text = "--eval segment: by scales 0.5-1.75 and flips too"
-    parser.add_argument("--multi-scale", action="store_true", default=None, help=text)
+    parser.add_argument("--multi-scale", action="store_true", default=None, help="--eval: scales 0.5-1.75, flips too")
     cli._add_run_flags(parser)
     cli._add_recipe_flags(parser, Recipe)
     parser._option_string_actions["--data"].help = "see above"
@@ -647,8 +643,8 @@ def main() -> None:
         raise UserError(f"--data {args.data}: its {len(val.classes)} classes are not the {len(classes)} of {where}")
     found = evaluate(run, model, val)
     if args.multi_scale:
-        how = dict(scales=(0.5, 0.75, 1.0, 1.25, 1.5, 1.75), flips=(False, True))
-        found |= {f"{key}_multi": value for key, value in evaluate(run, model, val, **how).items()}
+        scales = dict(scales=(0.5, 0.75, 1.0, 1.25, 1.5, 1.75), flips=(False, True))
+        found |= {f"{key}_multi": value for key, value in evaluate(run, model, val, **scales).items()}
     run.say("  ".join(f"{key} {value:.2f}" for key, value in found.items()))
 
 
