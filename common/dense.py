@@ -75,7 +75,7 @@ RECIPES = {  # of each task the paper's first; the last, not of the thesis: the 
     "detect": {  # "3x": 36 epochs (section 5.3.3); the rest [xcit]
         "coco": Recipe(36, None, lr=1e-4, decay="steps", warmup_steps=500, weight_decay=0.05, short=(480, 800),
                        long=1333, test_size=(800, 1333), crop=True),
-        "scenes": Recipe(4, 100, batch_size=4, lr=2e-3, decay="steps", warmup_steps=20, img_size=(128, 128),
+        "scenes": Recipe(5, 100, batch_size=4, lr=1e-3, decay="steps", warmup_steps=20, img_size=(128, 128),
                          short=(128, 128), test_size=(128, 128), rois=64, width=32),
     },
 }  # fmt: skip
@@ -603,7 +603,7 @@ def parse_args(argv: list[str] | None = None):
     parser = cli.Parser(prog="python -m common.dense", description=__doc__)
     parser.add_argument("task", choices=RECIPES)
     parser.add_argument("--model", metavar="SCRIPT/MODEL", help="for official weights, or from scratch")
-    parser.add_argument("--recipe", metavar="NAME", help="of the task; default: the data's")
+    parser.add_argument("--recipe", metavar="NAME", help=", ".join(itertools.chain(*RECIPES.values())))
     parser.add_argument("--multi-scale", action="store_true", default=None, help="--eval: scales 0.5-1.75, flips too")
     cli._add_run_flags(parser)
     cli._add_recipe_flags(parser, Recipe)
