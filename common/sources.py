@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -27,7 +28,7 @@ import torch
 from torchvision import datasets
 
 from common import images, shapes
-from common.errors import UserError
+from common.errors import RunError, UserError, one_line
 from common.progress import watched
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif")
@@ -36,6 +37,7 @@ MAX_FILE_BYTES = 1 << 30
 TREE = "expected FOLDER/train/CLASS/IMAGE and FOLDER/val/CLASS/IMAGE, or a .tar holding the same"
 COG_LEVELS, COG_SPLITS = "cog_levels_mapping_file.pkl", "cog_concepts_split_file.pkl"
 FORMAT = 2  # of an index in the cache; those of another one are made anew
+DRAWING = hashlib.sha256(Path(shapes.__file__).read_bytes()).hexdigest()
 Labels = tuple[list[str], np.ndarray]  # class names in label order, labels int64 (N,)
 
 
@@ -86,10 +88,24 @@ class Source:
         stored = self.stored(index)
         return images.decode(stored) if isinstance(stored, bytes) else images.from_numpy(stored)
 
-    def content(self) -> str:
-        """Changes when a pixel of any image changes, or their order; reads them all, without decoding."""
-        indices = watched(range(len(self)), f"reading {self.title}", "images", print, len(self))
-        return hashlib.sha256(b"".join(hashlib.sha256(self.stored(i)).digest() for i in indices)).hexdigest()
+    def named(self, action: Callable, index: int):
+        """action(index), say read(index); RunError with the image's name and the reason if it cannot be done."""
+        try:
+            return action(index)
+        except Exception as error:  # of any kind: it is a decoder's
+            why = one_line(error, 1000) or type(error).__name__
+            raise RunError(f"{self.name(index)}: {why}") from None
+
+    def mark(self, index: int) -> bytes:
+        """Changes when image `index` does: by its bytes or, of files, by place, name, size and time of change."""
+        return hashlib.sha256(self.stored(index)).digest()
+
+    def content(self, every_byte: bool) -> str:
+        """Changes when an image changes, or their order, as far as mark() tells, or by every byte of all of them."""
+        sha, mark = hashlib.sha256(), (Source if every_byte else type(self)).mark
+        for index in watched(range(len(self)), f"reading {self.title}", "images", print, len(self)):
+            sha.update(self.named(functools.partial(mark, self), index))
+        return sha.hexdigest()
 
     def digest(self) -> str:
         """Changes when an image is added, removed, renamed or relabelled."""
@@ -119,6 +135,9 @@ class Shapes(Source):
     def stored(self, index: int) -> np.ndarray:
         return shapes.draw(self.split, int(index))[0]
 
+    def mark(self, index: int) -> bytes:
+        return repr((self.title, index, DRAWING)).encode()
+
 
 class Files(Source):
     """Image files below `root`; names: paths relative to it, bytes (N,) or a list."""
@@ -127,6 +146,10 @@ class Files(Source):
         self.title = os.path.join(root, "")
         self.names = np.array([os.fsencode(n) for n in names], dtype="S") if isinstance(names, list) else names
         super().__init__(classes, labels, levels)
+
+    def mark(self, index: int) -> bytes:
+        stat = os.stat(name := self.name(index))
+        return repr((os.path.abspath(name), stat.st_size, stat.st_mtime_ns)).encode()
 
     def stored(self, index: int) -> bytes:
         fd = os.open(self.name(index), os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait for ever for a writer
@@ -139,12 +162,15 @@ class Files(Source):
 
 
 class TarMembers(Source):
-    """Members of one tar, read in place: names bytes (N,), offsets and sizes int64 (N,)."""
+    """Members of one tar, read in place: columns names bytes (N,), offsets and sizes int64 (N,); key: the archive."""
 
-    def __init__(self, path: str, names: np.ndarray, offsets: np.ndarray, sizes: np.ndarray, classes, labels):
-        self.path, self.title, self.pid = path, f"{path}: ", None
-        self.names, self.offsets, self.sizes = names, offsets, sizes
+    def __init__(self, path: str, key: list, columns: list[np.ndarray], classes: list[str], labels: np.ndarray):
+        self.path, self.key, self.title, self.pid = path, key, f"{path}: ", None
+        self.names, self.offsets, self.sizes = columns
         super().__init__(classes, labels)
+
+    def mark(self, index: int) -> bytes:
+        return repr((self.key, bytes(self.names[index]), int(self.offsets[index]), int(self.sizes[index]))).encode()
 
     def stored(self, index: int) -> bytes:
         if self.pid != os.getpid():  # each worker opens its own
@@ -274,7 +300,7 @@ def _open_tar(path: str, split: str | None, classes: list[str] | None, say: Call
         flat = f"{path}: {found['flat']} images without a class folder; repack the archive as CLASS/IMAGE"
         raise UserError(flat if "" in index else f"--data {path}: no {split}/CLASS/IMAGE in this archive")
     columns = [found[name] for name in ("names", "offsets", "sizes")]
-    return TarMembers(path, *columns, *_fit_classes(found, classes, path, say))
+    return TarMembers(path, key, columns, *_fit_classes(found, classes, path, say))
 
 
 def _scan_tar(path: str) -> Iterator[tuple[bytes, int, int]]:

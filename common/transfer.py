@@ -91,14 +91,13 @@ def classifier_inputs(model: torch.nn.Module, where: str) -> Callable[[torch.Ten
 
 
 def cached_features(embed, identity: str, source: Source, size, ratio: float, run: Run, title: str) -> torch.Tensor:
-    """extract(), kept under a hash of the network, of the images' bytes and of how they are prepared."""
-    key = [identity, source.content(), tuple(size), ratio, run.amp, run.device.type, str(torchvision.__version__)]
-    file = cache_file(key, ".npy", "features")
+    """extract(), kept under a hash of the network, of the images' content() and of how they are prepared."""
+    key = [identity, source.content(run.args.check_bytes), tuple(size), ratio, run.amp, run.device.type]
+    file = cache_file([*key, str(torchvision.__version__)], ".npy", "features")
     with contextlib.suppress(OSError, ValueError, EOFError):  # absent, or cut short by a crash
         found = torch.from_numpy(np.load(file, allow_pickle=False))
-        if len(found) == len(source):
-            run.say(f"{title}: {len(source)} images, features from the cache")
-            return found.to(run.device)
+        run.say(f"{title}: {len(source)} images, features from the cache")
+        return found.to(run.device)
     found = extract(embed, source, size, ratio, run, batch_size=run.args.micro_batch or 64, title=title)
     if problem := keep(file, lambda out: np.save(out, found.cpu().numpy())):
         run.say(f"warning: features of {title}: {problem}")
@@ -439,6 +438,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--micro-batch", type=int, metavar="N", help="images per forward pass; default: 64")
     flag("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     flag("--amp", choices=("bf16", "fp16", "fp32"), default="fp32", help="precision of the network; default: fp32")
+    flag("--check-bytes", action="store_true", help="know images again by all their bytes, not by name, size and time")
     two = commands.add_parser("finetuned", help="the table of fine-tuned runs")
     two.add_argument("runs", nargs="+", metavar="DATASET=FOLDER", help="a run's output folder")
     for flag in (one.add_argument, two.add_argument):
