@@ -35,8 +35,10 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", 
 JUNK = re.compile(r"(^|/)(\.|(__MACOSX|@eaDir|lost\+found|Thumbs\.db|desktop\.ini)(/|\Z))")  # as a part of a path
 MAX_FILE_BYTES = 1 << 30
 TREE = "expected FOLDER/train/CLASS/IMAGE and FOLDER/val/CLASS/IMAGE, or a .tar holding the same"
+FLAT = ("move each image into a folder of its class; of ImageNet's validation images it is known by the devkit's"
+        " ILSVRC2012_validation_ground_truth.txt and meta.mat")
 COG_LEVELS, COG_SPLITS = "cog_levels_mapping_file.pkl", "cog_concepts_split_file.pkl"
-FORMAT = 2  # of an index in the cache; those of another one are made anew
+FORMAT = 3  # of an index in the cache; those of another one are made anew
 DRAWING = hashlib.sha256(Path(shapes.__file__).read_bytes()).hexdigest()
 Labels = tuple[list[str], np.ndarray]  # class names in label order, labels int64 (N,)
 
@@ -178,6 +180,16 @@ class TarMembers(Source):
         return os.pread(self.fd, int(self.sizes[index]), int(self.offsets[index]))
 
 
+@contextlib.contextmanager
+def _opening() -> Iterator[None]:
+    """What cannot be listed or read for want of permission, or of a working disk, is one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
+
+
+@_opening()
 def open_data(spec: str, *, val_data: str | None = None, coarse_labels: str | None = None, say: Callable = print,
               classes: list[str] | None = None, splits: tuple[str, ...] = ("train", "val")) -> dict[str, Source]:
     """The splits of a `--data` value (see the module docstring), labels of every split in the order of train's classes,
@@ -203,7 +215,7 @@ def open_data(spec: str, *, val_data: str | None = None, coarse_labels: str | No
         elif (path / split).is_dir():
             if split != "train" and order is None and (path / "train").is_dir():
                 order = _class_folders(path / "train")  # ids always come from train's folder names
-            found[split] = open_images(str(path / split), f"--data {spec}", order, say)
+            found[split] = open_images(str(path / split), f"--data {spec}", order, say, strict=split == "train")
         else:
             hint = " (or give --val-data PATH, or train without validation by --val-data none)"
             raise UserError(f"--data {spec}: no folder {split}/ in it; {TREE}{hint if split == 'val' else ''}")
@@ -225,53 +237,63 @@ def _coarse_level(file: str, source: Source) -> Labels:
     return coarse.tolist(), _relabelled(source.labels, to_coarse)
 
 
-def open_images(path: str, flag: str, classes: list[str] | None = None, say: Callable = print) -> Source:
+@_opening()
+def open_images(path: str, flag: str, classes: list[str] | None = None, say: Callable = print, strict=False) -> Source:
     """One folder of class folders, or one tar of class folders or class tars. `classes` fixes the labels; folders named
-    0, 1, 2, ... that are not among them are label numbers (ImageNet-V2's)."""
+    0, 1, 2, ... that are not among them are label numbers (ImageNet-V2's). strict: every class must have an image."""
     if not Path(path).exists():
         raise UserError(f"{flag}: {path} does not exist")
     if not Path(path).is_dir():
         return _open_tar(path, None, classes, say)
     folders = _class_folders(path)
-    times = [(folder, os.stat(os.path.join(path, folder)).st_mtime_ns) for folder in ["", *folders]]  # of two levels
-    found = _index([os.path.realpath(path), times], path, _scan_folder, say)[""]
+    key = [os.path.realpath(path), [(f, _changed(os.path.join(path, f))) for f in ["", *folders]]]  # of two levels
+    found = _index(key, path, _scan_folder, say)[""]
+    while (inner := [[f, _changed(f)] for f, _ in found["inner"]]) != found["inner"]:  # and of those that it met below
+        key.append(inner)
+        found = _index(key, path, _scan_folder, say)[""]
     if not folders:
-        hint = "move each image into a folder of its class (ImageNet's validation set comes unsorted)"
-        why = f"{found['flat']} images but no class folders; {hint}" if found["flat"] else f"no class folders; {TREE}"
+        why = f"{found['flat']} images but no class folders; {FLAT}" if found["flat"] else f"no class folders; {TREE}"
         raise UserError(f"{flag}: {path} holds {why}")
     if empty := sorted(set(folders) - set(found["classes"])):
-        raise UserError(f"{flag}: the class folder {os.path.join(path, empty[0])} holds no images")
-    return Files(path, found["names"], *_fit_classes(found, classes, path, say))
+        if strict or not found["classes"]:
+            raise UserError(f"{flag}: the class folder {os.path.join(path, empty[0])} holds no images")
+        say(f"{path}: {len(empty)} class folders hold no images: {', '.join(empty[:5])}")
+    return Files(path, found["names"], *_fit_classes(found, folders, classes, path, say))
 
 
-def _fit_classes(found: dict, classes: list[str] | None, where: str, say: Callable) -> Labels:
-    """Classes and labels of a part of an index in the order of `classes` (None: the folder names' own order)."""
-    folders, labels = found["classes"], found["labels"]
+def _fit_classes(found: dict, folders: list[str], classes: list[str] | None, where: str, say: Callable) -> Labels:
+    """Classes and labels of a part of an index in the order of `classes`, or of `folders` (None), which are all that
+    there are, though some may be empty."""
+    own, wanted = found["classes"], folders if classes is None else classes
     if found["ignored"]:
         say(f"{where}: {found['ignored']} files ignored, their extension is not one of {' '.join(EXTENSIONS)}")
     numbers = bool(folders) and all(f.isdigit() for f in folders)
-    if classes in (None, folders):
-        if classes is None and numbers and folders != sorted(folders, key=int):
-            say(f"{where}: class folders are numbers; labels follow their names: {', '.join(folders[:4])}, ...")
-        return folders, labels
-    extra, missing = sorted(set(folders) - set(classes)), sorted(set(classes) - set(folders))
-    place = {c: i for i, c in enumerate(classes)}
-    if numbers and len(extra) == len(folders) and max(map(int, folders)) < len(classes):
-        say(f"{where}: class folders are numbers and taken as labels 0..{len(classes) - 1}")
+    if classes is None and numbers and folders != sorted(folders, key=int):
+        say(f"{where}: class folders are numbers; labels follow their names: {', '.join(folders[:4])}, ...")
+    if own == wanted:
+        return wanted, found["labels"]
+    extra, missing = sorted(set(own) - set(wanted)), sorted(set(wanted) - set(folders))
+    place = {c: i for i, c in enumerate(wanted)}
+    if numbers and len(extra) == len(own) and max(map(int, folders)) < len(wanted):
+        say(f"{where}: class folders are numbers and taken as labels 0..{len(wanted) - 1}")
         place = {f: int(f) for f in folders}
     elif extra or missing:
         lists = (("only in train", missing), ("only here", extra))
         parts = [f"{title}: {', '.join(names[:5])} ({len(names)})" for title, names in lists if names]
         raise UserError(f"{where}: its classes are not those of the training set; {'; '.join(parts)}")
-    return classes, _relabelled(labels, np.array([place[f] for f in folders]))
+    return wanted, _relabelled(found["labels"], np.array([place[f] for f in own]))
+
+
+def _changed(path: str) -> int:
+    return os.stat(path).st_mtime_ns if os.path.exists(path) else 0
 
 
 def _class_folders(path: str | Path) -> list[str]:
     return sorted(e.name for e in os.scandir(path) if e.is_dir() and not JUNK.search(e.name))
 
 
-def _scan_folder(path: str) -> Iterator[tuple[bytes]]:
-    """(name below `path`,) of every file there."""
+def _scan_folder(path: str) -> Iterator[tuple]:
+    """(name below `path`,) of every file there; (path/, time of change) of folders in class folders."""
     root, seen, pending = os.path.join(path, ""), set(), [path]
     while pending:
         here = pending.pop()
@@ -279,6 +301,8 @@ def _scan_folder(path: str) -> Iterator[tuple[bytes]]:
         if place in seen:  # a loop of links
             continue
         seen.add(place)
+        if "/" in here[len(root) :]:
+            yield os.fsencode(os.path.join(here, "")), _changed(here)
         for entry in os.scandir(here):
             if JUNK.search(entry.name):
                 continue
@@ -297,10 +321,10 @@ def _open_tar(path: str, split: str | None, classes: list[str] | None, say: Call
     if split == "val" and "" in index:
         raise UserError(f"--data {path}: the archive has no val/; give --val-data PATH (none: train without)")
     if not (found := index.get("") or index[split])["classes"]:
-        flat = f"{path}: {found['flat']} images without a class folder; repack the archive as CLASS/IMAGE"
+        flat = f"{path}: {found['flat']} images without a class folder; {FLAT}"
         raise UserError(flat if "" in index else f"--data {path}: no {split}/CLASS/IMAGE in this archive")
     columns = [found[name] for name in ("names", "offsets", "sizes")]
-    return TarMembers(path, key, columns, *_fit_classes(found, classes, path, say))
+    return TarMembers(path, key, columns, *_fit_classes(found, found["classes"], classes, path, say))
 
 
 def _scan_tar(path: str) -> Iterator[tuple[bytes, int, int]]:
@@ -314,7 +338,8 @@ def _scan_tar(path: str) -> Iterator[tuple[bytes, int, int]]:
         while pending:
             at, stop, folder = pending.pop()
             if at + 512 > stop:
-                continue
+                hint = "fetch or pack it again, or if you know it to be whole: truncate -s +1024 FILE"
+                raise UserError(f"{path} is truncated: {folder or 'it'} ends at byte {stop} without a mark; {hint}")
             file.seek(at)
             try:
                 member = tarfile.TarInfo.fromtarfile(tar)
@@ -420,12 +445,13 @@ def _mapped(file: str | Path, split: str = "", name: str = ""):
 def _by_class(rows: list[tuple], split: str) -> dict:
     """Of rows (name, ...) the images in class folders (of `split`, if it is named), by class and name: "classes",
     "labels", "names" and, in an archive, "offsets" and "sizes"; how many other files there are "ignored", and how many
-    images in no class folder, "flat"."""
+    images in no class folder, "flat"; "inner": rows of folders."""
     deep, found, counts = len(split) > 0, [], {"ignored": 0, "flat": 0}
+    inner = [[os.fsdecode(row[0]), row[1]] for row in rows if row[0].endswith(b"/")]
     for row in rows:
         folders, name = row[0].split(b"/")[:-1], os.fsdecode(row[0])
         inside, image = len(folders) > deep, name.lower().endswith(EXTENSIONS)
-        if JUNK.search(name) or (deep and folders[:1] != [split.encode()]):
+        if JUNK.search(name) or name.endswith("/") or (deep and folders[:1] != [split.encode()]):
             continue
         if inside and image:
             found.append((folders[deep], *row))
@@ -434,7 +460,7 @@ def _by_class(rows: list[tuple], split: str) -> dict:
     found.sort()
     columns = dict(zip(("labels", "names", "offsets", "sizes"), map(np.array, zip(*found))))
     classes, columns["labels"] = np.unique(columns.get("labels", []), return_inverse=True)
-    return {"classes": [os.fsdecode(c) for c in classes.tolist()], **columns, **counts}
+    return {"classes": [os.fsdecode(c) for c in classes.tolist()], "inner": inner, **columns, **counts}
 
 
 def _open_named(name: str, folder: str, split: str) -> Source:
