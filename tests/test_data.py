@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import importlib
 import json
 import os
 import pickle
@@ -16,9 +17,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import encoded, picture, reference, write_folder, write_tar
+from conftest import SCRIPTS, encoded, picture, reference, write_folder, write_tar
 from PIL import Image
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import deit3
 from common import checkpoint, evaluate, images, progress, shapes, sources
@@ -753,6 +755,28 @@ def test_B27_pixels_do_not_depend_on_workers_and_differ_between_epochs_and_repea
     pictures = [b[0] for b in results[0]]
     assert all(not torch.equal(pictures[i], pictures[j]) for i in range(4) for j in range(i))
     assert results[0][0][0].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_J8_loaders_work_by_every_start_method(tmp_path, method):
+    """What a worker is sent can be pickled, an archive and its index included; forkserver is Python 3.14's default."""
+    source = open_data(str(write_tar(tmp_path / "d.tar", members())))["val"]
+    run = SimpleNamespace(world=1, rank=0, workers=1, device=CPU)
+    loader = evaluate.eval_loader(source, (16, 16), 1.0, 4, run)
+    expected = [loader.dataset.__getitems__(keys) for keys in loader.batch_sampler]
+    loader.multiprocessing_context = method
+    for found, batch in zip(to_device(loader, CPU), expected, strict=True):
+        assert all(map(torch.equal, found, batch))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_J8_every_training_transform_can_be_sent_to_a_worker(script):
+    module, source = importlib.import_module(script), open_data("shapes")["val"]
+    for recipe in module.RECIPES.values():
+        samples = Samples(source, module.TrainTransform(recipe), 0)
+        sent = pickle.loads(pickle.dumps(samples))
+        for found, expected in zip(sent.__getitems__([(0, 3, 1)]), samples.__getitems__([(0, 3, 1)])):
+            assert all(map(torch.equal, tree_leaves(found), tree_leaves(expected)))
 
 
 def test_B24_a_killed_worker_stops_the_run_with_the_likely_cause(folder):
