@@ -7,6 +7,7 @@ import json
 import math
 import random
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -554,6 +555,15 @@ def test_retrieve_draws_frames_by_the_finest_level_that_is_right(here, trained, 
     before = len(extracted)
     refused(here(*asked, tmp_path / "none.jpg", *flags), "none.jpg")
     assert len(extracted) == before  # told before the training images are embedded
+
+
+def test_retrieve_names_a_damaged_image_in_one_line(here, trained, folder, coarse, tmp_path):
+    data = shutil.copytree(folder, tmp_path / "d")
+    (data / "val/bee/bee_000.jpg").write_bytes(b"<html>")
+    flags = ["--weights", trained["coarse"] / "last.pt", "--data", data, "--coarse-labels", coarse, "--workers", 0]
+    result = here("grafit", "--model", "regnet_nano", *flags, "--retrieve", 5, "--out", tmp_path / "o")
+    assert result.status == 1 and "val/bee/bee_000.jpg: " in result.err, result
+    assert "Traceback" not in result.err and len(result.err.strip().splitlines()) == 1, result
 
 
 def test_levels_are_named_once_from_the_coarsest_and_known_by_their_classes():
