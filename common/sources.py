@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map
 from torchvision import datasets
 
 from common import images, shapes
@@ -35,8 +36,8 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", 
 JUNK = re.compile(r"(^|/)(\.|(__MACOSX|@eaDir|lost\+found|Thumbs\.db|desktop\.ini)(/|\Z))")  # as a part of a path
 MAX_FILE_BYTES = 1 << 30
 TREE = "expected FOLDER/train/CLASS/IMAGE and FOLDER/val/CLASS/IMAGE, or a .tar holding the same"
-FLAT = ("move each image into a folder of its class; of ImageNet's validation images it is known by the devkit's"
-        " ILSVRC2012_validation_ground_truth.txt and meta.mat")
+FLAT = ("move each into a folder of its class: an image without a class folder has no label; those of ImageNet's"
+        " validation images are in ILSVRC2012_validation_ground_truth.txt and meta.mat of its devkit")
 COG_LEVELS, COG_SPLITS = "cog_levels_mapping_file.pkl", "cog_concepts_split_file.pkl"
 FORMAT = 3  # of an index in the cache; those of another one are made anew
 DRAWING = hashlib.sha256(Path(shapes.__file__).read_bytes()).hexdigest()
@@ -72,14 +73,6 @@ class Source:
 
     def __len__(self) -> int:
         return len(self.labels)
-
-    def at_level(self, level: str | None) -> Source:
-        """The same images with the labels of `level` (None: as they are)."""
-        if level not in (None, *self.levels):
-            hint = "; give --coarse-labels FILE" if level == "coarse" else ""
-            raise UserError(f"--data: no label level {level!r} here, there is: {', '.join(self.levels)}{hint}")
-        self.classes, self.labels = self.levels.get(level, (self.classes, self.labels))
-        return self
 
     def name(self, index: int) -> str:
         """What a message calls image `index`."""
@@ -186,7 +179,7 @@ def _opening() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{error.filename or 'the images'}: cannot be read ({error.strerror})") from None
 
 
 @_opening()
@@ -210,18 +203,22 @@ def open_data(spec: str, *, val_data: str | None = None, coarse_labels: str | No
             raise UserError(f"--data {spec}: no such file or folder ({TREE}){known}")
         elif split == "val" and val_data:
             found[split] = open_images(val_data, "--val-data", order, say)
-        elif not path.is_dir():
-            found[split] = _open_tar(str(path), split, order, say)
-        elif (path / split).is_dir():
-            if split != "train" and order is None and (path / "train").is_dir():
-                order = _class_folders(path / "train")  # ids always come from train's folder names
-            found[split] = open_images(str(path / split), f"--data {spec}", order, say, strict=split == "train")
-        else:
+        elif path.is_dir() and not (path / split).is_dir():
             hint = " (or give --val-data PATH, or train without validation by --val-data none)"
             raise UserError(f"--data {spec}: no folder {split}/ in it; {TREE}{hint if split == 'val' else ''}")
+        else:
+            if split != "train" and order is None and (path / "train").is_dir():
+                order = _class_folders(path / "train")  # ids always come from train's folder names
+            found[split] = open_images(spec, f"--data {spec}", order, say, split)
+        source = found[split]
         if coarse_labels:
-            found[split].levels["coarse"] = _coarse_level(coarse_labels, found[split])
-    return {split: source.at_level(level) for split, source in found.items()}
+            source.levels["coarse"] = _coarse_level(coarse_labels, source)
+        if level not in (None, *source.levels):
+            hint = "; give --coarse-labels FILE" if level == "coarse" else ""
+            raise UserError(f"--data: no label level {level!r} here, there is: {', '.join(source.levels)}{hint}")
+    for source in found.values():  # now that train's own have told the order of all
+        source.classes, source.labels = source.levels[level or "fine"]
+    return found
 
 
 def _coarse_level(file: str, source: Source) -> Labels:
@@ -238,27 +235,37 @@ def _coarse_level(file: str, source: Source) -> Labels:
 
 
 @_opening()
-def open_images(path: str, flag: str, classes: list[str] | None = None, say: Callable = print, strict=False) -> Source:
-    """One folder of class folders, or one tar of class folders or class tars. `classes` fixes the labels; folders named
-    0, 1, 2, ... that are not among them are label numbers (ImageNet-V2's). strict: every class must have an image."""
+def open_images(path: str, flag: str, classes: list[str] | None = None, say: Callable = print, split="") -> Source:
+    """A folder of class folders, or a tar of class folders or class tars, or `split`/ in one. `classes` fixes the
+    labels; folders named 0, 1, 2, ... that are not among them are label numbers (ImageNet-V2's)."""
+    where = os.path.join(path, split) if split else path
     if not Path(path).exists():
         raise UserError(f"{flag}: {path} does not exist")
-    if not Path(path).is_dir():
-        return _open_tar(path, None, classes, say)
-    folders = _class_folders(path)
-    key = [os.path.realpath(path), [(f, _changed(os.path.join(path, f))) for f in ["", *folders]]]  # of two levels
-    found = _index(key, path, _scan_folder, say)[""]
-    while (inner := [[f, _changed(f)] for f, _ in found["inner"]]) != found["inner"]:  # and of those that it met below
-        key.append(inner)
-        found = _index(key, path, _scan_folder, say)[""]
+    if tar := not Path(path).is_dir():
+        key = [os.path.realpath(path), os.path.getsize(path), _changed(path)]
+        index = _index(key, path, _scan_tar, say, splits=bool(split))
+        if split == "val" and "" in index:
+            raise UserError(f"{flag}: the archive has no val/; give --val-data PATH (none: train without)")
+        found = index.get("") or index[split]
+        folders = found["classes"]
+    else:
+        folders = _class_folders(where)
+        key = [os.path.realpath(where), [(f, _changed(os.path.join(where, f))) for f in ["", *folders]]]  # two levels
+        found = _index(key, where, _scan_folder, say)[""]
+        while (inner := [[f, _changed(f)] for f, _ in found["inner"]]) != found["inner"]:  # those that it met below
+            key.append(inner)
+            found = _index(key, where, _scan_folder, say)[""]
     if not folders:
         why = f"{found['flat']} images but no class folders; {FLAT}" if found["flat"] else f"no class folders; {TREE}"
-        raise UserError(f"{flag}: {path} holds {why}")
+        raise UserError(f"{flag}: {where} holds {why}")
     if empty := sorted(set(folders) - set(found["classes"])):
-        if strict or not found["classes"]:
-            raise UserError(f"{flag}: the class folder {os.path.join(path, empty[0])} holds no images")
-        say(f"{path}: {len(empty)} class folders hold no images: {', '.join(empty[:5])}")
-    return Files(path, found["names"], *_fit_classes(found, folders, classes, path, say))
+        if split == "train" or not found["classes"]:
+            raise UserError(f"{flag}: the class folder {os.path.join(where, empty[0])} holds no images")
+        say(f"{where}: {len(empty)} class folders hold no images: {', '.join(empty[:5])}")
+    classes, labels = _fit_classes(found, folders, classes, where, say)
+    if tar:
+        return TarMembers(path, key, [found[name] for name in ("names", "offsets", "sizes")], classes, labels)
+    return Files(where, found["names"], classes, labels)
 
 
 def _fit_classes(found: dict, folders: list[str], classes: list[str] | None, where: str, say: Callable) -> Labels:
@@ -312,19 +319,6 @@ def _scan_folder(path: str) -> Iterator[tuple]:
                 raise UserError(f"{entry.path} is a link to nothing; repair or remove it")
             else:
                 yield (os.fsencode(entry.path[len(root) :]),)
-
-
-def _open_tar(path: str, split: str | None, classes: list[str] | None, say: Callable) -> Source:
-    """`split`/CLASS/IMAGE of a tar (split None: CLASS/IMAGE, or CLASS.tar holding IMAGE)."""
-    key = [os.path.realpath(path), os.stat(path).st_size, os.stat(path).st_mtime_ns]
-    index = _index(key, path, _scan_tar, say, splits=split is not None)
-    if split == "val" and "" in index:
-        raise UserError(f"--data {path}: the archive has no val/; give --val-data PATH (none: train without)")
-    if not (found := index.get("") or index[split])["classes"]:
-        flat = f"{path}: {found['flat']} images without a class folder; {FLAT}"
-        raise UserError(flat if "" in index else f"--data {path}: no {split}/CLASS/IMAGE in this archive")
-    columns = [found[name] for name in ("names", "offsets", "sizes")]
-    return TarMembers(path, key, columns, *_fit_classes(found, found["classes"], classes, path, say))
 
 
 def _scan_tar(path: str) -> Iterator[tuple[bytes, int, int]]:
@@ -406,18 +400,19 @@ def _index(key: list, path: str, scan: Callable[[str], Iterator], say: Callable,
 
 def _kept(key: list, make: Callable[[], dict], say: Callable = print) -> dict[str, dict]:
     """make()'s {split: {name: array, or something plain}}, mapped from the cache where it holds that under `key`."""
+
+    def packed(value):
+        array = isinstance(value, np.ndarray)
+        return (value.dtype.str, _hash(value), torch.from_numpy(value.view(np.uint8))) if array else value
+
     file = cache_file([FORMAT, *key], ".pt")
     try:
         return _mapped(file)
     except Exception:  # absent, or cut short by a crash: either way it is made
-        index, stored = make(), {}
+        index = make()
     with contextlib.suppress(Exception):  # another job was faster: it needs its file to stay, on a network's disk
         return _mapped(file)
-    for split, found in index.items():
-        arrays = {name: value for name, value in found.items() if isinstance(value, np.ndarray)}
-        packed = {n: (a.dtype.str, _hash(a), torch.from_numpy(a.view(np.uint8))) for n, a in arrays.items()}
-        stored[split] = {**found, **packed}
-    if problem := keep(file, lambda out: torch.save(stored, out)):
+    if problem := keep(file, lambda out: torch.save(tree_map(packed, index), out)):
         say(f"warning: {problem}; the images will be listed again at the next start")
         return index
     return _mapped(file)

@@ -196,6 +196,10 @@ def test_reading_a_checkpoint_and_extracting_features_say_how_far_they_are(tmp_p
     source = open_data(str(folder))["val"]
     evaluate.extract(lambda x: x.mean((2, 3)), source, (8, 8), 1.0, run, batch_size=16, title="validation images")
     assert [line.split(": ")[1] for line in said] == [f"{n} of 20 images so far" for n in (16, 20)]
+    for every_byte in (False, True):  # what a cache of features is known by
+        source.content(every_byte)
+        lines = capsys.readouterr().out.splitlines()
+        assert lines == [f"reading {folder}/val/: {n} of 20 images so far" for n in range(1, 21)]
 
 
 def opened_again(kind, root) -> sources.Source:
@@ -234,6 +238,16 @@ def test_what_is_opened_again_is_mapped_from_the_cache_and_nothing_is_scanned_co
         assert len(pickle.dumps(array)) < 300 and parts.place == array.place and np.array_equal(parts, array)
         assert np.array_equal(pickle.loads(pickle.dumps(array[1:])), array[1:])
     assert torch.equal(pickle.loads(pickle.dumps(again)).read(2), first.read(2))
+
+
+def test_another_class_order_is_another_index(tmp_path):
+    write_folder(tmp_path, train=2, val=1)
+    orders = ["ant", "bee", "cat", "dog"], ["dog", "cat", "bee", "ant"], ["bee", "ant", "cat", "dog"]
+    for _ in range(2):
+        for order in orders:
+            source = open_images(str(tmp_path / "train"), "", order)
+            named = [source.classes[label] for label in source.labels]
+            assert source.classes == order and named == [f"{c}" for c in sorted(order) for _ in range(2)]
 
 
 def test_an_index_that_another_job_made_meanwhile_stays(tmp_path, monkeypatch):
@@ -567,7 +581,7 @@ def test_B23_broken_tars_are_named_by_member(tmp_path):
     with pytest.raises(UserError, match="huge.jpg has 10737418240 bytes"):
         open_data(str(tmp_path / "h.tar"))
     write_tar(tmp_path / "flat.tar", {"a.jpg": b"x"})
-    with pytest.raises(UserError, match="without a class folder; move each .*validation_ground_truth.txt"):
+    with pytest.raises(UserError, match="without a class folder .*validation_ground_truth.txt"):
         open_images(str(tmp_path / "flat.tar"), "--val-data")
 
 
