@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import json
 import os
@@ -40,7 +39,6 @@ FLAT = ("move each into a folder of its class: an image without a class folder h
         " validation images are in ILSVRC2012_validation_ground_truth.txt and meta.mat of its devkit")
 COG_LEVELS, COG_SPLITS = "cog_levels_mapping_file.pkl", "cog_concepts_split_file.pkl"
 FORMAT = 3  # of an index in the cache; those of another one are made anew
-DRAWING = hashlib.sha256(Path(shapes.__file__).read_bytes()).hexdigest()
 Labels = tuple[list[str], np.ndarray]  # class names in label order, labels int64 (N,)
 
 
@@ -88,8 +86,7 @@ class Source:
         try:
             return action(index)
         except Exception as error:  # of any kind: it is a decoder's
-            why = one_line(error, 1000) or type(error).__name__
-            raise RunError(f"{self.name(index)}: {why}") from None
+            raise RunError(f"{self.name(index)}: {one_line(error, 1000) or type(error).__name__}") from None
 
     def mark(self, index: int) -> bytes:
         """Changes when image `index` does: by its bytes or, of files, by place, name, size and time of change."""
@@ -99,7 +96,7 @@ class Source:
         """Changes when an image changes, or their order, as far as mark() tells, or by every byte of all of them."""
         sha, mark = hashlib.sha256(), (Source if every_byte else type(self)).mark
         for index in watched(range(len(self)), f"reading {self.title}", "images", print, len(self)):
-            sha.update(self.named(functools.partial(mark, self), index))
+            sha.update(self.named(lambda i: mark(self, i), index))
         return sha.hexdigest()
 
     def digest(self) -> str:
@@ -131,7 +128,7 @@ class Shapes(Source):
         return shapes.draw(self.split, int(index))[0]
 
     def mark(self, index: int) -> bytes:
-        return repr((self.title, index, DRAWING)).encode()
+        return f"{self.title} {index}".encode()  # which the pixels follow from
 
 
 class Files(Source):
@@ -157,10 +154,10 @@ class Files(Source):
 
 
 class TarMembers(Source):
-    """Members of one tar, read in place: columns names bytes (N,), offsets and sizes int64 (N,); key: the archive."""
+    """Members of one tar, read in place: columns names bytes (N,), offsets and sizes int64 (N,); key: its path, ..."""
 
     def __init__(self, path: str, key: list, columns: list[np.ndarray], classes: list[str], labels: np.ndarray):
-        self.path, self.key, self.title, self.pid = path, key, f"{path}: ", None
+        self.key, self.title, self.pid = key, f"{path}: ", None
         self.names, self.offsets, self.sizes = columns
         super().__init__(classes, labels)
 
@@ -169,7 +166,7 @@ class TarMembers(Source):
 
     def stored(self, index: int) -> bytes:
         if self.pid != os.getpid():  # each worker opens its own
-            self.fd, self.pid = os.open(self.path, os.O_RDONLY), os.getpid()
+            self.fd, self.pid = os.open(self.key[0], os.O_RDONLY), os.getpid()
         return os.pread(self.fd, int(self.sizes[index]), int(self.offsets[index]))
 
 
