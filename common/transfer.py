@@ -154,8 +154,7 @@ def linear_classifier(x, y, classes: int, seed: int, sgd: bool) -> tuple[tuple, 
     """(classifier, {"C"} or {"lr", "weight_decay"}): what is best in top-1 on a held-out fifth, refitted to all of (x,
     y). Logistic regression: tried are the decades 1e-5..1e6, then half a decade around the best; of equally good ones
     the smallest counts. SGD: SGD_DRAWS draws of learning rate in 0.1..100 and weight decay in 1e-12..1e-4."""
-    rest, held = held_out(y, seed)
-    of_rest, of_held = (x[rest], y[rest]), (x[held], y[held])
+    of_rest, of_held = ((x[part], y[part]) for part in held_out(y, seed))
 
     @functools.cache
     def score(*tried: float) -> float:
@@ -276,7 +275,9 @@ def features(args) -> None:
     found, missing = {}, result["missing"]
     for title, spec in asked.items():  # all are looked for before the first is computed
         try:
-            found[title] = open_data(spec, say=run.say)
+            if np.bincount((splits := open_data(spec, say=run.say))["train"].labels).max() < 2:
+                raise UserError("has one training image per class: none can be held out to choose classifiers by")
+            found[title] = splits
         except UserError as error:
             missing[title] = str(error)
             run.say(f"{title}: skipped, {error}")

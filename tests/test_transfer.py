@@ -106,6 +106,15 @@ def test_features_are_computed_once_and_again_when_images_or_network_change(suit
     assert suite("features", *flags(network, tmp_path, data)).status == 0 and len(calls) == 11
 
 
+def test_a_set_with_one_image_per_class_is_left_out_for_nothing_can_be_held_out(suite, network, tmp_path):
+    single, data = write_folder(tmp_path / "single", train=1, val=1), write_folder(tmp_path / "d", train=6, val=3)
+    result = suite("features", *flags(network, tmp_path, single))
+    assert result.status == 2 and "one training image per class: none can be held out" in result.err, result
+    result = suite("features", *flags(network, tmp_path, single, data))
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert result.status == 0 and list(found["sets"]) == [str(data)] and list(found["missing"]) == [str(single)], result
+
+
 def test_check_bytes_knows_images_by_their_bytes_alone(suite, network, tmp_path, monkeypatch):
     data = write_folder(tmp_path / "d", train=6, val=3)
     calls, asked = counted(monkeypatch), [*flags(network, tmp_path, data), "--check-bytes"]
