@@ -58,9 +58,9 @@ def _hash(array: np.ndarray) -> str:
 
 class Source:
     """Labelled images: `classes`, `labels`, and both by name of label level in `levels`; for messages a `title` and
-    `names`, bytes (N,), or None. A subclass has `stored(index)`: an image file's bytes, or pixels, uint8 (H, W, 3)."""
+    `names`, bytes (N,), or None. Those of a plain one are in memory: `pixels`, uint8 (N, H, W, 3)."""
 
-    title, names, sizes = "data", None, None
+    title, names, sizes, pixels = "data", None, None, None
 
     def __init__(self, classes: list[str], labels: np.ndarray, levels: dict[str, Labels] | None = None):
         self.classes, self.labels = list(classes), np.asanyarray(labels, dtype=np.int64)
@@ -75,6 +75,10 @@ class Source:
     def name(self, index: int) -> str:
         """What a message calls image `index`."""
         return self.title + (f" image {index}" if self.names is None else os.fsdecode(bytes(self.names[index])))
+
+    def stored(self, index: int) -> bytes | np.ndarray:
+        """An image file's bytes, or pixels, uint8 (H, W, 3)."""
+        return np.ascontiguousarray(self.pixels[index])
 
     def read(self, index: int) -> torch.Tensor:
         """Image `index` as uint8 (3, H, W)."""
@@ -103,17 +107,6 @@ class Source:
         """Changes when an image is added, removed, renamed or relabelled."""
         arrays = [_hash(array) for array in (self.labels, self.names, self.sizes) if array is not None]
         return hashlib.sha256("/".join(arrays + self.classes).encode(errors="surrogateescape")).hexdigest()[:16]
-
-
-class Arrays(Source):
-    """Images held in memory: uint8 (N, H, W, 3), as CIFAR's."""
-
-    def __init__(self, title: str, pixels: np.ndarray, classes: list[str], labels: np.ndarray, levels=None):
-        self.title, self.pixels = title, pixels
-        super().__init__(classes, labels, levels)
-
-    def stored(self, index: int) -> np.ndarray:
-        return np.ascontiguousarray(self.pixels[index])
 
 
 class Shapes(Source):
@@ -478,7 +471,9 @@ def _cifar(name: str, folder: Path, split: str, make: type) -> Source:
         paths = [folder / data.base_folder / file for file in ("train" if split == "train" else "test", "meta")]
         labels, names = (pickle.loads(path.read_bytes(), encoding="latin1") for path in paths)
         levels = {"coarse": (names["coarse_label_names"], np.array(labels["coarse_labels"]))}
-    return Arrays(f"{name} {split}", data.data, data.classes, data.targets, levels)
+    source = Source(data.classes, data.targets, levels)
+    source.title, source.pixels = f"{name} {split}", data.data
+    return source
 
 
 def _torchvision(name: str, folder: Path, split: str, make: type, *train: str) -> Source:
