@@ -228,10 +228,10 @@ def _coarse_level(file: str, source: Source) -> Labels:
 def open_images(path: str, flag: str, classes: list[str] | None = None, say: Callable = print, split="") -> Source:
     """A folder of class folders, or a tar of class folders or class tars, or `split`/ in one. `classes` fixes the
     labels; folders named 0, 1, 2, ... that are not among them are label numbers (ImageNet-V2's)."""
-    where = os.path.join(path, split) if split else path
+    where, tar = os.path.join(path, split) if split else path, not Path(path).is_dir()
     if not Path(path).exists():
         raise UserError(f"{flag}: {path} does not exist")
-    if tar := not Path(path).is_dir():
+    if tar:
         key = [os.path.realpath(path), os.path.getsize(path), _changed(path)]
         index = _index(key, path, _scan_tar, say, splits=bool(split))
         if split == "val" and "" in index:
@@ -240,7 +240,8 @@ def open_images(path: str, flag: str, classes: list[str] | None = None, say: Cal
         folders = found["classes"]
     else:
         folders = _class_folders(where)
-        key = [os.path.realpath(where), [(f, _changed(os.path.join(where, f))) for f in ["", *folders]]]  # two levels
+        times = [(f, os.stat(os.path.join(where, f)).st_mtime_ns) for f in ["", *folders]]  # of two levels
+        key = [os.path.realpath(where), times]
         found = _index(key, where, _scan_folder, say)[""]
         while (inner := [[f, _changed(f)] for f, _ in found["inner"]]) != found["inner"]:  # those that it met below
             key.append(inner)
