@@ -476,7 +476,7 @@ def norms_images(source, recipe: Recipe, device: torch.device) -> torch.Tensor:
     """64 of the images of `source`, spread over it, as the network sees them (B, 3, H, W)."""
     from common import evaluate, images
 
-    chosen = [source.read(i) for i in range(0, len(source), -(-len(source) // 64))]
+    chosen = [source.named(source.read, i) for i in range(0, len(source), -(-len(source) // 64))]
     batch = [images.eval_transform(image, recipe.img_size, recipe.eval_crop_ratio) for image in chosen]
     return evaluate.normalize(torch.stack(batch).to(device))
 

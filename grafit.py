@@ -457,7 +457,7 @@ def level_trained(source, classes: list[str]) -> str | None:
 
 def coarse_to_fine(
     queries: torch.Tensor, query_levels: dict, gallery: torch.Tensor, gallery_levels: dict, trained: str, sigma: float,
-    logits: torch.Tensor | None = None,
+    logits: torch.Tensor | None = None, run=None,
 ) -> dict[str, dict[str, float]]:
     """At every label level: on-the-fly classification and category-level retrieval of queries (B, D) among the training
     images, gallery (M, D), by an embedding that was trained with the labels of level `trained`. logits (B, Kc) of
@@ -470,8 +470,8 @@ def coarse_to_fine(
     counts, (known, coarse) = evaluate.NEIGHBOURS, gallery_levels[trained]
     order = torch.randperm(len(gallery), generator=torch.Generator().manual_seed(0)).to(queries.device)
     held, rest = order.tensor_split([min(-(-len(gallery) // 10), 10_000)])
-    held_cosines, held_nearest = evaluate.nearest(gallery[held], gallery[rest], max(counts))
-    cosines, neighbours = evaluate.nearest(queries, gallery, max(counts))
+    held_cosines, held_nearest = evaluate.nearest(gallery[held], gallery[rest], max(counts), run=run)
+    cosines, neighbours = evaluate.nearest(queries, gallery, max(counts), run=run)
     truth, count, result = query_levels[trained][1], len(known), {}
 
     def conditional(cosine: torch.Tensor, rows: slice) -> torch.Tensor:
@@ -481,14 +481,14 @@ def coarse_to_fine(
     def oracle(cosine: torch.Tensor, rows: slice) -> torch.Tensor:
         return conditional_scores(cosine, F.one_hot(truth[rows], count).to(cosine), coarse)
 
-    for level, (classes, labels) in gallery_levels.items():
+    asked = [(query_levels[level][1], labels) for level, (_, labels) in gallery_levels.items()]
+    rankings = [lambda cosine, _: cosine, conditional, oracle]
+    maps = 100 * evaluate.average_precisions(queries, gallery, asked, rankings, run=run).nanmean(0).nan_to_num()
+    for (level, (classes, labels)), own in zip(gallery_levels.items(), maps.T.tolist()):
         validation = evaluate.knn_answers(held_cosines, labels[rest[held_nearest]], sigma, len(classes))
         k = max(counts, key=lambda k: ((validation[k] == labels[held]).sum().item(), -k))
         right = evaluate.knn_answers(cosines, labels[neighbours], sigma, len(classes))[k] == query_levels[level][1]
-        result[level] = {"k": k, "knn": 100 * right.double().mean().item()}
-        for name, scores in (("map", None), ("map_conditional", conditional), ("map_oracle", oracle)):
-            data = queries, query_levels[level][1], gallery, labels
-            result[level][name] = 100 * evaluate.mean_average_precision(*data, scores=scores)
+        result[level] = {"k": k} | dict(zip(METRICS, [100 * right.double().mean().item(), *own]))
     return result
 
 
@@ -530,7 +530,7 @@ def evaluate_levels(run, networks: list[tuple], source, val, file: str | None) -
         if hasattr(model, "fc"):  # the coarse classifier, whose softmax is used (2.2.1)
             logits = embed(run, nn.Sequential(model.trunk, model.fc), recipe, val, "validation classes")
             logits = logits[:, [classes.index(c) for c in data[3][level][0]]]
-        results[name if level in results else level] = coarse_to_fine(*data, level, recipe.sigma, logits)
+        results[name if level in results else level] = coarse_to_fine(*data, level, recipe.sigma, logits, run)
     if file and run.rank == 0:
         evaluate.save_json(run.out / file, results)
     run.say(matrices(results))
@@ -610,11 +610,11 @@ def retrieve(run) -> None:
         number = int(name) if name.isdigit() else files.get(str(Path(name).resolve()))
         if number is not None and number >= len(val):
             raise UserError(f"--retrieve {name}: there are {len(val)} validation images, numbered from 0")
-        queries.append((name, number, val.read(number) if name.isdigit() else evaluate.read_file(name, "--retrieve")))
-    own_levels, val_levels = levels(source), levels(val)
+        image = val.named(val.read, number) if name.isdigit() else evaluate.read_file(name, "--retrieve")
+        queries.append((name, number, image))
+    own_levels, val_levels, wrong, unknown = levels(source), levels(val), (200, 30, 30), (150, 150, 150)
     hues = [120 - 90 * i / max(1, len(own_levels) - 1) for i in range(len(own_levels))]  # green, the finest, to orange
     colours = {name: ImageColor.getrgb(f"hsv({hue:g}, 86%, 78%)") for name, hue in zip(reversed(own_levels), hues)}
-    wrong, unknown = (200, 30, 30), (150, 150, 150)
 
     def picture(image: torch.Tensor, colour: tuple[int, int, int]) -> Image.Image:
         return ImageOps.expand(images.to_pil(images.eval_transform(image, (96, 96), 1.0)), border=4, fill=colour)
@@ -631,7 +631,7 @@ def retrieve(run) -> None:
             framed = []
             for i in order[0].tolist():
                 right = [colours[name] for name, label in labels.items() if own_levels[name][1][i] == label]
-                framed.append(picture(source.read(i), [wrong if labels else unknown, *right][-1]))  # the finest is last
+                framed.append(picture(source.named(source.read, i), [wrong if labels else unknown, *right][-1]))
             title = f"{title}: {recipe.method}, trained on {level} labels ({file})"
             rows.append((title, [picture(image, (0, 0, 0)), *framed]))
     legend = {f"right at: {name}": colour for name, colour in colours.items()} | {"at none": wrong, "unknown": unknown}

@@ -93,9 +93,9 @@ class Samples(Dataset):
             try:
                 if index != shown:
                     image, shown = None, index
-                    image = self.source.read(index)
-            except (OSError, ValueError) as error:
-                return f"{self.source.name(index)}: {one_line(error, 1000)}"
+                    image = self.source.named(self.source.read, index)
+            except RunError as error:
+                return str(error)
             rng = random.Random((((self.seed << 32) + epoch) << 40) + (index << 8) + repeat)
             images, parameters[i] = self.transform(image, rng)
             crops[i] = images if isinstance(images, tuple) else (images,)
@@ -206,7 +206,7 @@ def to_device(loader: DataLoader, device: torch.device) -> Iterator[tuple]:
     try:
         yield from (moved(batch, device) for batch in loader)
     except RuntimeError as error:
-        if "DataLoader" not in str(error):
+        if "DataLoader" not in str(error) or str(error).startswith("Caught"):  # what a worker raised
             raise
         hint = "if memory or /dev/shm ran out, lower --workers or --micro-batch"
         raise RunError(f"a data loading worker died or hung ({one_line(error)}); {hint}") from None

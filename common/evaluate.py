@@ -5,7 +5,7 @@ import functools
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -286,14 +286,30 @@ def extract(embed: Callable[[torch.Tensor], torch.Tensor], source: Source, size:
     return shares.transpose(0, 1).reshape(run.world * most, -1)[: len(source)]  # rank r has every world-th image
 
 
+def by_blocks(action: Callable, found: list[torch.Tensor], queries: torch.Tensor, keys: torch.Tensor, rows: int,
+              run: Run | None) -> list[torch.Tensor]:
+    """`found`, zeros (B, ...), filled by action(cosines (b, M) of `rows` queries (B, D) with keys (M, D), their slice).
+    The ranks of a run take blocks in turn: the result is the same on any number of them, to the last bit."""
+    world, rank, say = (run.world, run.rank, run.say) if run else (1, 0, print)
+    queries, keys, starts = F.normalize(queries, dim=1), F.normalize(keys, dim=1), range(0, len(queries), rows)
+    for first in watched(starts[::world], "ranking", "queries", say, len(queries), rows * world):
+        if run:
+            run.check_stop()
+        part = slice(first + rank * rows, first + (rank + 1) * rows)
+        if len(mine := queries[part]):  # not every rank has one in the last round
+            for whole, block in zip(found, action(mine @ keys.T, part)):
+                whole[part] = block
+    return [run.gather(whole[None]).sum(0) for whole in found] if run else found
+
+
 @torch.no_grad()
-def nearest(queries: torch.Tensor, keys: torch.Tensor, k: int, chunk: int | None = None) -> tuple[torch.Tensor, ...]:
+def nearest(queries: torch.Tensor, keys: torch.Tensor, k: int, chunk: int | None = None,
+            run: Run | None = None) -> tuple[torch.Tensor, ...]:
     """(cosines, indices), each (B, k), of the k nearest of keys (M, D) to queries (B, D), nearest first. Nothing needs
-    to be normalised; memory is bounded by chunk x M numbers."""
-    keys = F.normalize(keys, dim=1)
-    parts = F.normalize(queries, dim=1).split(chunk or max(1, SCORES // max(1, len(keys))))
-    found = [(part @ keys.T).topk(min(k, len(keys)), dim=1) for part in parts]
-    return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
+    to be normalised; memory is bounded by chunk x M numbers; the ranks of a `run` share the queries."""
+    cosines, rows = queries.new_zeros(len(queries), min(k, len(keys))), chunk or max(1, SCORES // max(1, len(keys)))
+    found = [cosines, torch.zeros_like(cosines, dtype=torch.long)]
+    return tuple(by_blocks(lambda block, _: block.topk(cosines.shape[1], dim=1), found, queries, keys, rows, run))
 
 
 def vote(cosines: torch.Tensor, labels: torch.Tensor, sigma: float, num_classes: int) -> torch.Tensor:
@@ -304,10 +320,9 @@ def vote(cosines: torch.Tensor, labels: torch.Tensor, sigma: float, num_classes:
 
 def knn_answers(cosines: torch.Tensor, labels: torch.Tensor, sigma: float, num_classes: int) -> dict[int, torch.Tensor]:
     """{k: answers (B,)} of the kNN classifier for each k of NEIGHBOURS, by the nearest's cosines and labels (B, 30)."""
-    parts, answers = list(zip(cosines.split(1024), labels.split(1024))), {}  # votes are as wide as there are classes
-    for k in NEIGHBOURS:
-        answers[k] = torch.cat([vote(c[:, :k], y[:, :k], sigma, num_classes).argmax(1) for c, y in parts])
-    return answers
+    parts = list(zip(cosines.split(1024), labels.split(1024)))  # votes are as wide as there are classes
+    answers = {k: [vote(c[:, :k], y[:, :k], sigma, num_classes).argmax(1) for c, y in parts] for k in NEIGHBOURS}
+    return {k: torch.cat(found) for k, found in answers.items()}
 
 
 @torch.no_grad()
@@ -319,39 +334,46 @@ def knn_probabilities(queries: torch.Tensor, keys: torch.Tensor, labels: torch.T
 
 
 @torch.no_grad()
+def average_precisions(queries: torch.Tensor, gallery: torch.Tensor, levels: list[tuple], rankings: list[Callable],
+                       chunk: int | None = None, run: Run | None = None) -> torch.Tensor:
+    """Average precisions (B, R, L), float64, exact, of queries (B, D) among the gallery (M, D) in the order of each of
+    R rankings(cosines (b, M), slice of queries) -> scores (b, M), at L levels (queries' labels, gallery's labels). AP:
+    mean over the relevant items (same label) of the precision at their rank; of equal scores the last rank counts, as
+    in scikit-learn; NaN without a relevant item. Memory is bounded by chunk x M numbers; ranks of a `run` share."""
+    by_label = [labels.argsort(stable=True) for _, labels in levels]  # one slice per class
+    ends = [[torch.searchsorted(labels[by], asked, right=r).tolist() for r in (False, True)]
+            for by, (asked, labels) in zip(by_label, levels)]
+
+    def precisions(scores: torch.Tensor, query: int) -> torch.Tensor:
+        relevant = [scores[by[a[query] : b[query]]].sort().values for by, (a, b) in zip(by_label, ends)]
+        every = torch.cat(relevant)
+        if scores.is_cuda:
+            ranks = len(scores) - torch.searchsorted(scores.sort().values, every)
+        else:
+            ranks = torch.from_numpy(_ranks(scores.numpy(), every.numpy()))
+        shares = zip(relevant, ranks.split([len(own) for own in relevant]))  # numerator: how many of these are relevant
+        return torch.stack([((len(own) - torch.searchsorted(own, own)).double() / r).mean() for own, r in shares])
+
+    def block(cosines: torch.Tensor, part: slice) -> Iterator[torch.Tensor]:
+        for rank in rankings:
+            yield torch.stack([precisions(row, query) for query, row in enumerate(rank(cosines, part), part.start)])
+
+    found = [torch.zeros(len(queries), len(levels), dtype=torch.float64, device=queries.device) for _ in rankings]
+    rows = chunk or min(128, max(1, SCORES // max(1, 4 * len(gallery))))
+    return torch.stack(by_blocks(block, found, queries, gallery, rows, run), dim=1)
+
+
 def mean_average_precision(queries: torch.Tensor, query_labels: torch.Tensor, gallery: torch.Tensor,
                            gallery_labels: torch.Tensor, chunk: int | None = None, *,
-                           scores: Callable[[torch.Tensor, slice], torch.Tensor] | None = None) -> float:
-    """Mean over queries (B, D) of the average precision of the gallery (M, D) ranked by cosine, or by scores(cosines
-    (b, M), slice of the queries they are of); in 0..1, exact. AP: mean over the relevant items (same label) of the
-    precision at their rank; of equal scores the last rank counts, as in scikit-learn; queries without a relevant item
-    are left out. Memory is bounded by chunk x M numbers."""
-    by_label = gallery_labels.argsort(stable=True)  # one slice per class
-    gallery, sorted_labels = F.normalize(gallery, dim=1), gallery_labels[by_label]
-    first, last = (torch.searchsorted(sorted_labels, query_labels, right=r).tolist() for r in (False, True))
-    precisions, M, cuda, at = [], len(gallery), queries.is_cuda, 0
-    rows = max(1, SCORES // max(1, 4 * M)) if cuda else min(128, max(1, SCORES // max(1, M)))
-    for part in F.normalize(queries, dim=1).split(chunk or rows):
-        found = part @ gallery.T
-        if scores is not None:
-            found = scores(found, slice(at, at + len(part)))
-        ranked = found.sort(dim=1).values if cuda else found  # a GPU sorts for all queries, a CPU what one needs
-        for row, ascending, a, b in zip(found, ranked, first[at:], last[at:]):
-            if a < b:
-                relevant = row[by_label[a:b]].sort().values
-                if cuda:
-                    ranks = M - torch.searchsorted(ascending, relevant)
-                else:
-                    ranks = torch.from_numpy(_ranks(row.numpy(), relevant.numpy()))
-                of_them = (b - a) - torch.searchsorted(relevant, relevant)  # that are relevant
-                precisions.append((of_them.double() / ranks).mean().item())
-        at += len(part)
-    return sum(precisions) / max(len(precisions), 1)
+                           scores: Callable = lambda cosines, _: cosines) -> float:
+    """Mean of average_precisions over the queries that have a relevant item, for one ranking and level; in 0..1."""
+    found = average_precisions(queries, gallery, [(query_labels, gallery_labels)], [scores], chunk)
+    return found.nanmean().nan_to_num().item()
 
 
 def _ranks(scores: np.ndarray, relevant: np.ndarray) -> np.ndarray:
-    """How many of scores (M,) are at least as high as each of `relevant`, some of them in ascending order; exact."""
-    ascending = np.sort(scores[scores >= relevant[0]])  # by vector instructions
+    """How many of scores (M,) are at least as high as each of `relevant`, some of them; exact."""
+    ascending = np.sort(scores[scores >= relevant.min(initial=np.inf)])  # by vector instructions
     return len(ascending) - np.searchsorted(ascending, relevant)
 
 

@@ -45,10 +45,10 @@ def decode(data: bytes) -> torch.Tensor:
             if image.mode in ("I", "F"):
                 raise ValueError(f"image of mode {image.mode} (32 bits per channel): no defined conversion to 8 bits")
             return from_pil(image)
-        except Image.DecompressionBombError as error:
-            raise ValueError(str(error)) from None
-        except (SyntaxError, EOFError, IndexError, TypeError) as error:  # Pillow's parsers, on damaged headers
-            raise OSError(f"cannot read image: {error}") from None
+        except (OSError, ValueError):
+            raise
+        except Exception as error:  # a bomb, and whatever else a format's decoder raises on what is damaged
+            raise ValueError(f"cannot read image: {type(error).__name__}: {error}") from None
 
 
 def from_numpy(array: np.ndarray) -> torch.Tensor:

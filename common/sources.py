@@ -24,18 +24,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map
 from torchvision import datasets
 
 from common import images, shapes
-from common.errors import UserError
+from common.errors import RunError, UserError, one_line
 from common.progress import watched
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 JUNK = re.compile(r"(^|/)(\.|(__MACOSX|@eaDir|lost\+found|Thumbs\.db|desktop\.ini)(/|\Z))")  # as a part of a path
 MAX_FILE_BYTES = 1 << 30
 TREE = "expected FOLDER/train/CLASS/IMAGE and FOLDER/val/CLASS/IMAGE, or a .tar holding the same"
+FLAT = ("move each into a folder of its class: an image without a class folder has no label; those of ImageNet's"
+        " validation images are in ILSVRC2012_validation_ground_truth.txt and meta.mat of its devkit")
 COG_LEVELS, COG_SPLITS = "cog_levels_mapping_file.pkl", "cog_concepts_split_file.pkl"
-FORMAT = 2  # of an index in the cache; those of another one are made anew
+FORMAT = 3  # of an index in the cache; those of another one are made anew
 Labels = tuple[list[str], np.ndarray]  # class names in label order, labels int64 (N,)
 
 
@@ -55,9 +58,9 @@ def _hash(array: np.ndarray) -> str:
 
 class Source:
     """Labelled images: `classes`, `labels`, and both by name of label level in `levels`; for messages a `title` and
-    `names`, bytes (N,), or None. A subclass has `stored(index)`: an image file's bytes, or pixels, uint8 (H, W, 3)."""
+    `names`, bytes (N,), or None. Those of a plain one are in memory: `pixels`, uint8 (N, H, W, 3)."""
 
-    title, names, sizes = "data", None, None
+    title, names, sizes, pixels = "data", None, None, None
 
     def __init__(self, classes: list[str], labels: np.ndarray, levels: dict[str, Labels] | None = None):
         self.classes, self.labels = list(classes), np.asanyarray(labels, dtype=np.int64)
@@ -69,43 +72,41 @@ class Source:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def at_level(self, level: str | None) -> Source:
-        """The same images with the labels of `level` (None: as they are)."""
-        if level not in (None, *self.levels):
-            hint = "; give --coarse-labels FILE" if level == "coarse" else ""
-            raise UserError(f"--data: no label level {level!r} here, there is: {', '.join(self.levels)}{hint}")
-        self.classes, self.labels = self.levels.get(level, (self.classes, self.labels))
-        return self
-
     def name(self, index: int) -> str:
         """What a message calls image `index`."""
         return self.title + (f" image {index}" if self.names is None else os.fsdecode(bytes(self.names[index])))
+
+    def stored(self, index: int) -> bytes | np.ndarray:
+        """An image file's bytes, or pixels, uint8 (H, W, 3)."""
+        return np.ascontiguousarray(self.pixels[index])
 
     def read(self, index: int) -> torch.Tensor:
         """Image `index` as uint8 (3, H, W)."""
         stored = self.stored(index)
         return images.decode(stored) if isinstance(stored, bytes) else images.from_numpy(stored)
 
-    def content(self) -> str:
-        """Changes when a pixel of any image changes, or their order; reads them all, without decoding."""
-        indices = watched(range(len(self)), f"reading {self.title}", "images", print, len(self))
-        return hashlib.sha256(b"".join(hashlib.sha256(self.stored(i)).digest() for i in indices)).hexdigest()
+    def named(self, action: Callable, index: int):
+        """action(index), say read(index); RunError with the image's name and the reason if it cannot be done."""
+        try:
+            return action(index)
+        except Exception as error:  # of any kind: it is a decoder's
+            raise RunError(f"{self.name(index)}: {one_line(error, 1000) or type(error).__name__}") from None
+
+    def mark(self, index: int) -> bytes:
+        """Changes when image `index` does: by its bytes or, of files, by place, name, size and time of change."""
+        return hashlib.sha256(self.stored(index)).digest()
+
+    def content(self, every_byte: bool) -> str:
+        """Changes when an image changes, or their order, as far as mark() tells, or by every byte of all of them."""
+        sha, mark = hashlib.sha256(), (Source if every_byte else type(self)).mark
+        for index in watched(range(len(self)), f"reading {self.title}", "images", print, len(self)):
+            sha.update(self.named(lambda i: mark(self, i), index))
+        return sha.hexdigest()
 
     def digest(self) -> str:
         """Changes when an image is added, removed, renamed or relabelled."""
         arrays = [_hash(array) for array in (self.labels, self.names, self.sizes) if array is not None]
         return hashlib.sha256("/".join(arrays + self.classes).encode(errors="surrogateescape")).hexdigest()[:16]
-
-
-class Arrays(Source):
-    """Images held in memory: uint8 (N, H, W, 3), as CIFAR's."""
-
-    def __init__(self, title: str, pixels: np.ndarray, classes: list[str], labels: np.ndarray, levels=None):
-        self.title, self.pixels = title, pixels
-        super().__init__(classes, labels, levels)
-
-    def stored(self, index: int) -> np.ndarray:
-        return np.ascontiguousarray(self.pixels[index])
 
 
 class Shapes(Source):
@@ -119,6 +120,9 @@ class Shapes(Source):
     def stored(self, index: int) -> np.ndarray:
         return shapes.draw(self.split, int(index))[0]
 
+    def mark(self, index: int) -> bytes:
+        return f"{self.title} {index}".encode()  # which the pixels follow from
+
 
 class Files(Source):
     """Image files below `root`; names: paths relative to it, bytes (N,) or a list."""
@@ -127,6 +131,10 @@ class Files(Source):
         self.title = os.path.join(root, "")
         self.names = np.array([os.fsencode(n) for n in names], dtype="S") if isinstance(names, list) else names
         super().__init__(classes, labels, levels)
+
+    def mark(self, index: int) -> bytes:
+        stat = os.stat(name := self.name(index))
+        return repr((os.path.abspath(name), stat.st_size, stat.st_mtime_ns)).encode()
 
     def stored(self, index: int) -> bytes:
         fd = os.open(self.name(index), os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait for ever for a writer
@@ -139,19 +147,32 @@ class Files(Source):
 
 
 class TarMembers(Source):
-    """Members of one tar, read in place: names bytes (N,), offsets and sizes int64 (N,)."""
+    """Members of one tar, read in place: columns names bytes (N,), offsets and sizes int64 (N,); key: its path, ..."""
 
-    def __init__(self, path: str, names: np.ndarray, offsets: np.ndarray, sizes: np.ndarray, classes, labels):
-        self.path, self.title, self.pid = path, f"{path}: ", None
-        self.names, self.offsets, self.sizes = names, offsets, sizes
+    def __init__(self, path: str, key: list, columns: list[np.ndarray], classes: list[str], labels: np.ndarray):
+        self.key, self.title, self.pid = key, f"{path}: ", None
+        self.names, self.offsets, self.sizes = columns
         super().__init__(classes, labels)
+
+    def mark(self, index: int) -> bytes:
+        return repr((self.key, bytes(self.names[index]), int(self.offsets[index]), int(self.sizes[index]))).encode()
 
     def stored(self, index: int) -> bytes:
         if self.pid != os.getpid():  # each worker opens its own
-            self.fd, self.pid = os.open(self.path, os.O_RDONLY), os.getpid()
+            self.fd, self.pid = os.open(self.key[0], os.O_RDONLY), os.getpid()
         return os.pread(self.fd, int(self.sizes[index]), int(self.offsets[index]))
 
 
+@contextlib.contextmanager
+def _opening() -> Iterator[None]:
+    """What cannot be listed or read for want of permission, or of a working disk, is one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or 'the images'}: cannot be read ({error.strerror})") from None
+
+
+@_opening()
 def open_data(spec: str, *, val_data: str | None = None, coarse_labels: str | None = None, say: Callable = print,
               classes: list[str] | None = None, splits: tuple[str, ...] = ("train", "val")) -> dict[str, Source]:
     """The splits of a `--data` value (see the module docstring), labels of every split in the order of train's classes,
@@ -172,18 +193,22 @@ def open_data(spec: str, *, val_data: str | None = None, coarse_labels: str | No
             raise UserError(f"--data {spec}: no such file or folder ({TREE}){known}")
         elif split == "val" and val_data:
             found[split] = open_images(val_data, "--val-data", order, say)
-        elif not path.is_dir():
-            found[split] = _open_tar(str(path), split, order, say)
-        elif (path / split).is_dir():
-            if split != "train" and order is None and (path / "train").is_dir():
-                order = _class_folders(path / "train")  # ids always come from train's folder names
-            found[split] = open_images(str(path / split), f"--data {spec}", order, say)
-        else:
+        elif path.is_dir() and not (path / split).is_dir():
             hint = " (or give --val-data PATH, or train without validation by --val-data none)"
             raise UserError(f"--data {spec}: no folder {split}/ in it; {TREE}{hint if split == 'val' else ''}")
+        else:
+            if split != "train" and order is None and (path / "train").is_dir():
+                order = _class_folders(path / "train")  # ids always come from train's folder names
+            found[split] = open_images(spec, f"--data {spec}", order, say, split)
+        source = found[split]
         if coarse_labels:
-            found[split].levels["coarse"] = _coarse_level(coarse_labels, found[split])
-    return {split: source.at_level(level) for split, source in found.items()}
+            source.levels["coarse"] = _coarse_level(coarse_labels, source)
+        if level not in (None, *source.levels):
+            hint = "; give --coarse-labels FILE" if level == "coarse" else ""
+            raise UserError(f"--data: no label level {level!r} here, there is: {', '.join(source.levels)}{hint}")
+    for source in found.values():  # now that train's own have told the order of all
+        source.classes, source.labels = source.levels[level or "fine"]
+    return found
 
 
 def _coarse_level(file: str, source: Source) -> Labels:
@@ -199,53 +224,74 @@ def _coarse_level(file: str, source: Source) -> Labels:
     return coarse.tolist(), _relabelled(source.labels, to_coarse)
 
 
-def open_images(path: str, flag: str, classes: list[str] | None = None, say: Callable = print) -> Source:
-    """One folder of class folders, or one tar of class folders or class tars. `classes` fixes the labels; folders named
-    0, 1, 2, ... that are not among them are label numbers (ImageNet-V2's)."""
+@_opening()
+def open_images(path: str, flag: str, classes: list[str] | None = None, say: Callable = print, split="") -> Source:
+    """A folder of class folders, or a tar of class folders or class tars, or `split`/ in one. `classes` fixes the
+    labels; folders named 0, 1, 2, ... that are not among them are label numbers (ImageNet-V2's)."""
+    where, tar = os.path.join(path, split) if split else path, not Path(path).is_dir()
     if not Path(path).exists():
         raise UserError(f"{flag}: {path} does not exist")
-    if not Path(path).is_dir():
-        return _open_tar(path, None, classes, say)
-    folders = _class_folders(path)
-    times = [(folder, os.stat(os.path.join(path, folder)).st_mtime_ns) for folder in ["", *folders]]  # of two levels
-    found = _index([os.path.realpath(path), times], path, _scan_folder, say)[""]
+    if tar:
+        key = [os.path.realpath(path), os.path.getsize(path), _changed(path)]
+        index = _index(key, path, _scan_tar, say, splits=bool(split))
+        if split == "val" and "" in index:
+            raise UserError(f"{flag}: the archive has no val/; give --val-data PATH (none: train without)")
+        found = index.get("") or index[split]
+        folders = found["classes"]
+    else:
+        folders = _class_folders(where)
+        times = [(f, os.stat(os.path.join(where, f)).st_mtime_ns) for f in ["", *folders]]  # of two levels
+        key = [os.path.realpath(where), times]
+        found = _index(key, where, _scan_folder, say)[""]
+        while (inner := [[f, _changed(f)] for f, _ in found["inner"]]) != found["inner"]:  # those that it met below
+            key.append(inner)
+            found = _index(key, where, _scan_folder, say)[""]
     if not folders:
-        hint = "move each image into a folder of its class (ImageNet's validation set comes unsorted)"
-        why = f"{found['flat']} images but no class folders; {hint}" if found["flat"] else f"no class folders; {TREE}"
-        raise UserError(f"{flag}: {path} holds {why}")
+        why = f"{found['flat']} images but no class folders; {FLAT}" if found["flat"] else f"no class folders; {TREE}"
+        raise UserError(f"{flag}: {where} holds {why}")
     if empty := sorted(set(folders) - set(found["classes"])):
-        raise UserError(f"{flag}: the class folder {os.path.join(path, empty[0])} holds no images")
-    return Files(path, found["names"], *_fit_classes(found, classes, path, say))
+        if split == "train" or not found["classes"]:
+            raise UserError(f"{flag}: the class folder {os.path.join(where, empty[0])} holds no images")
+        say(f"{where}: {len(empty)} class folders hold no images: {', '.join(empty[:5])}")
+    classes, labels = _fit_classes(found, folders, classes, where, say)
+    if tar:
+        return TarMembers(path, key, [found[name] for name in ("names", "offsets", "sizes")], classes, labels)
+    return Files(where, found["names"], classes, labels)
 
 
-def _fit_classes(found: dict, classes: list[str] | None, where: str, say: Callable) -> Labels:
-    """Classes and labels of a part of an index in the order of `classes` (None: the folder names' own order)."""
-    folders, labels = found["classes"], found["labels"]
+def _fit_classes(found: dict, folders: list[str], classes: list[str] | None, where: str, say: Callable) -> Labels:
+    """Classes and labels of a part of an index in the order of `classes`, or of `folders` (None), which are all that
+    there are, though some may be empty."""
+    own, wanted = found["classes"], folders if classes is None else classes
     if found["ignored"]:
         say(f"{where}: {found['ignored']} files ignored, their extension is not one of {' '.join(EXTENSIONS)}")
     numbers = bool(folders) and all(f.isdigit() for f in folders)
-    if classes in (None, folders):
-        if classes is None and numbers and folders != sorted(folders, key=int):
-            say(f"{where}: class folders are numbers; labels follow their names: {', '.join(folders[:4])}, ...")
-        return folders, labels
-    extra, missing = sorted(set(folders) - set(classes)), sorted(set(classes) - set(folders))
-    place = {c: i for i, c in enumerate(classes)}
-    if numbers and len(extra) == len(folders) and max(map(int, folders)) < len(classes):
-        say(f"{where}: class folders are numbers and taken as labels 0..{len(classes) - 1}")
+    if classes is None and numbers and folders != sorted(folders, key=int):
+        say(f"{where}: class folders are numbers; labels follow their names: {', '.join(folders[:4])}, ...")
+    if own == wanted:
+        return wanted, found["labels"]
+    extra, missing = sorted(set(own) - set(wanted)), sorted(set(wanted) - set(folders))
+    place = {c: i for i, c in enumerate(wanted)}
+    if numbers and len(extra) == len(own) and max(map(int, folders)) < len(wanted):
+        say(f"{where}: class folders are numbers and taken as labels 0..{len(wanted) - 1}")
         place = {f: int(f) for f in folders}
     elif extra or missing:
         lists = (("only in train", missing), ("only here", extra))
         parts = [f"{title}: {', '.join(names[:5])} ({len(names)})" for title, names in lists if names]
         raise UserError(f"{where}: its classes are not those of the training set; {'; '.join(parts)}")
-    return classes, _relabelled(labels, np.array([place[f] for f in folders]))
+    return wanted, _relabelled(found["labels"], np.array([place[f] for f in own]))
+
+
+def _changed(path: str) -> int:
+    return os.stat(path).st_mtime_ns if os.path.exists(path) else 0
 
 
 def _class_folders(path: str | Path) -> list[str]:
     return sorted(e.name for e in os.scandir(path) if e.is_dir() and not JUNK.search(e.name))
 
 
-def _scan_folder(path: str) -> Iterator[tuple[bytes]]:
-    """(name below `path`,) of every file there."""
+def _scan_folder(path: str) -> Iterator[tuple]:
+    """(name below `path`,) of every file there; (path/, time of change) of folders in class folders."""
     root, seen, pending = os.path.join(path, ""), set(), [path]
     while pending:
         here = pending.pop()
@@ -253,6 +299,8 @@ def _scan_folder(path: str) -> Iterator[tuple[bytes]]:
         if place in seen:  # a loop of links
             continue
         seen.add(place)
+        if "/" in here[len(root) :]:
+            yield os.fsencode(os.path.join(here, "")), _changed(here)
         for entry in os.scandir(here):
             if JUNK.search(entry.name):
                 continue
@@ -262,19 +310,6 @@ def _scan_folder(path: str) -> Iterator[tuple[bytes]]:
                 raise UserError(f"{entry.path} is a link to nothing; repair or remove it")
             else:
                 yield (os.fsencode(entry.path[len(root) :]),)
-
-
-def _open_tar(path: str, split: str | None, classes: list[str] | None, say: Callable) -> Source:
-    """`split`/CLASS/IMAGE of a tar (split None: CLASS/IMAGE, or CLASS.tar holding IMAGE)."""
-    key = [os.path.realpath(path), os.stat(path).st_size, os.stat(path).st_mtime_ns]
-    index = _index(key, path, _scan_tar, say, splits=split is not None)
-    if split == "val" and "" in index:
-        raise UserError(f"--data {path}: the archive has no val/; give --val-data PATH (none: train without)")
-    if not (found := index.get("") or index[split])["classes"]:
-        flat = f"{path}: {found['flat']} images without a class folder; repack the archive as CLASS/IMAGE"
-        raise UserError(flat if "" in index else f"--data {path}: no {split}/CLASS/IMAGE in this archive")
-    columns = [found[name] for name in ("names", "offsets", "sizes")]
-    return TarMembers(path, *columns, *_fit_classes(found, classes, path, say))
 
 
 def _scan_tar(path: str) -> Iterator[tuple[bytes, int, int]]:
@@ -288,7 +323,8 @@ def _scan_tar(path: str) -> Iterator[tuple[bytes, int, int]]:
         while pending:
             at, stop, folder = pending.pop()
             if at + 512 > stop:
-                continue
+                hint = "fetch or pack it again, or if you know it to be whole: truncate -s +1024 FILE"
+                raise UserError(f"{path} is truncated: {folder or 'it'} ends at byte {stop} without a mark; {hint}")
             file.seek(at)
             try:
                 member = tarfile.TarInfo.fromtarfile(tar)
@@ -355,18 +391,19 @@ def _index(key: list, path: str, scan: Callable[[str], Iterator], say: Callable,
 
 def _kept(key: list, make: Callable[[], dict], say: Callable = print) -> dict[str, dict]:
     """make()'s {split: {name: array, or something plain}}, mapped from the cache where it holds that under `key`."""
+
+    def packed(value):
+        array = isinstance(value, np.ndarray)
+        return (value.dtype.str, _hash(value), torch.from_numpy(value.view(np.uint8))) if array else value
+
     file = cache_file([FORMAT, *key], ".pt")
     try:
         return _mapped(file)
     except Exception:  # absent, or cut short by a crash: either way it is made
-        index, stored = make(), {}
+        index = make()
     with contextlib.suppress(Exception):  # another job was faster: it needs its file to stay, on a network's disk
         return _mapped(file)
-    for split, found in index.items():
-        arrays = {name: value for name, value in found.items() if isinstance(value, np.ndarray)}
-        packed = {n: (a.dtype.str, _hash(a), torch.from_numpy(a.view(np.uint8))) for n, a in arrays.items()}
-        stored[split] = {**found, **packed}
-    if problem := keep(file, lambda out: torch.save(stored, out)):
+    if problem := keep(file, lambda out: torch.save(tree_map(packed, index), out)):
         say(f"warning: {problem}; the images will be listed again at the next start")
         return index
     return _mapped(file)
@@ -394,12 +431,13 @@ def _mapped(file: str | Path, split: str = "", name: str = ""):
 def _by_class(rows: list[tuple], split: str) -> dict:
     """Of rows (name, ...) the images in class folders (of `split`, if it is named), by class and name: "classes",
     "labels", "names" and, in an archive, "offsets" and "sizes"; how many other files there are "ignored", and how many
-    images in no class folder, "flat"."""
+    images in no class folder, "flat"; "inner": rows of folders."""
     deep, found, counts = len(split) > 0, [], {"ignored": 0, "flat": 0}
+    inner = [[os.fsdecode(row[0]), row[1]] for row in rows if row[0].endswith(b"/")]
     for row in rows:
         folders, name = row[0].split(b"/")[:-1], os.fsdecode(row[0])
         inside, image = len(folders) > deep, name.lower().endswith(EXTENSIONS)
-        if JUNK.search(name) or (deep and folders[:1] != [split.encode()]):
+        if JUNK.search(name) or name.endswith("/") or (deep and folders[:1] != [split.encode()]):
             continue
         if inside and image:
             found.append((folders[deep], *row))
@@ -408,7 +446,7 @@ def _by_class(rows: list[tuple], split: str) -> dict:
     found.sort()
     columns = dict(zip(("labels", "names", "offsets", "sizes"), map(np.array, zip(*found))))
     classes, columns["labels"] = np.unique(columns.get("labels", []), return_inverse=True)
-    return {"classes": [os.fsdecode(c) for c in classes.tolist()], **columns, **counts}
+    return {"classes": [os.fsdecode(c) for c in classes.tolist()], "inner": inner, **columns, **counts}
 
 
 def _open_named(name: str, folder: str, split: str) -> Source:
@@ -434,7 +472,9 @@ def _cifar(name: str, folder: Path, split: str, make: type) -> Source:
         paths = [folder / data.base_folder / file for file in ("train" if split == "train" else "test", "meta")]
         labels, names = (pickle.loads(path.read_bytes(), encoding="latin1") for path in paths)
         levels = {"coarse": (names["coarse_label_names"], np.array(labels["coarse_labels"]))}
-    return Arrays(f"{name} {split}", data.data, data.classes, data.targets, levels)
+    source = Source(data.classes, data.targets, levels)
+    source.title, source.pixels = f"{name} {split}", data.data
+    return source
 
 
 def _torchvision(name: str, folder: Path, split: str, make: type, *train: str) -> Source:

@@ -91,14 +91,13 @@ def classifier_inputs(model: torch.nn.Module, where: str) -> Callable[[torch.Ten
 
 
 def cached_features(embed, identity: str, source: Source, size, ratio: float, run: Run, title: str) -> torch.Tensor:
-    """extract(), kept under a hash of the network, of the images' bytes and of how they are prepared."""
-    key = [identity, source.content(), tuple(size), ratio, run.amp, run.device.type, str(torchvision.__version__)]
-    file = cache_file(key, ".npy", "features")
+    """extract(), kept under a hash of the network, of the images' content() and of how they are prepared."""
+    key = [identity, source.content(run.args.check_bytes), tuple(size), ratio, run.amp, run.device.type]
+    file = cache_file([*key, str(torchvision.__version__)], ".npy", "features")
     with contextlib.suppress(OSError, ValueError, EOFError):  # absent, or cut short by a crash
         found = torch.from_numpy(np.load(file, allow_pickle=False))
-        if len(found) == len(source):
-            run.say(f"{title}: {len(source)} images, features from the cache")
-            return found.to(run.device)
+        run.say(f"{title}: {len(source)} images, features from the cache")
+        return found.to(run.device)
     found = extract(embed, source, size, ratio, run, batch_size=run.args.micro_batch or 64, title=title)
     if problem := keep(file, lambda out: np.save(out, found.cpu().numpy())):
         run.say(f"warning: features of {title}: {problem}")
@@ -155,8 +154,7 @@ def linear_classifier(x, y, classes: int, seed: int, sgd: bool) -> tuple[tuple, 
     """(classifier, {"C"} or {"lr", "weight_decay"}): what is best in top-1 on a held-out fifth, refitted to all of (x,
     y). Logistic regression: tried are the decades 1e-5..1e6, then half a decade around the best; of equally good ones
     the smallest counts. SGD: SGD_DRAWS draws of learning rate in 0.1..100 and weight decay in 1e-12..1e-4."""
-    rest, held = held_out(y, seed)
-    of_rest, of_held = (x[rest], y[rest]), (x[held], y[held])
+    of_rest, of_held = ((x[part], y[part]) for part in held_out(y, seed))
 
     @functools.cache
     def score(*tried: float) -> float:
@@ -277,7 +275,9 @@ def features(args) -> None:
     found, missing = {}, result["missing"]
     for title, spec in asked.items():  # all are looked for before the first is computed
         try:
-            found[title] = open_data(spec, say=run.say)
+            if np.bincount((splits := open_data(spec, say=run.say))["train"].labels).max() < 2:
+                raise UserError("has one training image per class: none can be held out to choose classifiers by")
+            found[title] = splits
         except UserError as error:
             missing[title] = str(error)
             run.say(f"{title}: skipped, {error}")
@@ -439,6 +439,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--micro-batch", type=int, metavar="N", help="images per forward pass; default: 64")
     flag("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     flag("--amp", choices=("bf16", "fp16", "fp32"), default="fp32", help="precision of the network; default: fp32")
+    flag("--check-bytes", action="store_true", help="know images again by all their bytes, not by name, size and time")
     two = commands.add_parser("finetuned", help="the table of fine-tuned runs")
     two.add_argument("runs", nargs="+", metavar="DATASET=FOLDER", help="a run's output folder")
     for flag in (one.add_argument, two.add_argument):

@@ -22,6 +22,7 @@ from conftest import (
     log_of,
     reference,
     same_training,
+    write_folder,
 )
 from PIL import Image
 from test_cli import refused
@@ -592,6 +593,14 @@ def test_branch_norms_are_the_ratios_of_figure_3_6(here, trained, tmp_path):
                 assert found[name][i] == pytest.approx(ratio, rel=1e-4)
             x = after
     assert Image.open(tmp_path / "branch_norms.png").size == (840, 260)
+
+
+def test_branch_norms_name_a_damaged_image_in_one_line(here, trained, tmp_path):
+    data = write_folder(tmp_path / "d", train=1, val=2)
+    (tmp_path / "d/val/bee/bee_001.jpg").write_bytes(b"<html>")
+    flags = ["--model", "cait_nano", "--weights", trained / "run/last.pt", "--device", "cpu", "--out", tmp_path]
+    result = here("cait", *flags, "--branch-norms", "--data", data)
+    assert result.status == 1 and len(result.err.splitlines()) == 1 and "val/bee/bee_001.jpg: " in result.err, result
 
 
 def test_saliency_spans_0_to_1_and_follows_the_map():

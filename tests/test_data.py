@@ -1,6 +1,8 @@
 """Data sets, order and loading; the rows of the fault list that concern data (B) are named after it."""
 
+import contextlib
 import hashlib
+import importlib
 import json
 import os
 import pickle
@@ -15,9 +17,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import encoded, picture, reference, write_folder, write_tar
+from conftest import SCRIPTS, encoded, picture, reference, write_folder, write_tar
 from PIL import Image
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import deit3
 from common import checkpoint, evaluate, images, progress, shapes, sources
@@ -193,6 +196,10 @@ def test_reading_a_checkpoint_and_extracting_features_say_how_far_they_are(tmp_p
     source = open_data(str(folder))["val"]
     evaluate.extract(lambda x: x.mean((2, 3)), source, (8, 8), 1.0, run, batch_size=16, title="validation images")
     assert [line.split(": ")[1] for line in said] == [f"{n} of 20 images so far" for n in (16, 20)]
+    for every_byte in (False, True):  # what a cache of features is known by
+        source.content(every_byte)
+        lines = capsys.readouterr().out.splitlines()
+        assert lines == [f"reading {folder}/val/: {n} of 20 images so far" for n in range(1, 21)]
 
 
 def opened_again(kind, root) -> sources.Source:
@@ -231,6 +238,16 @@ def test_what_is_opened_again_is_mapped_from_the_cache_and_nothing_is_scanned_co
         assert len(pickle.dumps(array)) < 300 and parts.place == array.place and np.array_equal(parts, array)
         assert np.array_equal(pickle.loads(pickle.dumps(array[1:])), array[1:])
     assert torch.equal(pickle.loads(pickle.dumps(again)).read(2), first.read(2))
+
+
+def test_another_class_order_is_another_index(tmp_path):
+    write_folder(tmp_path, train=2, val=1)
+    orders = ["ant", "bee", "cat", "dog"], ["dog", "cat", "bee", "ant"], ["bee", "ant", "cat", "dog"]
+    for _ in range(2):
+        for order in orders:
+            source = open_images(str(tmp_path / "train"), "", order)
+            named = [source.classes[label] for label in source.labels]
+            assert source.classes == order and named == [f"{c}" for c in sorted(order) for _ in range(2)]
 
 
 def test_an_index_that_another_job_made_meanwhile_stays(tmp_path, monkeypatch):
@@ -286,6 +303,61 @@ def test_B2_an_empty_class_folder_is_named(tmp_path):
         open_data(str(tmp_path))
 
 
+def test_an_empty_class_folder_of_a_validation_set_is_said_and_keeps_its_number(tmp_path):
+    write_folder(tmp_path, train=1, val=1)
+    (tmp_path / "val/bee/bee_000.jpg").unlink()
+    (tmp_path / "val/wasp").mkdir()
+    said = []
+    source = open_data(str(tmp_path), say=said.append)["val"]
+    assert source.classes == ["ant", "bee", "cat", "dog"] and source.labels.tolist() == [0, 2, 3]
+    assert said == [f"{tmp_path}/val: 2 class folders hold no images: bee, wasp"]
+    alone = open_images(str(tmp_path / "val"), "--eval-data", None, said.append)
+    assert alone.classes == ["ant", "bee", "cat", "dog", "wasp"] and alone.labels.tolist() == [0, 2, 3]
+    for name in ("ant", "cat", "dog"):
+        (tmp_path / f"val/{name}/{name}_000.jpg").unlink()
+    with pytest.raises(UserError, match="the class folder .*val/ant holds no images"):
+        open_data(str(tmp_path))
+
+
+@pytest.mark.parametrize("at", ["nothing", "data", "data/train", "data/train/ant", "data/train/ant/patient", "d.tar"])
+def test_J9_what_may_not_be_read_is_one_line(tmp_path, monkeypatch, at):
+    write_folder(tmp_path / "data", train=1, val=1)
+    (tmp_path / "data/train/ant/patient").mkdir()
+    write_tar(tmp_path / "d.tar", members())
+
+    def denied(action, forbidden=str(tmp_path / at)):
+        def checked(path, *arguments, **options):
+            if str(path) == forbidden or (at == "data" and str(path).startswith(f"{forbidden}/")):
+                raise PermissionError(13, "Permission denied", str(path))
+            return action(path, *arguments, **options)
+
+        return checked
+
+    for name in ("scandir", "stat") if at == "data" else ("scandir",):
+        monkeypatch.setattr(os, name, denied(getattr(os, name)))
+    monkeypatch.setattr("builtins.open", denied(open))
+    asked = str(tmp_path / ("d.tar" if at == "d.tar" else "data"))
+    refused = pytest.raises(UserError, match=f"{tmp_path}/{at}.*: cannot be read \\(Permission denied\\)")
+    with contextlib.nullcontext() if at == "nothing" else refused:
+        open_data(asked)
+
+
+def test_images_added_to_a_folder_in_a_class_folder_are_seen(tmp_path, monkeypatch):
+    write_folder(tmp_path, train=1, val=1)
+    train, opened = tmp_path / "train", lambda: len(open_images(str(tmp_path / "train"), "--data"))
+    picture_, scanned, scan = encoded(picture(0, 9)), [], sources._scan_folder
+    monkeypatch.setattr(sources, "_scan_folder", lambda path: scanned.append(path) or scan(path))
+    (train / "ant/patient1/left").mkdir(parents=True)
+    places = ("ant/patient1", "ant/patient1/left", "ant/patient1/left", "bee/new/deep", "bee/new/deep")
+    for i, place in enumerate(places):
+        (train / place).mkdir(parents=True, exist_ok=True)
+        (train / place / f"{i}.jpg").write_bytes(picture_)
+        os.utime(train / place, ns=(0, i))  # a change within the clock's grain
+        assert opened() == 5 + i == opened() and len(scanned) == 1 + i
+    shutil.rmtree(train / "ant/patient1/left")
+    assert opened() == 7 == opened() and len(scanned) == 6
+
+
 def test_B3_B13_junk_is_no_class_and_odd_extensions_are_counted(tmp_path):
     write_folder(tmp_path, train=1, val=1)
     for junk in (".ipynb_checkpoints", "__MACOSX"):
@@ -314,7 +386,7 @@ def test_B5_a_flat_validation_folder_is_explained(tmp_path):
     shutil.rmtree(tmp_path / "val")
     (tmp_path / "val").mkdir()
     (tmp_path / "val" / "ILSVRC2012_val_00000001.JPEG").write_bytes(encoded(picture(0, 0)))
-    with pytest.raises(UserError, match="1 images but no class folders; move each"):
+    with pytest.raises(UserError, match="1 images but no class folders; move each .*validation_ground_truth.txt"):
         open_data(str(tmp_path))
 
 
@@ -353,6 +425,43 @@ def test_B11_B12_B20_B25_an_unreadable_image_stops_with_its_path(tmp_path, conte
     for workers in (0, 1):
         with pytest.raises(RunError, match="train/bee/bee_001.jpg: "):
             list(to_device(make_loader(samples, [[(0, i, 0) for i in range(8)]], workers, CPU), CPU))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no AVIF"), NotImplementedError("DXT9"), KeyError(7), MemoryError()])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_whatever_a_decoder_raises_names_the_file(folder, monkeypatch, error, workers):
+    from common.evaluate import read_file
+
+    source = open_data(str(folder))["train"]
+    name = source.name(3)
+
+    def broken(data):
+        raise error
+
+    monkeypatch.setattr(images.Image, "open", broken)
+    samples = Samples(source, deit3.TrainTransform(deit3.Recipe(img_size=(32, 32))), 0)
+    kind = type(error).__name__
+    with pytest.raises(RunError, match=f"cannot read {name}: .*{kind}"):
+        list(to_device(make_loader(samples, [[(0, 3, 0)]], workers, CPU), CPU))
+    with pytest.raises(RunError, match=f"^{name}: .*{kind}"):
+        source.named(source.read, 3)
+    with pytest.raises(UserError, match=f"--predict {name}: .*{kind}"):
+        read_file(name, "--predict")
+
+
+class Mistaken:
+    """A transform with a mistake in it."""
+
+    def __call__(self, image, rng):
+        raise RuntimeError("sizes do not match")
+
+
+def test_a_mistake_in_a_transform_is_not_told_as_a_worker_that_died(folder):
+    samples = Samples(open_data(str(folder))["train"], Mistaken(), 0)
+    loader = make_loader(samples, [[(0, 3, 0)]], 1, CPU)
+    with pytest.raises(RuntimeError, match="sizes do not match"):
+        list(to_device(loader, CPU))
+    loader._iterator._shutdown_workers()
 
 
 def test_B20_links_to_nothing_are_named_and_loops_end(tmp_path):
@@ -472,8 +581,23 @@ def test_B23_broken_tars_are_named_by_member(tmp_path):
     with pytest.raises(UserError, match="huge.jpg has 10737418240 bytes"):
         open_data(str(tmp_path / "h.tar"))
     write_tar(tmp_path / "flat.tar", {"a.jpg": b"x"})
-    with pytest.raises(UserError, match="without a class folder"):
+    with pytest.raises(UserError, match="without a class folder .*validation_ground_truth.txt"):
         open_images(str(tmp_path / "flat.tar"), "--val-data")
+
+
+def test_a_tar_that_was_cut_between_two_members_is_refused(tmp_path):
+    whole = write_tar(tmp_path / "d.tar", members()).read_bytes()
+    cut = whole.index(b"val/bee/bee_2.jpg")
+    (tmp_path / "d.tar").write_bytes(whole[:cut])
+    with pytest.raises(UserError, match=f"is truncated: it ends at byte {cut} without"):
+        open_data(str(tmp_path / "d.tar"))
+    (tmp_path / "d.tar").write_bytes(whole[:cut] + bytes(1024))  # the way out that is named
+    assert len(open_data(str(tmp_path / "d.tar"))["val"]) == 5
+    inner = write_tar(tmp_path / "x.tar", {"n01_0.JPEG": encoded(picture(0, 0))}).read_bytes()
+    end = 512 + -(-len(encoded(picture(0, 0))) // 512) * 512
+    write_tar(tmp_path / "train.tar", {"n01.tar": inner[:end], "n02.tar": inner})
+    with pytest.raises(UserError, match="is truncated: n01/ ends"):
+        open_data(str(tmp_path / "train.tar"), val_data="none", splits=("train",))
 
 
 # ---- Data sets of torchvision and iNaturalist ------------------------------------------------------------------------
@@ -645,6 +769,28 @@ def test_B27_pixels_do_not_depend_on_workers_and_differ_between_epochs_and_repea
     pictures = [b[0] for b in results[0]]
     assert all(not torch.equal(pictures[i], pictures[j]) for i in range(4) for j in range(i))
     assert results[0][0][0].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_J8_loaders_work_by_every_start_method(tmp_path, method):
+    """What a worker is sent can be pickled, an archive and its index included; forkserver is Python 3.14's default."""
+    source = open_data(str(write_tar(tmp_path / "d.tar", members())))["val"]
+    run = SimpleNamespace(world=1, rank=0, workers=1, device=CPU)
+    loader = evaluate.eval_loader(source, (16, 16), 1.0, 4, run)
+    expected = [loader.dataset.__getitems__(keys) for keys in loader.batch_sampler]
+    loader.multiprocessing_context = method
+    for found, batch in zip(to_device(loader, CPU), expected, strict=True):
+        assert all(map(torch.equal, found, batch))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_J8_every_training_transform_can_be_sent_to_a_worker(script):
+    module, source = importlib.import_module(script), open_data("shapes")["val"]
+    for recipe in module.RECIPES.values():
+        samples = Samples(source, module.TrainTransform(recipe), 0)
+        sent = pickle.loads(pickle.dumps(samples))
+        for found, expected in zip(sent.__getitems__([(0, 3, 1)]), samples.__getitems__([(0, 3, 1)])):
+            assert all(map(torch.equal, tree_leaves(found), tree_leaves(expected)))
 
 
 def test_B24_a_killed_worker_stops_the_run_with_the_likely_cause(folder):

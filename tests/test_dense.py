@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import io
+import itertools
 import json
 import random
 import re
@@ -22,10 +23,11 @@ from test_run import child, ranks, status_of
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import tv_tensors
 
-from common import checkpoint, dense
+from common import checkpoint, data, dense
 from common.dense import build_detector, build_segmenter, coco_ap
 from common.errors import UserError
 from common.models import on_meta
+from common.sources import open_data
 
 TRUNKS = ("deit", "deit3", "cait", "resmlp", "patchconvnet")
 
@@ -114,16 +116,17 @@ def test_any_size_is_padded_to_whole_patches_and_cut_back():
 @pytest.mark.parametrize("name", [f"{s}/{NANO[s]}" for s in TRUNKS])
 def test_every_trainable_parameter_gets_a_gradient_and_positions_are_not_decayed(name):
     recipe = dense.RECIPES["segment"]["shapes"]
-    model = dense.build(recipe, name, 64, 3)
-    dense.segment_loss(model(torch.randn(2, 3, 64, 64)), torch.randint(3, (2, 64, 64))).backward()
+    model = dense.build("segment", recipe, name, 3, 64)
+    model(torch.randn(2, 3, 64, 64), torch.randint(3, (2, 64, 64))).backward()
     assert not [k for k, p in model.named_parameters() if p.requires_grad and p.grad is None]
     names = {k for k, _ in model.named_parameters() if k.endswith(("pos_embed", "cls_token"))}
     assert names <= model.no_weight_decay() and all(".trunk." in n for n in model.no_weight_decay())
 
 
 @pytest.mark.parametrize("name, told", [
-    ("grafit/regnet_nano", "no patch grid"), ("deit3/vit_hge", "did you mean"), ("resnet50", "SCRIPT/MODEL"),
-    ("common/dense", "needs common.py"), ("deit3/vit_b", "multiple of vit_b's patch"),
+    ("grafit/regnet_nano", "no patch grid"), ("deit3/vit_hge", "did you mean"),
+    ("resnet50", "needs SCRIPT/MODEL"), ("common/dense", "needs SCRIPT/MODEL"), ("", "needs SCRIPT/MODEL"),
+    ("deit3/vit_b", "multiple of vit_b's patch"),
 ])  # fmt: skip
 def test_what_is_no_trunk_is_told(name, told):
     with pytest.raises(UserError, match=re.escape(told)):
@@ -140,19 +143,23 @@ def test_learning_rates():
     assert found == pytest.approx([1e-6, 0.5 * (1 - 750 / total), 1 - 1500 / total, 0.5, 0], rel=1e-5)
     found = [dense.lr_at(two, step, 36_000) / 1e-4 for step in (250, 500, 26_999, 27_000, 32_999, 33_000)]
     assert found == pytest.approx([0.5, 1, 1, 0.1, 0.1, 0.01], rel=1e-5)
-    assert dense.lr_at(dense.Segment(warmup_steps=0), 0, 9) == 6e-5
+    assert dense.lr_at(dense.Recipe(warmup_steps=0), 0, 9) == 6e-5
 
 
 def test_the_loss_does_not_depend_on_how_the_batch_is_cut():
-    masks = torch.randint(0, 4, (4, 8, 8))
+    """With BatchNorm and dropout out of the way. The auxiliary head counts 0.4; unlabelled pixels count in the mean."""
+    model = build_segmenter("deit3/vit_nano", classes=3, img_size=32).eval().double()
+    images, masks, auxiliary = torch.randn(4, 3, 32, 32, dtype=torch.float64), torch.randint(0, 4, (4, 32, 32)), []
     masks[0] = 255  # an image without a label
     masks[masks == 3] = 255
-    outputs = torch.randn(2, 4, 3, 8, 8, dtype=torch.float64)
-    parts = [dense.segment_loss(tuple(outputs[:, i : i + 2]), masks[i : i + 2]) for i in (0, 2)]
+    model.auxiliary.register_forward_hook(lambda head, inputs, output: auxiliary.append(output))
+    with torch.no_grad():
+        whole, parts = model(images, masks), [model(images[i : i + 2], masks[i : i + 2]) for i in (0, 2)]
+        logits = torch.stack([model(images), dense.upsampled(auxiliary[0], (32, 32))])
     known = masks != 255
-    picked = outputs.log_softmax(2).movedim(2, -1)[:, known].gather(2, masks[known].expand(2, -1)[..., None])
+    picked = logits.log_softmax(2).movedim(2, -1)[:, known].gather(2, masks[known].expand(2, -1)[..., None])
     by_hand = -(picked.sum((1, 2)) * torch.tensor([1, 0.4])).sum() / masks.numel()
-    assert torch.isclose(dense.segment_loss(tuple(outputs), masks).double(), by_hand, rtol=1e-5)
+    assert torch.isclose(whole.double(), by_hand, rtol=1e-5)
     assert torch.isclose(sum(parts).double() / 2, by_hand, rtol=1e-5)
 
 
@@ -224,21 +231,6 @@ def test_ap_is_pycocotools_on_50_generated_cases(kind):
     assert coco_ap([], found, kind=kind)["AP"] == -1 and coco_ap(truth, [], kind=kind)["AP"] == 0
 
 
-def test_ap_of_polygons_alone_is_that_of_their_masks():
-    rng, truth, found = random.Random(1), [], []
-    for image in range(6):
-        for _ in range(4):
-            near = [[abs(c) for c in polygon] for polygon in polygons(rng, 5, 5, 50, 40)]
-            row = {"image_id": image, "category_id": 1, "bbox": [5, 5, 50, 40]}
-            truth.append({**row, "segmentation": near})
-            moved = [[c + rng.uniform(0, 2) for c in polygon] for polygon in near]
-            found.append({**row, "score": rng.random(), "segmentation": moved})
-    packed = [[{**row, "segmentation": rle.merge(rle.frPyObjects(row["segmentation"], HEIGHT, WIDTH))} for row in rows]
-              for rows in (truth, found)]  # fmt: skip
-    ours = coco_ap(truth, found, "segm")
-    assert ours == coco_ap(*packed, "segm") and ours["AP"] > 0
-
-
 def test_masks_are_pycocotools_pixel_for_pixel():
     rng = random.Random(0)
     for case in range(200):
@@ -263,10 +255,11 @@ def grown(mask: torch.Tensor, pixels: int = 3) -> torch.Tensor:
     return torch.nn.functional.max_pool2d(padded, 2 * pixels + 1, stride=1)[0] > 0
 
 
-def test_masks_and_boxes_follow_every_geometric_change():
+def test_masks_and_boxes_follow_every_geometric_change(monkeypatch):
     """The image shows each instance's own colour on black: what is cut out, turned and scaled keeps colours and masks
     together, and the boxes around them."""
     instances = pixels = 0
+    monkeypatch.setattr(dense.v2, "RandomApply", lambda transforms: dense.v2.Identity())  # colours stay
     for seed in range(40):
         rng = random.Random(seed)
         height, width = rng.randint(90, 160), rng.randint(90, 160)
@@ -276,9 +269,10 @@ def test_masks_and_boxes_follow_every_geometric_change():
             masks[i, top + rng.randint(0, 6) : top + rng.randint(20, 30), left : left + rng.randint(20, 60)] = True
             image[:, masks[i]] = 80 * (i + 1)
         image = torch.from_numpy(image)
-        recipe = dense.Detect(short=(90, 250), long=300, crop=True)
+        recipe = dense.Recipe(short=(90, 250), long=300, crop=True)
         sample = image, dense.instances(masks, [1, 2, 3])
-        found, moved = dense.augment_detect(recipe, sample, random.Random(seed))
+        torch.manual_seed(seed)
+        found, moved = dense.augment("detect", recipe, sample)
         assert max(found.shape[1:]) <= 300
         for label, mask, box in zip(*(moved[key].as_subclass(torch.Tensor) for key in ("labels", "masks", "boxes"))):
             inside, (ys, xs) = ~grown(mask == 0), mask.nonzero().T
@@ -288,9 +282,9 @@ def test_masks_and_boxes_follow_every_geometric_change():
             instances += 1
         assert (found[:, ~grown(moved["masks"].as_subclass(torch.Tensor).any(0))] == 0).all(), seed
 
-        recipe = dense.Segment(resize=(300, 120), img_size=(96, 128), photometric=False)
+        recipe = dense.Recipe(short=(60, 240), long=600, img_size=(96, 128))
         labels = tv_tensors.Mask(torch.from_numpy((masks * np.arange(1, 4)[:, None, None]).max(0).astype(np.uint8)))
-        found, moved = dense.augment_segment(recipe, (image, {"mask": labels}), random.Random(seed))
+        found, moved = dense.augment("segment", recipe, (image, {"mask": labels}))
         mask = moved["mask"].as_subclass(torch.Tensor)
         assert found.shape == (3, 96, 128) and mask.shape == (96, 128)
         for label in range(4):
@@ -301,30 +295,46 @@ def test_masks_and_boxes_follow_every_geometric_change():
     assert instances > 100 and pixels > 10_000
 
 
-def test_photometric_distortion_changes_the_image_alone():
+def test_photometric_distortion_changes_the_image_alone(monkeypatch):
     image, mask, label = drawn("train", 3)
     sample = torch.from_numpy(image).permute(2, 0, 1), {"mask": tv_tensors.Mask(mask * np.uint8(label))}
-    plain = dense.Segment(resize=(64, 64), img_size=(64, 64), jitter=1.0, photometric=False)
-    strong = dense.Segment(resize=(64, 64), img_size=(64, 64), jitter=1.0)
-    pairs = [[dense.augment_segment(r, sample, random.Random(seed)) for r in (plain, strong)] for seed in range(9)]
+    recipe = dense.Recipe(short=(64, 64), img_size=(64, 64))
+    found = []
+    for plain in (True, False):
+        with monkeypatch.context() as patch:
+            if plain:
+                patch.setattr(dense.v2, "RandomApply", lambda transforms: dense.v2.Identity())
+            for seed in range(9):
+                torch.manual_seed(seed)
+                found.append(dense.augment("segment", recipe, sample))
+    pairs = list(zip(found[:9], found[9:]))
     assert all(torch.equal(a[1]["mask"], b[1]["mask"]) for a, b in pairs)
     assert sum(torch.equal(a[0], b[0]) for a, b in pairs) <= 3
 
 
-def test_batches_go_through_all_images_before_one_comes_again():
-    def keys(first_step=0, epoch=0, rank=0, world=1, micro=3):
-        cut = dict(batch_size=6, micro_batch=micro, group=1, world_size=world, rank=rank)
-        batches = dense.Passes(10, **cut, repeats=1, seed=5)
-        batches.steps, batches.epoch, batches.first_step = 4, epoch, first_step
-        return list(batches)
+def test_an_epoch_goes_on_with_the_images_where_the_last_one_ended():
+    """Over any number of epochs all images come equally often, up to one time; an epoch's order is drawn."""
 
-    run = [key for epoch in range(5) for batch in keys(epoch=epoch) for key in batch]
-    for number in range(12):
-        assert sorted(i for _, i, _ in run[10 * number : 10 * number + 10]) == list(range(10))
-        assert {n for n, *_ in run[10 * number : 10 * number + 10]} == {number}
-    assert keys()[4:] == keys(first_step=2)  # two steps of two micro-batches
-    two = [keys(rank=rank, world=2) for rank in range(2)]
-    assert [batch for step in zip(*two) for batch in step] == keys()
+    class Numbers:
+        def __len__(self):
+            return 10
+
+        def sample(self, index):
+            return torch.tensor(index), {}
+
+    samples = dense.TruthSamples(Numbers(), lambda sample: (torch.rand(()), {}), 5)
+    samples.length, run, draws = 24, [], []
+    for epoch in range(5):
+        batches = data.GlobalBatches(24, batch_size=6, micro_batch=3, group=1, world_size=1, rank=0, repeats=1, seed=5)
+        batches.epoch = epoch
+        for keys in batches:
+            drawn, _, truths, indices = samples.__getitems__(keys)
+            run += indices.tolist()
+            draws += [draw.item() for draw in drawn]
+            assert len(truths) == 3
+        counts = np.bincount(run, minlength=10)
+        assert counts.max() - counts.min() <= 1 and counts.sum() == 24 * (epoch + 1)
+    assert run[:24] != run[120:] and len(set(draws)) == 120  # another augmentation each time
 
 
 def write_masks(root, names=("sky", "bee", "cat"), count=10, parts=("",)):
@@ -343,14 +353,13 @@ def write_masks(root, names=("sky", "bee", "cat"), count=10, parts=("",)):
 
 
 def test_folders_of_images_and_masks(tmp_path):
-    said = []
-    found = dense.open_truth("segment", str(write_masks(tmp_path / "flat")), said.append)
-    assert (len(found["train"]), len(found["val"])) == (8, 2) and "every fifth" in said[0]
+    found = open_data(f"masks:{write_masks(tmp_path / 'flat')}")
+    assert (len(found["train"]), len(found["val"])) == (8, 2)  # every fifth validates
     assert found["val"].classes == ["sky", "bee", "cat"] and found["val"].name(1).endswith("images/05.jpg")
     image, truth = found["val"].sample(1)
     assert image.shape == (3, 64, 64) and (truth["mask"][:3] == 255).all()
     assert torch.equal(truth["mask"][3:] == 2, torch.from_numpy(drawn("train", 5)[1])[3:])
-    found = dense.open_truth("segment", str(write_masks(tmp_path / "split", parts=("train", "val"), count=4)))
+    found = open_data(f"masks:{write_masks(tmp_path / 'split', parts=('train', 'val'), count=4)}")
     assert (len(found["train"]), len(found["val"])) == (4, 4)
 
 
@@ -366,7 +375,7 @@ def test_ade20k_as_published(tmp_path):
         numbers = np.repeat(np.array([0, 1, 150, 7], np.uint8), 16)[:, None].repeat(64, 1)
         Image.fromarray(numbers).save(root / f"annotations/{part}/ADE_1.png")
     for folder in (tmp_path, root):
-        found = dense.open_truth("segment", f"ade20k:{folder}")
+        found = open_data(f"ade20k:{folder}")
         assert len(found["train"].classes) == 150 and found["val"].classes[149] == "thing 150, other name"
         mask = found["train"].sample(0)[1]["mask"]
         assert mask[::16, 0].tolist() == [255, 0, 149, 6]  # 0, "other", is not learnt
@@ -395,7 +404,7 @@ def write_coco(root, count=6):
 
 
 def test_coco_as_published(tmp_path):
-    found = dense.open_truth("detect", f"coco:{write_coco(tmp_path)}")
+    found = open_data(f"coco:{write_coco(tmp_path)}")
     train, val = found["train"], found["val"]
     assert (len(train), len(val), train.classes) == (5, 6, ["a", "b"])  # nothing to learn from on one image
     image, truth = train.sample(0)
@@ -408,7 +417,7 @@ def test_coco_as_published(tmp_path):
 
 
 def test_scenes_hold_four_objects_with_their_boxes():
-    image, truth = dense.open_truth("detect", "scenes")["val"].sample(4)
+    image, truth = open_data("scenes:.")["val"].sample(4)
     assert image.shape == (3, 128, 128) and len(truth["labels"]) == 4 and truth["labels"].min() >= 1
     for mask, (x0, y0, x1, y1) in zip(truth["masks"], truth["boxes"].int().tolist()):
         assert mask[y0:y1, x0:x1].sum() == mask.sum() > 200
@@ -418,8 +427,8 @@ def test_scenes_hold_four_objects_with_their_boxes():
 # ---- Runs ------------------------------------------------------------------------------------------------------------
 
 SMALL = "--epochs 2 --epoch-steps 3 --warmup-steps 2 --workers 0 --device cpu".split()
-SEGMENT = ["segment", *SMALL, *"--batch-size 4 --width 8 --img-size 32 --resize 32 --test-resize 32".split()]
-DETECT = ["detect", *SMALL, *"--batch-size 2 --width 8 --short 64 --long 64 --rois 16".split()]
+SEGMENT = ["segment", *SMALL, *"--batch-size 4 --width 8 --img-size 32 --short 32 --test-size 32".split()]
+DETECT = ["detect", *SMALL, *"--batch-size 2 --width 8 --short 64 --test-size 64 --rois 16".split()]
 
 
 @pytest.fixture
@@ -472,17 +481,19 @@ def test_a_detector_is_trained_on_cocos_files(suite, tmp_path):
     result = suite(*DETECT, "--epochs", 1, *data, "--out", tmp_path / "o")
     assert result.status == 0 and "5 training, 6 validation images" in result.out, result
     assert 0 <= log_of(tmp_path / "o")[1]["val_mask_AP"] <= 100
-    result = suite(*DETECT, "--epochs", 1, *data, "--val-data", "none", "--out", tmp_path / "p")
-    assert result.status == 0 and "val_mask_AP" not in log_of(tmp_path / "p")[1], result
 
 
 def test_two_ranks_equal_one(tmp_path):
     """Loss, gradient (Adam's first moment after a step holds a tenth of it), BatchNorm's statistics, evaluation."""
-    flags = [*SEGMENT, "--dropout", 0, "--model", "deit3/vit_nano", "--epochs", 1, "--epoch-steps", 1]
+    flags = [*SEGMENT, "--model", "deit3/vit_nano", "--epochs", 1, "--epoch-steps", 1]
+
+    def undropped():
+        torch.nn.Dropout2d.forward = lambda dropout, x: x
+
     with fewer_shapes(24, 7):
         flags += ["--warmup-steps", 0]
-        assert status_of(child([*flags, "--out", tmp_path / "one"], script="common.dense")) == 0
-        assert ranks(2, [*flags, "--out", tmp_path / "two"], tmp_path, script="common.dense") == [0, 0]
+        assert status_of(child([*flags, "--out", tmp_path / "one"], script="common.dense", patch=undropped)) == 0
+        assert ranks(2, [*flags, "--out", tmp_path / "two"], tmp_path, script="common.dense", patch=undropped) == [0, 0]
     one, two = (log_of(tmp_path / out)[1] for out in ("one", "two"))
     assert one["train_loss"] == pytest.approx(two["train_loss"], rel=1e-6) and one["lr"] == 0
     assert one["val_miou"] == pytest.approx(two["val_miou"], abs=0.2)
@@ -497,7 +508,7 @@ def test_two_ranks_evaluate_every_scene_once(tmp_path):
     """coco_ap is given all truths and, of a perfect network, as many results, whatever rank found them."""
 
     def perfect():
-        val = dense.open_truth("detect", "scenes")["val"]
+        val = open_data("scenes:.")["val"]
         known = {image.numpy().tobytes(): truth for image, truth in map(val.sample, range(len(val)))}
         dense.predict = lambda run, model, image: {**known[image.numpy().tobytes()], "scores": torch.ones(4)}
         plain = dense.coco_ap
@@ -529,13 +540,15 @@ def test_a_bad_mask_gets_one_line(suite, tmp_path, spoil, told):
 
 
 @pytest.mark.parametrize("flags, told", [
-    ([], "segment or detect"), (["segment", "--data", "scenes"], "no file scenes/classes.txt"),
-    (["detect", "--data", "shapes"], "neither scenes nor coco"), (["detect", "--data", "coco:nowhere"], "instances_"),
-    (["segment", "--data", "ade20k:nowhere"], "objectInfo150.txt"), (["segment", "--recipe", "coco"], "ade20k, "),
+    ([], "required: task"), (["segment", "--data", "scenes"], "all: shapes, ade20k, masks"),
+    (["detect", "--data", "shapes"], "all: scenes, coco"), (["detect", "--data", "coco:nowhere"], "no folder nowhere"),
+    (["detect", "--data", "coco:tests"], "instances_train*.json"), (["segment", "--data", "tests"], "classes.txt"),
+    (["segment", "--data", "ade20k:tests"], "objectInfo150.txt"), (["segment", "--recipe", "coco"], "ade20k, "),
     (["segment", "--real-labels", "x"], "not for dense"), (["segment", "--predict", "x"], "not for dense"),
     (["segment", "--warmup-steps", 300], "less than the 300"),
-    (["segment", "--val-data", "x"], "only none"), (["segment", "--eval"], "needs --weights"),
-    (["detect", "--multi-scale"], "unknown flag"), (["segment", "--eval", "--weights", "nowhere.pt"], "no such file"),
+    (["segment", "--val-data", "x"], "not for dense"), (["segment", "--eval"], "no such file"),
+    (["detect", "--multi-scale"], "not for detect"), (["segment", "--rois", "9"], "not for segment"),
+    (["segment", "--eval", "--weights", "nowhere.pt"], "no such file"), (["classify"], "invalid choice"),
     (["segment", "--model", "trex/resnet_nano"], "no patch grid"),
 ])  # fmt: skip
 def test_a_mistake_gets_one_line(suite, tmp_path, flags, told):
@@ -607,11 +620,10 @@ def test_a_trunk_of_one_size_sees_windows(tmp_path):
 def test_miou_and_pixel_accuracy_by_hand(suite, tmp_path, monkeypatch):
     """A prediction that is wrong on known pixels, over all of the set."""
     root = write_masks(tmp_path / "d")
-    truth = [sample[1]["mask"].long() for sample in map(dense.open_truth("segment", str(root))["val"].sample, (0, 1))]
+    truth = [sample[1]["mask"].long() for sample in map(open_data(f"masks:{root}")["val"].sample, (0, 1))]
     answers = [(t * (torch.arange(64) < 40)).clamp(max=2) for t in truth]
-    queue = list(answers)
-    monkeypatch.setattr(dense, "predict", lambda *a, **k: {"mask": queue.pop(0)})
-    monkeypatch.setattr(dense, "save_pictures", lambda *a: queue.extend(answers))
+    again = itertools.cycle(answers)
+    monkeypatch.setattr(dense, "predict", lambda *a, **k: {"mask": next(again)})
     result = suite(*SEGMENT, "--data", root, "--out", tmp_path / "o")
     assert result.status == 0, result
     t, p = torch.stack(truth), torch.stack(answers)
@@ -621,6 +633,11 @@ def test_miou_and_pixel_accuracy_by_hand(suite, tmp_path, monkeypatch):
     record = log_of(tmp_path / "o")[1]
     assert record["val_miou"] == pytest.approx(100 * np.mean(shares), rel=1e-6)
     assert record["val_pixels"] == pytest.approx(100 * (t == p)[known].double().mean().item(), rel=1e-6)
+
+
+def test_the_module_stays_short():
+    """The issue asks for 550 lines: what is above them is named there too."""
+    assert len((ROOT / "common/dense.py").read_text().splitlines()) <= 652
 
 
 def test_readmes_commands_are_accepted():

@@ -7,8 +7,10 @@ import json
 import math
 import random
 import re
+import shutil
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ import torchvision
 from conftest import ROOT, PeakMemory, fewer_shapes, load, log_of, reference, sine
 from PIL import Image
 from test_cli import refused
+from torch.utils.flop_counter import FlopCounterMode
 
 import grafit
 from common.data import GlobalBatches, Samples
@@ -219,6 +222,54 @@ def test_coarse_to_fine_equals_brute_force():
     by_hand = [average_precision(s.argsort(descending=True), fine == y) for s, y in scores]
     assert other["fine"].pop("map_conditional") == pytest.approx(100 * np.mean(by_hand), abs=1e-6)
     assert all(other["fine"][key] == found["fine"][key] for key in other["fine"])  # nothing else depends on them
+
+
+def test_a_network_is_ranked_by_one_pass_of_products_for_all_levels_and_rankings():
+    data = hierarchy()
+    with FlopCounterMode(display=False) as counter:
+        found = grafit.coarse_to_fine(*data, "coarse", 0.05)
+    queries, query_levels, gallery, gallery_levels = data
+    held, pairs = 24 * (240 - 24), 60 * 240  # choosing k; the nearest of all; the rankings
+    assert counter.get_total_flops() == 2 * 8 * (held + 2 * pairs)
+    for level, own in found.items():
+        labels = query_levels[level][1], gallery, gallery_levels[level][1]
+        assert own["map"] == pytest.approx(100 * mean_average_precision(queries, *labels), abs=1e-12)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_share_the_queries_and_find_the_same_to_the_last_bit(monkeypatch, world):
+    from common import evaluate
+
+    monkeypatch.setattr(evaluate, "SCORES", 4 * 240 * 7)  # blocks of 7 queries, nine of them; 28 and 31 for the nearest
+    queries, *levels_and_gallery = [part if isinstance(part, dict) else part.float() for part in hierarchy(2)]
+    whole = grafit.coarse_to_fine(queries, *levels_and_gallery, "coarse", 0.05)
+    shares, meeting, results, seen = [None] * world, threading.Barrier(world, timeout=30), [None] * world, []
+
+    class Rank:
+        say, check_stop = staticmethod(lambda line: None), meeting.wait  # one for all: a rank that asks less hangs
+
+        def __init__(self, rank):
+            self.world, self.rank = world, rank
+
+        def gather(self, tensor):
+            shares[self.rank] = tensor
+            meeting.wait()
+            together = torch.cat(shares)
+            meeting.wait()
+            return together
+
+    ranks = evaluate._ranks
+    monkeypatch.setattr(evaluate, "_ranks", lambda *a: seen.append(threading.get_ident()) or ranks(*a))
+
+    def run(rank):
+        results[rank] = grafit.coarse_to_fine(queries, *levels_and_gallery, "coarse", 0.05, run=Rank(rank))
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert results == [whole] * world
+    work = [seen.count(thread.ident) for thread in threads]
+    assert sum(work) == 3 * 60 and max(work) <= 3 * 7 * -(-9 // world)  # each query's three rankings once
 
 
 def test_the_number_of_neighbours_is_chosen_without_the_test_set():
@@ -504,6 +555,15 @@ def test_retrieve_draws_frames_by_the_finest_level_that_is_right(here, trained, 
     before = len(extracted)
     refused(here(*asked, tmp_path / "none.jpg", *flags), "none.jpg")
     assert len(extracted) == before  # told before the training images are embedded
+
+
+def test_retrieve_names_a_damaged_image_in_one_line(here, trained, folder, coarse, tmp_path):
+    data = shutil.copytree(folder, tmp_path / "d")
+    (data / "val/bee/bee_000.jpg").write_bytes(b"<html>")
+    flags = ["--weights", trained["coarse"] / "last.pt", "--data", data, "--coarse-labels", coarse, "--workers", 0]
+    result = here("grafit", "--model", "regnet_nano", *flags, "--retrieve", 5, "--out", tmp_path / "o")
+    assert result.status == 1 and "val/bee/bee_000.jpg: " in result.err, result
+    assert "Traceback" not in result.err and len(result.err.strip().splitlines()) == 1, result
 
 
 def test_levels_are_named_once_from_the_coarsest_and_known_by_their_classes():

@@ -13,7 +13,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import NANO, SCRIPTS, SMALL, WITHOUT_MIXING, PeakMemory, encoded, load, log_of, picture, write_folder
+from conftest import (
+    NANO,
+    SCRIPTS,
+    SMALL,
+    WITHOUT_MIXING,
+    PeakMemory,
+    encoded,
+    load,
+    log_of,
+    picture,
+    write_folder,
+    write_tar,
+)
 from scipy import stats
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
@@ -21,7 +33,7 @@ from test_cli import refused
 from test_run import child, status_of
 
 from common import sources, transfer
-from common.errors import UserError
+from common.errors import RunError, UserError
 from common.evaluate import log_odds
 from common.models import fingerprint
 from common.transfer import upper_right_hull
@@ -73,25 +85,79 @@ def test_features_are_computed_once_and_again_when_images_or_network_change(suit
     result = suite("features", *flags(network, tmp_path, data))
     assert result.status == 0 and len(calls) == 2 and result.out.count("from the cache") == 2
     assert json.loads((tmp_path / "r.json").read_text()) == first
-    # another image under the same name and with the same labels
+    # another image under the same name and with the same labels; the same one, touched; a renamed one
     file = data / "train/ant/ant_000.jpg"
     file.write_bytes(encoded(picture(3, 99)))
     assert suite("features", *flags(network, tmp_path, data)).status == 0
     assert len(calls) == 3 and calls[2].endswith("train")
-    # labels are not in the cache: a renamed class folder needs no new features
-    for split in ("train", "val"):
-        (data / split / "ant").rename(data / split / "aardvark")
-    assert suite("features", *flags(network, tmp_path, data)).status == 0 and len(calls) == 3
+    os.utime(file, ns=(0, 1))
+    assert suite("features", *flags(network, tmp_path, data)).status == 0 and len(calls) == 4
+    file.rename(file.with_name("another.jpg"))
+    assert suite("features", *flags(network, tmp_path, data)).status == 0 and len(calls) == 5
     # another network, another resolution
     state = torch.load(network, weights_only=True)
     state["features.0.0.weight"][0, 0, 0, 0] += 1e-3
     torch.save(state, tmp_path / "other.pth")
-    assert suite("features", *flags(tmp_path / "other.pth", tmp_path, data)).status == 0 and len(calls) == 5
-    assert suite("features", *flags(network, tmp_path, data), "--img-size", 40).status == 0 and len(calls) == 7
+    assert suite("features", *flags(tmp_path / "other.pth", tmp_path, data)).status == 0 and len(calls) == 7
+    assert suite("features", *flags(network, tmp_path, data), "--img-size", 40).status == 0 and len(calls) == 9
     # a file that a crash cut short
     for cached in (sources.cache_folder() / "features").glob("*.npy"):
         cached.write_bytes(cached.read_bytes()[:200])
-    assert suite("features", *flags(network, tmp_path, data)).status == 0 and len(calls) == 9
+    assert suite("features", *flags(network, tmp_path, data)).status == 0 and len(calls) == 11
+
+
+def test_a_set_with_one_image_per_class_is_left_out_for_nothing_can_be_held_out(suite, network, tmp_path):
+    single, data = write_folder(tmp_path / "single", train=1, val=1), write_folder(tmp_path / "d", train=6, val=3)
+    result = suite("features", *flags(network, tmp_path, single))
+    assert result.status == 2 and "one training image per class: none can be held out" in result.err, result
+    result = suite("features", *flags(network, tmp_path, single, data))
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert result.status == 0 and list(found["sets"]) == [str(data)] and list(found["missing"]) == [str(single)], result
+
+
+def test_check_bytes_knows_images_by_their_bytes_alone(suite, network, tmp_path, monkeypatch):
+    data = write_folder(tmp_path / "d", train=6, val=3)
+    calls, asked = counted(monkeypatch), [*flags(network, tmp_path, data), "--check-bytes"]
+    assert suite("features", *asked).status == 0 and len(calls) == 2
+    # neither names nor labels nor times are in the cache: a renamed class folder needs no new features
+    for split in ("train", "val"):
+        (data / split / "ant").rename(data / split / "aardvark")
+    file = data / "val/bee/bee_001.jpg"
+    os.utime(file, ns=(0, 1))
+    result = suite("features", *asked)
+    assert result.status == 0 and len(calls) == 2 and result.out.count("from the cache") == 2
+    before = file.stat()
+    file.write_bytes(file.read_bytes()[:-10] + bytes(8) + b"\xff\xd9")  # of the same size, at the same time
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert suite("features", *flags(network, tmp_path, data)).status == 0 and len(calls) == 4
+    assert suite("features", *asked).status == 0 and len(calls) == 5 and calls[4].endswith("test")
+
+
+def test_content_reads_no_image_unless_asked_to(tmp_path, monkeypatch):
+    files = {f"{s}/{c}/{i}.jpg": encoded(picture(0, i)) for s in ("train", "val") for c in "ab" for i in range(3)}
+    tar = write_tar(tmp_path / "d.tar", files)
+    held = sources.Source(["a"], np.zeros(4))
+    held.pixels = pixels = np.zeros((4, 8, 8, 3), np.uint8)
+    opened = [sources.open_data(str(write_folder(tmp_path / "d", train=3, val=1))), sources.open_data(str(tar))]
+    opened += [sources.open_data("shapes"), {"train": held}]
+    first = [{every: found["train"].content(every) for every in (False, True)} for found in opened[:2]]
+    for source in (split for found in opened[:3] for split in found.values()):
+        with monkeypatch.context() as m:
+            m.setattr(source, "stored", lambda _: pytest.fail("an image is read"), raising=False)
+            source.content(False)
+    marks = [source.content(False) for found in opened for source in found.values()]
+    assert len(set(marks)) == len(marks)
+    pixels[3, 2, 1, 0] = 1
+    assert held.content(False) != marks[-1]
+    os.utime(tar, ns=(0, 1))  # an archive that was touched, one that was made again with another image
+    touched = sources.open_data(str(tar))["train"]
+    assert touched.content(False) != first[1][False] and touched.content(True) == first[1][True]
+    files["train/a/1.jpg"] = encoded(picture(1, 1))
+    write_tar(tar, files)
+    assert sources.open_data(str(tar))["train"].content(True) != first[1][True]
+    (tmp_path / "d/train/ant/ant_001.jpg").unlink()
+    with pytest.raises(RunError, match="train/ant/ant_001.jpg: .*No such file"):
+        opened[0]["train"].content(False)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
