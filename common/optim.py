@@ -5,6 +5,7 @@ import math
 
 import torch
 from torch import nn
+from torch.nn.utils import get_total_norm
 from torch.optim.adam import adam
 
 
@@ -33,7 +34,7 @@ class Lamb(torch.optim.Optimizer):
         gradients = [p.grad for _, params in groups for p in params]
         scale, max_norm = getattr(self, "grad_scale", None), self.param_groups[0]["max_grad_norm"]
         if gradients and max_norm is not None:
-            norm = global_norm(gradients) / (max_norm if scale is None else max_norm * scale)
+            norm = get_total_norm(gradients) / (max_norm if scale is None else max_norm * scale)
             torch._foreach_div_(gradients, norm.clamp(min=1.0))
         for group, params in groups:
             # A GPU takes all tensors in one launch; a CPU is faster one tensor at a time, which stays in its cache.
@@ -69,11 +70,6 @@ def fit_to_parameters(optimizer: torch.optim.Optimizer) -> None:
     for p, state in optimizer.state.items():
         for key, value in state.items():
             state[key] = torch.empty_like(p).copy_(value) if value.shape == p.shape else value.to(p.device)
-
-
-def global_norm(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """L2 norm over all tensors together, a 0-dim tensor; NaN or inf if any element is."""
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:

@@ -7,8 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn, optim
 from torch.nn.parallel import DistributedDataParallel
-
-from common.optim import global_norm
+from torch.nn.utils import get_total_norm
 
 AMP = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCALE_GROWTH_STEPS = 2000  # steps without overflow after which fp16's loss scale doubles, as torch's GradScaler does
@@ -45,7 +44,7 @@ class Precision:
         """Clip, apply, clear: (stats, skipped) on the device. stats (3,): mean loss over all ranks, how many ranks have
         a loss or gradient that is not finite, sum of their `asked`; skipped: 1.0 if nothing was changed, else 0.0."""
         gradients = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
-        norm = global_norm(gradients) / self.scale
+        norm = get_total_norm(gradients) / self.scale
         bad = ~(torch.isfinite(norm) & torch.isfinite(self.loss))
         stats = torch.stack([self.loss, bad.float(), torch.full((), asked, device=self.device)])
         if dist.is_initialized():

@@ -27,6 +27,7 @@ import torch.distributed as dist
 import torchvision
 from torch.distributed.nn.functional import all_gather  # unlike dist.all_gather it has a gradient
 from torch.distributed.rendezvous import rendezvous
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -133,36 +134,16 @@ def connect(device: str | None, timeout: int) -> tuple[torch.device, int, int]:
     return torch.device(device), rank, world
 
 
-class SyncedBatchNorm(torch.nn.modules.batchnorm._BatchNorm):
-    """BatchNorm of the batches (B, C, ...) of all ranks together, as torch has it for GPUs only; same state dict."""
-
-    _check_input_dim = staticmethod(lambda x: None)  # of any number of dimensions
+class SyncedBatchNorm(torch.nn.SyncBatchNorm):
+    """BatchNorm of the batches (B, C, ...) of all ranks together; same state dict. torch's needs a GPU and waits."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training:
-            return super().forward(x)
+        if x.is_cuda or not self.training:
+            # torch looks for ranks whose batch is empty, of which there are none, unless a CUDA graph is captured.
+            with mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: True):
+                return super().forward(x)
         everything = torch.cat(all_gather(x.contiguous()))  # as many images of every rank
-        return super().forward(everything).split(len(x))[dist.get_rank()]
-
-
-class WaitlessBatchNorm(torch.nn.SyncBatchNorm):
-    """torch's for GPUs, without its wait: it looks for ranks whose batch is empty, unless a CUDA graph is captured."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        with mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: True):  # no rank's batch is empty
-            return super().forward(x)
-
-
-def synchronise(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-    """`model` with every BatchNorm synchronised over several ranks; its parameters and buffers stay what they are."""
-    if device.type == "cuda":
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    for module in model.modules():
-        if type(module) in (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d):
-            module.__class__ = SyncedBatchNorm
-        elif type(module) is torch.nn.SyncBatchNorm:
-            module.__class__ = WaitlessBatchNorm
-    return model
+        return _BatchNorm.forward(self, everything).split(len(x))[dist.get_rank()]
 
 
 class Run:
@@ -308,10 +289,10 @@ class Run:
 
     def prepare(self, model: torch.nn.Module, micro_batch: int) -> torch.nn.Module:
         """The model as it is trained: BatchNorm synchronised, compiled if asked for, wrapped for several ranks."""
-        if micro_batch == 1 and any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+        if micro_batch == 1 and any(isinstance(m, _BatchNorm) for m in model.modules()):
             raise UserError("--micro-batch 1: this model's BatchNorm needs at least 2 images per forward pass")
-        model, cuda = synchronise(model, self.device) if self.world > 1 else model, self.device.type == "cuda"
         if self.args.compile:
+            cuda = self.device.type == "cuda"
             if not (importlib.util.find_spec("triton") if cuda else any(map(shutil.which, ("c++", "g++", "clang++")))):
                 raise UserError(f"--compile: needs {'the package triton' if cuda else 'a C++ compiler'}, not found")
             model.compile()
@@ -319,6 +300,10 @@ class Run:
             model = DistributedDataParallel(model, gradient_as_bucket_view=True)
             # They are equal on all ranks by themselves: BatchNorm's statistics are synchronised, memories gathered.
             model.broadcast_buffers = False  # as an argument it is deprecated
+            torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place; parameters and buffers stay what they are
+            for module in model.modules():
+                if type(module) is torch.nn.SyncBatchNorm:
+                    module.__class__ = SyncedBatchNorm
         return model
 
     def start(self, data: dict, **parts) -> None:
