@@ -116,15 +116,13 @@ class EMA:
         self.model, self.decay, self.pairs = copy.deepcopy(model).eval().requires_grad_(False), decay, []
 
     @torch.no_grad()
-    def update(self, model: nn.Module, skip: torch.Tensor | None = None) -> None:
+    def update(self, model: nn.Module, skip: torch.Tensor) -> None:
         """Average in the model's current state; where `skip` (0-dim, on the device) is 1 nothing changes."""
         if not self.pairs:  # state dicts hold the tensors themselves
             self.pairs = list(zip(self.model.state_dict().values(), model.state_dict().values()))
         averages, values = map(list, zip(*[pair for pair in self.pairs if pair[0].is_floating_point()]))
-        weight = 1 - self.decay
-        if skip is not None:
-            weight = [(1 - skip).to(averages[0].dtype) * weight] * len(averages)
-        torch._foreach_lerp_(averages, values, weight)
+        weight = (1 - skip).to(averages[0].dtype) * (1 - self.decay)
+        torch._foreach_lerp_(averages, values, [weight] * len(averages))
         for average, value in self.pairs:
             if not average.is_floating_point():
                 average.copy_(average * self.decay + (1 - self.decay) * value)

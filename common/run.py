@@ -14,7 +14,6 @@ import random
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -252,14 +251,14 @@ class Run:
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             lock = open(path, "a+")
-            with tempfile.TemporaryFile(dir=self.out) as now:  # by the file system's clock, which hosts share
-                age = os.fstat(now.fileno()).st_mtime - os.fstat(lock.fileno()).st_mtime
-            lock.seek(0)
-            if (owner := lock.read().strip()) and not owner.endswith(here) and age < LEASE:
-                raise BlockingIOError
+            os.utime(self.out)  # to now, by the file system's clock, which hosts share
+            age = self.out.stat().st_mtime - os.fstat(lock.fileno()).st_mtime
+            owner = os.pread(lock.fileno(), 999, 0).decode().strip()
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not path.exists() or not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
-                raise BlockingIOError  # its last owner removed it just now, and somebody may have made another
+            # Its last owner may have removed it just now, and somebody have made another.
+            same = path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat())
+            if not same or (owner and not owner.endswith(here) and age < LEASE):
+                raise BlockingIOError
         except BlockingIOError:
             hint = f"choose another or stop that run; dead on another host, it is forgotten after {LEASE:.0f} s"
             raise UserError(f"{where}: in use by {owner or 'another run'}, alive {age:.0f} s ago; {hint}") from None
@@ -280,10 +279,16 @@ class Run:
                 os.utime(self.lock.fileno())
             time.sleep(LEASE / 8)
 
+    def _holder(self) -> str:
+        """Who the lock names. Ours is read by its own handle: to close another one would free the kernel's lock."""
+        path, handle = self.out / "lock", self.lock.fileno()
+        ours = os.path.samestat(os.fstat(handle), path.stat())
+        return (os.pread(handle, 999, 0).decode() if ours else path.read_text()).strip()
+
     def _unlock(self) -> None:
         if self.lock is not None:
             with contextlib.suppress(OSError), self.lock:
-                if (self.out / "lock").read_text().strip() == self.owner:
+                if self._holder() == self.owner:
                     (self.out / "lock").unlink()
             self.lock = None
 
@@ -468,12 +473,11 @@ class Run:
         if self.epoch + 1 == self.recipe.epochs:
             self.save("last.pt", record)
         self.log(record)
-        shown = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in record.items() if v is not None}
-        self.say("  ".join(f"{k} {v}" for k, v in shown.items()))
+        figures = {k: v for k, v in record.items() if v is not None}
+        self.say("  ".join(f"{k} {f'{v:.5g}' if isinstance(v, float) else v}" for k, v in figures.items()))
         if self.writer is not None:
-            for key, value in record.items():
-                if isinstance(value, (int, float)) and math.isfinite(value):
-                    self.writer.add_scalar(key, value, self.epoch)
+            for name, value in figures.items():
+                self.writer.add_scalar(name, value, self.epoch)
             self.writer.flush()
         self.epoch, self.step, self.loss_sum, self.loss_count = self.epoch + 1, 0, 0.0, 0
 
@@ -488,16 +492,16 @@ class Run:
     def save(self, name: str = "last.pt", record: dict | None = None) -> None:
         """Writes last.pt (the one before becomes previous.pt), or `name` with its epoch's record; rank 0 writes."""
         self._read_flags(0)  # raises if what would be saved comes after a broken step
-        content, path = self._state() | {"record": record}, self.out / name
-        if name == "best.pt":  # what is needed to use the network; last.pt holds what the run needs
-            content = {k: v for k, v in content.items() if k not in {*self.parts, "rng"} - {"model", "ema"}}
-        self.on_rank_0(lambda: self._write(content, path, None if record else path.with_name("previous.pt")))
+        self.on_rank_0(lambda: self._write(self.out / name, record))
 
-    def _write(self, content: dict, path: Path, keep: Path | None) -> None:
+    def _write(self, path: Path, record: dict | None) -> None:
         with contextlib.suppress(FileNotFoundError):  # if somebody removed the folder, it is made again
-            if (owner := (self.out / "lock").read_text().strip()) != self.owner:  # it stood still, passed for dead
-                raise RunError(f"--out {self.out}: was taken over by {owner}; nothing was written, this run ends")
-        checkpoint.save(content, path, keep=keep)
+            if (holder := self._holder()) != self.owner:  # it stood still, passed for dead
+                raise RunError(f"--out {self.out}: was taken over by {holder}; nothing was written, this run ends")
+        content = self._state() | {"record": record}
+        if path.name == "best.pt":  # what is needed to use the network; last.pt holds what the run needs
+            content = {k: v for k, v in content.items() if k not in {*self.parts, "rng"} - {"model", "ema"}}
+        checkpoint.save(content, path, keep=None if record else path.with_name("previous.pt"))
 
     def check_stop(self) -> None:
         """Ends the run if any rank was asked to, with what is on disk (before training, and during evaluation)."""

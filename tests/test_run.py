@@ -343,6 +343,21 @@ def test_J3_a_second_job_on_another_host_is_refused_while_the_first_renews_its_l
     assert not (tmp_path / "o/lock").exists()
 
 
+def test_J3_the_lock_outlives_a_save(command, tmp_path):
+    """A second job on the same host is refused after the first has written a checkpoint, too."""
+
+    def patch():
+        after = Run.after_step
+        Run.after_step = lambda self, *args: (after(self, *args), time.sleep(60 * (self.step == 2)))
+
+    first = child(command("o", "--save-steps", 1), patch=patch)
+    wait_until(lambda: (tmp_path / "o/previous.pt").exists())
+    second = child(command("o", "--resume", "auto"), log=tmp_path / "two.log")
+    assert status_of(second) == 2 and f"in use by process {first} on" in (tmp_path / "two.log").read_text()
+    os.killpg(first, signal.SIGKILL)
+    assert status_of(first) == -signal.SIGKILL
+
+
 def test_a_run_in_a_thread_trains_and_leaves_no_lock(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["deit3.py", *TINY, "--data", str(folder), "--out", str(tmp_path / "o")])
     with ThreadPoolExecutor(1) as threads:
