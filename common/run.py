@@ -151,7 +151,7 @@ class Run:
     def __init__(self, method: str, args, recipe, paper):
         self.method, self.args, self.recipe, self.paper = method, args, recipe, paper
         self.device, self.rank, self.world = connect(args.device, args.timeout)
-        exact = args.amp or self.device.type == "cpu" or args.eval or args.eval_data or args.predict
+        exact = self.device.type == "cpu" or args.eval or args.eval_data or args.predict
         self.amp = args.amp or ("fp32" if exact else "bf16")
         if "cuda" in str(self.device) and self.amp == "bf16" and not torch.cuda.is_bf16_supported(False):
             raise UserError(f"--amp bf16: {torch.cuda.get_device_name()} has no bf16 units; use --amp fp16 or fp32")
@@ -247,21 +247,19 @@ class Run:
 
     def _open_folder(self) -> None:
         """One writer: the kernel frees the lock of a process that ends; one of another host counts until it is old."""
-        path, where, here = self.out / "lock", f"--out {self.out}", f" on {os.uname().nodename}"
+        where, here = f"--out {self.out}", f" on {os.uname().nodename}"
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            lock = open(path, "a+")
+            lock = open(self.out / "lock", "a+")
             os.utime(self.out)  # to now, by the file system's clock, which hosts share
             age = self.out.stat().st_mtime - os.fstat(lock.fileno()).st_mtime
-            owner = os.pread(lock.fileno(), 999, 0).decode().strip()
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Its last owner may have removed it just now, and somebody have made another.
-            same = path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat())
-            if not same or (owner and not owner.endswith(here) and age < LEASE):
+            if (holder := self._holder(lock)) and not holder.endswith(here) and age < LEASE:
                 raise BlockingIOError
         except BlockingIOError:
             hint = f"choose another or stop that run; dead on another host, it is forgotten after {LEASE:.0f} s"
-            raise UserError(f"{where}: in use by {owner or 'another run'}, alive {age:.0f} s ago; {hint}") from None
+            holder = self._holder(lock) or "another run"
+            raise UserError(f"{where}: in use by {holder}, alive {age:.0f} s ago; {hint}") from None
         except OSError as error:
             raise UserError(f"{where}: cannot be written ({error.strerror})") from None
         self.lock, self.owner = lock, f"process {os.getpid()}{here}"
@@ -279,16 +277,16 @@ class Run:
                 os.utime(self.lock.fileno())
             time.sleep(LEASE / 8)
 
-    def _holder(self) -> str:
-        """Who the lock names. Ours is read by its own handle: to close another one would free the kernel's lock."""
-        path, handle = self.out / "lock", self.lock.fileno()
-        ours = os.path.samestat(os.fstat(handle), path.stat())
-        return (os.pread(handle, 999, 0).decode() if ours else path.read_text()).strip()
+    def _holder(self, lock) -> str:
+        """Who the lock names, read by our own handle of it: to close another one would free the kernel's lock."""
+        path = self.out / "lock"  # its last owner may have removed it just now, and somebody have made another
+        same = path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat())
+        return os.pread(lock.fileno(), 999, 0).decode().strip() if same else "another run"
 
     def _unlock(self) -> None:
         if self.lock is not None:
             with contextlib.suppress(OSError), self.lock:
-                if self._holder() == self.owner:
+                if self._holder(self.lock) == self.owner:
                     (self.out / "lock").unlink()
             self.lock = None
 
@@ -372,7 +370,7 @@ class Run:
                     part.load_state_dict(saved[key])
             except (TypeError, ValueError, KeyError, RuntimeError) as error:  # TypeError: it is None
                 raise UserError(f"{flag}: its {key} state does not fit ({one_line(error)}); try --weights") from None
-        vars(self).update({counter: saved[counter] for counter in COUNTERS})
+        vars(self).update({key: saved[key] for key in COUNTERS})
         torch.set_rng_state(saved["rng"]["torch"])
         random.setstate(saved["rng"]["python"])
         self.say(f"resumed from {name} at epoch {self.epoch}, step {self.step}{change and ' with changes: ' + change}")
@@ -421,10 +419,7 @@ class Run:
             where, speed = f"epoch {self.epoch} step {self.step}/{total}", f"{rate * self.recipe.batch_size:.0f} img/s"
             self.say(f"{where}  loss {self.last_loss:.4f}  lr {lr:.2e}  {speed}  ETA {left}")
         if self.stop_agreed or self.save_agreed or (self.args.save_steps and self.step % self.args.save_steps == 0):
-            self.save_agreed = False
             self.save()
-        if self.stop_agreed:
-            self._stop()
 
     def _read_flags(self, lag: int) -> None:
         while len(self.pending) > lag:
@@ -455,8 +450,6 @@ class Run:
         unsaved = torch.tensor([not (self.out / "last.pt").exists()], device=self.device)
         if done or self.gather(unsaved)[0]:  # as rank 0 sees it: all ranks save, or none
             self.save()
-        if self.stop_agreed:
-            self._stop()
         waiting = self.data.waited / seconds if done else 0.0
         if waiting > 0.3 and done >= 10 and self.workers < self.most_workers:  # the first steps always wait
             self.say(f"warning: {waiting:.0%} of this epoch was waiting for data; raise --workers (now {self.workers})")
@@ -490,14 +483,17 @@ class Run:
                 "recipe": dataclasses.asdict(self.recipe), "data": self.data_info, "world_size": self.world}
 
     def save(self, name: str = "last.pt", record: dict | None = None) -> None:
-        """Writes last.pt (the one before becomes previous.pt), or `name` with its epoch's record; rank 0 writes."""
+        """Writes last.pt (the one before becomes previous.pt), or `name` with its epoch's record; stops if agreed."""
         self._read_flags(0)  # raises if what would be saved comes after a broken step
+        self.save_agreed = False
         self.on_rank_0(lambda: self._write(self.out / name, record))
+        if self.stop_agreed:
+            self._stop()
 
     def _write(self, path: Path, record: dict | None) -> None:
-        with contextlib.suppress(FileNotFoundError):  # if somebody removed the folder, it is made again
-            if (holder := self._holder()) != self.owner:  # it stood still, passed for dead
-                raise RunError(f"--out {self.out}: was taken over by {holder}; nothing was written, this run ends")
+        # A run that stood still passed for dead. If somebody removed the folder, it is made again.
+        if (self.out / "lock").exists() and (holder := self._holder(self.lock)) != self.owner:
+            raise RunError(f"--out {self.out}: was taken over by {holder}; nothing was written, this run ends")
         content = self._state() | {"record": record}
         if path.name == "best.pt":  # what is needed to use the network; last.pt holds what the run needs
             content = {k: v for k, v in content.items() if k not in {*self.parts, "rng"} - {"model", "ema"}}
