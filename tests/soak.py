@@ -127,7 +127,7 @@ class Trial:
         for log in self.work.glob("*.log"):
             log.unlink()
         if left or "Traceback" in said or not set(found) <= allowed | {0} or (any(found) and words not in said):
-            self.faults.append(f"{what}: statuses {found}, {len(left)} processes left, said: {said[-2000:]}")
+            self.faults.append(f"{what}: statuses {found}, {len(left)} processes left, said: {said[-1500:]}")
         return found == [0] * len(pids)
 
     def life(self, event: str, world: int, seconds: float) -> bool:
@@ -152,8 +152,9 @@ class Trial:
                 if self.wait([second], event, {2}, "in use") and in_sessions(pids) >= set(pids):
                     self.faults.append("second run: was not refused")
             elif event == "full disk":
+                size = self.rng.choice([10_000, 100_000, 1_000_000])  # the log on which the message goes still fits
                 for pid in set(pids) & in_sessions(pids):
-                    resource.prlimit(pid, resource.RLIMIT_FSIZE, (self.rng.choice([0, 300, 5000, 100_000]),) * 2)
+                    resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, size))
             alive = in_sessions(pids)
             reached = {"all": alive, "ranks": pids, "rank": [self.rng.choice(pids)],
                        "worker": sorted(alive - set(pids))[:1]}[whom]
