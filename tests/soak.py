@@ -3,9 +3,10 @@
     python tests/soak.py --work FOLDER [--hours 3] [--only deit files ...]     prints one table; goes on if stopped
     python tests/soak.py --work FOLDER --trial deit-7                          that trial again; its folder is kept
 
-By hand; SIGINT stops it. A trial is a random configuration, a function of its name: run once undisturbed, then torn up to 20 times, and
-compared. Its ranks are forked, as in test_run.py. Not done: the machine's own clock (a run's own is set), a full file
-system (a limit on files' sizes needs no rights and does the same to a writer), power cuts, several machines, torchrun.
+By hand; SIGINT stops it. A trial is a random configuration, a function of its name: run once undisturbed, then torn up
+to 20 times, and compared. Its ranks are forked, as in test_run.py. Not done: the machine's own clock (a run's own is
+set), a full file system (a limit on files' sizes needs no rights and does the same to a writer), power cuts, several
+machines, torchrun.
 """
 
 from __future__ import annotations

@@ -302,7 +302,7 @@ def test_D11_paths_that_are_no_files(tmp_path):
             checkpoint.load(path, "--weights")
 
 
-def test_best_is_not_overwritten_by_a_worse_epoch_after_resume(deit3_here, tmp_path, folder, monkeypatch):
+def test_C5_best_is_not_overwritten_by_a_worse_epoch_after_resume(deit3_here, tmp_path, folder, monkeypatch):
     import common.evaluate
 
     scores = iter([50.0, 20.0, 20.0, 30.0])  # epoch 1 is evaluated again by the resumed run

@@ -151,7 +151,7 @@ def test_non_square_images_and_sizes_that_do_not_fit():
 
 
 @pytest.mark.parametrize("case", reference("pos_embed"), ids=lambda c: f"{c['source_grid']}to{c['target_grid']}")
-def test_position_embedding_resizes_as_the_official_code(case):
+def test_D7_position_embedding_resizes_as_the_official_code(case):
     pos_embed = sine(case["pos_embed"])
     grid = (case["source_grid"],) * 2
     resized = deit.resize_pos_embed(pos_embed, (case["target_grid"],) * 2, old_grid=grid)
@@ -437,7 +437,7 @@ def test_distillation_losses_and_gradients_equal_the_official_ones(case):
     assert torch.allclose(torch.zeros_like(wanted) if of_dist is None else of_dist, wanted, rtol=1e-6, atol=1e-9)
 
 
-def test_usual_distillation_puts_both_terms_on_the_only_head():
+def test_A8_usual_distillation_puts_both_terms_on_the_only_head():
     logits, _, teacher, targets = loss_inputs({"base": "ce"})
     for kind in ("soft", "hard"):
         assert torch.equal(
@@ -491,10 +491,11 @@ def convnet(tmp_path_factory):
     return path
 
 
-def test_a_teacher_that_cannot_serve_is_told_before_the_first_step(here, folder, convnet, tmp_path, monkeypatch):
+def test_A8_a_teacher_that_cannot_serve_is_told_before_the_first_step(here, folder, convnet, tmp_path, monkeypatch):
     run = ["--data", folder, "--out", tmp_path / "o", "--distillation", "hard"]
+    nothing = ["--data", tmp_path / "nowhere", *run[2:]]  # the teacher is looked at before the data
     refused(
-        here("deit", *DISTILLED, *run, "--teacher-weights", tmp_path / "none.pth"), "--teacher-weights",
+        here("deit", *DISTILLED, *nothing, "--teacher-weights", tmp_path / "none.pth"), "--teacher-weights",
         "none.pth: no such file"
     )
     refused(here("deit", *DISTILLED, *run, "--teacher", "resnet51"), "--teacher resnet51", "resnet50")

@@ -412,7 +412,7 @@ def close(a: Path, b: Path, tolerance: float) -> bool:
     return all(torch.allclose(one[k], two[k], atol=tolerance, rtol=0) for k in one)
 
 
-def test_F6_F7_F8_ranks_and_accumulation_do_not_change_the_result(command, tmp_path):
+def test_C6_F6_F7_F8_ranks_and_accumulation_do_not_change_the_result(command, tmp_path):
     """12 steps with 3-Augment, repeated augmentation, mixup and cutmix."""
     recipe = ["--repeats", 2, "--lr", 2e-3]
     assert status_of(child(command("one", *recipe))) == 0
