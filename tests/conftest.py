@@ -365,8 +365,11 @@ def python(*arguments, timeout: float = 120, cwd: Path = ROOT, **env) -> Result:
 # Reads commands, one JSON object a line, and answers with their exit statuses. The child that runs a command leaves the
 # loop and ends as any interpreter does.
 FORKING = """
-import gc, json, os, runpy, sys
+import gc, json, os, runpy, sys, warnings
 import torch, torchvision
+for kind in (DeprecationWarning, FutureWarning):  # as pyproject.toml has it for the tests' own process
+    ours = "torch|common|__main__|cait|deit|grafit|patchconvnet|resmlp|trex"
+    warnings.filterwarnings("error", category=kind, module=ours)
 gc.freeze()  # or each child would walk through all of torch when it ends
 for line in sys.stdin:
     job = json.loads(line)

@@ -53,16 +53,16 @@ OWN_FLAGS = {
     "deit3": "--mixup 0.8 --cutmix 1 --mix-group 2 --ema 0.9 --repeats 2",
 }
 EVENTS = {  # what comes over a run: (signal, whom it is sent to, exit statuses that may follow, what must be said)
-    "kill": (SIGKILL, "all", {-SIGKILL}, ""),
+    "kill": (SIGKILL, "all", {-SIGKILL, 1}, ""),  # 1: its worker was killed a moment earlier
     "kill a rank": (SIGKILL, "rank", {-SIGKILL, 1}, ""),
     "kill a worker": (SIGKILL, "worker", {1}, "worker"),
     "term": (SIGTERM, "ranks", {143, -SIGTERM}, ""),  # -SIGTERM: before the program listens
     "term a rank": (SIGTERM, "rank", {143}, ""),
-    "stop": (SIGKILL, "all", {-SIGKILL}, ""),  # stopped, and let go on for a while, before that
+    "stop": (SIGKILL, "all", {-SIGKILL, 1}, ""),  # stopped, and let go on for a while, before that
     "full disk": (None, "ranks", {1, 2}, "writ"),  # cannot write, cannot be written
     "bad image": (None, "ranks", {1}, ".jpg"),
-    "clock": (SIGKILL, "all", {-SIGKILL}, ""),
-    "second run": (SIGKILL, "all", {-SIGKILL}, ""),  # on the same folder: it is refused
+    "clock": (SIGKILL, "all", {-SIGKILL, 1}, ""),
+    "second run": (SIGKILL, "all", {-SIGKILL, 1}, ""),  # on the same folder: it is refused
 }
 
 # ---- Runs ------------------------------------------------------------------------------------------------------------

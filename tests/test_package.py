@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import warnings
 import zipfile
 
 import pytest
@@ -202,6 +203,20 @@ def test_a_method_script_imports_no_other_and_common_knows_no_method():
         imports = [n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, (ast.Import, ast.ImportFrom))]
         names = {a.name for n in imports for a in n.names} | {getattr(n, "module", "") or "" for n in imports}
         assert not names & {"deit", "cait", "resmlp", "patchconvnet", "grafit", "trex", "deit3"}, file
+
+
+@pytest.mark.parametrize("kind", [DeprecationWarning, FutureWarning])
+def test_what_is_announced_about_things_we_call_is_an_error_and_no_other_packages_affairs_are(kind):
+    """By pyproject.toml's filterwarnings: of our modules, and of torch and torchvision, whose warnings name theirs."""
+    code = f"import warnings; warnings.warn('going away', {kind.__name__})"
+    ours = [".".join(file.with_suffix("").parts) for file in FILES if file.parts[0] != "tests"]
+    for name in (*ours, "conftest", "test_run", "torch.nn", "torchvision.io"):
+        with pytest.raises(kind):
+            exec(code, {"__name__": name})
+    for name in ("numpy", "matplotlib.axes", "google.protobuf", "sklearn.common", "scipy.deit"):
+        with warnings.catch_warnings(record=True) as seen:
+            exec(code, {"__name__": name})
+        assert [w.category for w in seen] == [kind]  # shown in pytest's summary
 
 
 # ---- Sizes -----------------------------------------------------------------------------------------------------------
