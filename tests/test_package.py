@@ -16,20 +16,53 @@ from conftest import NANO, ROOT, SCRIPTS, SMALL, WITHOUT_MIXING, encoded, fewer_
 README = (ROOT / "README.md").read_text()
 
 
-def test_I1_the_wheel_holds_every_script_and_common_and_no_tests(tmp_path):
-    copy = tmp_path / "src"
-    shutil.copytree(
-        ROOT, copy, ignore=shutil.ignore_patterns(".git", "runs", ".venv", "build", "*.egg-info", "__pycache__")
-    )
-    command = [
-        sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path), str(copy)
-    ]
+def pip(*arguments) -> None:
+    command = [sys.executable, "-m", "pip", "-q", *map(str, arguments)]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
-    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    foreign = shutil.ignore_patterns(".git", "runs", ".venv", "build", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, folder / "src", ignore=foreign)
+    pip("wheel", "--no-deps", "--no-build-isolation", "-w", folder, folder / "src")
+    return next(folder.glob("*.whl"))
+
+
+def test_I1_the_wheel_holds_every_script_and_common_and_no_tests(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
     modules = [f"common/{p.name}" for p in (ROOT / "common").glob("*.py")]
-    for wanted in [f"{s}.py" for s in SCRIPTS] + modules + ["common/py.typed"]:
+    for wanted in [f"{s}.py" for s in SCRIPTS] + modules + ["common/py.typed", "common/official.json"]:
         assert wanted in names, wanted
     assert not [n for n in names if n.startswith("tests")]
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """Where the wheel alone is installed."""
+    site = tmp_path_factory.mktemp("site")
+    pip("install", "--no-deps", "--no-index", "--target", site, wheel)
+    return site
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_I1_what_the_wheel_installs_lists_its_models_and_trains(fresh, installed, tmp_path, script):
+    """`python -m SCRIPT` in a folder of the user's, where no source lies."""
+    code = (
+        "import importlib.util, runpy, sys;"
+        "sys.meta_path = [f for f in sys.meta_path if 'editable' not in str(f).lower()];"
+        f"sys.path.insert(1, {str(installed)!r}); sys.argv[0] = {script!r};"
+        f"print(importlib.util.find_spec({script!r}).origin);"
+        f"runpy.run_module({script!r}, run_name='__main__', alter_sys=True)"
+    )
+    result = fresh("-c", code, "--list-models", cwd=tmp_path)
+    assert result.status == 0 and NANO[script] in result.out and not result.err, result
+    assert result.out.startswith(str(installed / f"{script}.py")) and not list(tmp_path.iterdir())
+    data = write_folder(tmp_path / "d", train=8, val=1)
+    small = WITHOUT_MIXING if script in ("trex", "grafit") else SMALL
+    result = fresh("-c", code, "--model", NANO[script], *small, "--data", data, "--out", "o", cwd=tmp_path)
+    assert result.status == 0 and (tmp_path / "o/best.pt").exists(), result
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
