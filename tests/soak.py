@@ -40,7 +40,7 @@ from common.errors import RunError, UserError
 from common.sources import Files, open_data
 
 BATCH, EPOCHS, LIVES = 24, 4, 20  # images per step, which 1 to 4 ranks can share; epochs of 4 steps; lives of a trial
-TIMEOUT, LONGEST = 20, 240  # seconds that ranks wait for each other, and that any life may take
+TIMEOUT, LONGEST = 60, 900  # seconds that ranks wait for each other, and that any life may take
 # On other numbers of ranks the loss may differ by 1e-3 (fault list, F9); nobody says by what in bf16, rounded to 2^-8.
 BOUND = {"fp32": 1e-3, "bf16": 2e-2}
 OWN_FLAGS = {
@@ -49,7 +49,7 @@ OWN_FLAGS = {
     "cait": "--mixup 0.8 --mix-group 2",
     "resmlp": "--mixup 0.8 --mix-group 2 --repeats 2",
     "patchconvnet": "--cutmix 1 --mix-group 2",
-    "trex": "--local-size 32 --local-crops 1 --memory-size 40",
+    "trex": "--local-size 32 --local-crops 1 --memory-size 40 --hidden-layers 0",
     "deit3": "--mixup 0.8 --cutmix 1 --mix-group 2 --ema 0.9 --repeats 2",
 }
 EVENTS = {  # what comes over a run: (signal, whom it is sent to, exit statuses that may follow, what must be said)
@@ -111,7 +111,7 @@ class Trial:
 
     def wait(self, pids: list[int], what: str, allowed=frozenset(), words: str = "") -> bool:
         """Waits for ranks; whether they have completed. A fault: other exit statuses than these, a traceback, none of
-        `words` said, or any of their processes left 20 s later."""
+        `words` said, or any of their processes left a minute later."""
         statuses, end = {}, time.time() + LONGEST
         while len(statuses) < len(pids) and time.time() < end:
             for pid in set(pids) - set(statuses):
@@ -119,7 +119,7 @@ class Trial:
                 if done:
                     statuses[pid] = os.waitstatus_to_exitcode(status)
             time.sleep(0.01)
-        end = time.time() + 20
+        end = time.time() + 60
         while (left := in_sessions(pids)) and time.time() < end and len(statuses) == len(pids):
             time.sleep(0.05)
         send(left, SIGKILL)
