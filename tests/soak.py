@@ -298,10 +298,11 @@ def images(rng: random.Random, folder: Path) -> str:
 
 def odd(content: dict, rng: random.Random) -> dict:
     """A checkpoint with something in it that should not be there."""
-    eye = torch.eye(3)
-    values = [eye.to_sparse(), eye.to_sparse_csr(), torch.quantize_per_tensor(eye, 0.1, 0, torch.qint8), eye * 1j,
-              eye[:0], torch.tensor(3), {"w": eye}, [1], None, "x", 10**30]
-    state = content["model"] | {rng.choice([*content["model"], 7, "", "module.x", ("a", 1)]): rng.choice(values)}
+    name = rng.choice([*content["model"], 7, "", "module.x", ("a", 1)])
+    like = content["model"].get(name, torch.eye(3)).float()
+    values = [like.to_sparse(), like * 1j, torch.quantize_per_tensor(like, 0.1, 0, torch.qint8), like.new_empty(0),
+              torch.tensor(3), torch.eye(3).to_sparse_csr(), {"w": like}, [1], None, "x", 10**30]
+    state = content["model"] | {name: rng.choice(values)}
     other = {rng.choice(["format", "data", "recipe", "method"]): rng.choice(values)}
     return rng.choice([content | {"model": state}, state, content | other])
 
