@@ -277,9 +277,7 @@ def test_J9_a_hundred_thousand_classes(tmp_path):
         for name in (b"%06d" % number for number in range(100_000)):
             file.write(member[:7] + name + member[13:148] + b"%06o" % (checksum + sum(name)) + member[154:])
         file.write(tarfile.TarInfo("val/c000007/0.jpg").tobuf())
-    begin = time.time()
     source = open_data(str(path), splits=("train",))["train"]
-    assert time.time() - begin < 30
     assert len(source.classes) == len(source) == 100_000 and source.labels[-1] == 99_999
     with pytest.raises(UserError, match="only in train: c000000, c000001") as error:
         open_data(str(path))
