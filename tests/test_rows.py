@@ -15,10 +15,12 @@ import time
 
 import pytest
 import torch
+import torchvision
 from conftest import (
     NANO,
     ROOT,
     SCRIPTS,
+    SMALL,
     TINY,
     WITHOUT_MIXING,
     load,
@@ -32,12 +34,21 @@ from test_cli import refused
 from test_run import at_steps, child, ranks, status_of
 
 import deit3
-from common import checkpoint
+from common import checkpoint, sources
 from common.errors import UserError
 from common.models import on_meta
 from common.sources import open_data
 
 NOT_YET = pytest.mark.xfail(reason="the row is not met yet")
+
+
+@NOT_YET
+def test_A8_a_teacher_of_other_classes_is_refused_before_the_data_are_listed(here, folder, tmp_path, monkeypatch):
+    torch.save(torchvision.models.shufflenet_v2_x0_5(num_classes=7).state_dict(), tmp_path / "teacher.pth")
+    monkeypatch.setattr(sources, "_scan_folder", lambda path: pytest.fail("listed"))
+    flags = ["--data", folder, "--out", tmp_path / "o", "--distillation", "hard", "--teacher", "shufflenet_v2_x0_5"]
+    result = here("deit", "--model", NANO["deit"], *SMALL, *flags, "--teacher-weights", tmp_path / "teacher.pth")
+    refused(result, "7 classes, the data 4")
 
 
 @NOT_YET
