@@ -230,7 +230,7 @@ def is_of_deit(case: dict) -> bool:
 
 
 @pytest.mark.parametrize(
-    "case", filter(is_of_deit, AUGMENT["op_cases"]), ids=lambda c: f"{c['op']}-{c['image']}-{c['m']}-{c['arg']}"
+    "case", list(filter(is_of_deit, AUGMENT["op_cases"])), ids=lambda c: f"{c['op']}-{c['image']}-{c['m']}-{c['arg']}"
 )
 def test_rand_augment_operations_equal_the_official_ones(case):
     operation = NAMES.get(case["op"], case["op"].replace("Increasing", ""))
