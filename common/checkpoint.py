@@ -103,8 +103,8 @@ def load(path: str | Path, flag: str, checked: bool = False) -> dict:
         raise UserError(f"{flag}: damaged checkpoint {path}; previous.pt and best.pt lie beside last.pt") from None
     if not isinstance(content, dict):
         raise UserError(f"{where}: holds a {type(content).__name__}, not a checkpoint")
-    if content.get("format", FORMAT) != FORMAT:
-        raise UserError(f"{where}: checkpoint format {content['format']}, not {FORMAT}; use the version that wrote it")
+    if not isinstance(form := content.get("format", FORMAT), int) or form != FORMAT:
+        raise UserError(f"{where}: checkpoint format {one_line(form, 40)}, not {FORMAT}; use the version that wrote it")
     return content
 
 
@@ -114,7 +114,7 @@ def weights(checkpoint: dict, *, ema: bool = False) -> dict[str, torch.Tensor]:
     state = next((checkpoint[n] for n in names if isinstance(checkpoint.get(n), dict)), None if ema else checkpoint)
     if state is None:
         raise UserError("--use-ema: this checkpoint holds no averaged weights")
-    state = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    state = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
     while {k.partition(".")[0] for k in state} in ({"module"}, {"_orig_mod"}, {"model"}):
         state = {k.partition(".")[2]: v for k, v in state.items()}
     return state
@@ -127,8 +127,8 @@ def recipe_of(content: dict) -> dict:
 
 def classes_of(content: dict) -> list[str]:
     """Names of the classes that a checkpoint tells apart, numbers where it does not say; [] without a classifier."""
-    if isinstance(content.get("data"), dict):
-        return content["data"]["classes"]
+    if isinstance(data := content.get("data"), dict) and isinstance(data.get("classes"), list):
+        return data["classes"]
     heads = [v for k, v in weights(content).items() if k.startswith(HEADS) and k.endswith(".weight") and v.ndim > 1]
     one_each = len(heads) > 1 and all(len(v) == 1 for v in heads)  # a classifier of its own for every class
     return [str(i) for i in range(len(heads) if one_each else len(heads[-1]) if heads else 0)]

@@ -8,7 +8,7 @@ import fcntl
 import importlib.util
 import json
 import math
-import multiprocessing
+import multiprocessing.util
 import os
 import random
 import shutil
@@ -24,7 +24,6 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import torchvision
-from torch.distributed.nn.functional import all_gather  # unlike dist.all_gather it has a gradient
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
@@ -49,6 +48,7 @@ def launch(main: Callable[[], None]) -> None:
     """Runs a script's main and ends the process, whatever main ended by and whatever still runs beside it."""
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # closed: None
     sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # it may know ASCII only
+    multiprocessing.util.get_temp_dir()  # else each worker makes one of its own, and is killed before it removes it
     status = 1
     try:
         status = outcome(main)
@@ -81,6 +81,8 @@ def outcome(main: Callable[[], None]) -> int:
             where = "".join(f" at epoch {run.epoch}, step {run.step}" for run in _CURRENT if run.started)
             line = (f"lost contact with another rank{where}: it died or hangs (see its own message); "
                     "--resume auto goes on from the last checkpoint")
+        elif isinstance(error, RuntimeError) and "DataLoader worker" in str(error):  # torch raises it wherever we are
+            line = f"a data loading worker died ({one_line(error)}); if memory ran out, lower --workers, --micro-batch"
         else:
             traceback.print_exc()
     if line:
@@ -97,6 +99,7 @@ def _quit(status: int) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise that a worker was killed
     for child in multiprocessing.active_children():
         child.kill()
+    shutil.rmtree(multiprocessing.util.get_temp_dir(), ignore_errors=True)  # which they have in common
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, RuntimeError, ValueError):  # closed, or a signal came during a print
             stream.flush()
@@ -133,6 +136,22 @@ def connect(device: str | None, timeout: int) -> tuple[torch.device, int, int]:
     return torch.device(device), rank, world
 
 
+class AllGather(torch.autograd.Function):
+    """(B, ...) of each rank -> (world B, ...) of all, rank 0's first; unlike dist.all_gather it has a gradient."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+
+
 class SyncedBatchNorm(torch.nn.SyncBatchNorm):
     """BatchNorm of the batches (B, C, ...) of all ranks together; same state dict. torch's needs a GPU and waits."""
 
@@ -141,8 +160,8 @@ class SyncedBatchNorm(torch.nn.SyncBatchNorm):
             # torch looks for ranks whose batch is empty, of which there are none, unless a CUDA graph is captured.
             with mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: True):
                 return super().forward(x)
-        everything = torch.cat(all_gather(x.contiguous()))  # as many images of every rank
-        return _BatchNorm.forward(self, everything).split(len(x))[dist.get_rank()]
+        everything = AllGather.apply(x.contiguous())  # as many images of every rank
+        return _BatchNorm.forward(self, everything).narrow(0, dist.get_rank() * len(x), len(x))
 
 
 class Run:
@@ -307,7 +326,16 @@ class Run:
             for module in model.modules():
                 if type(module) is torch.nn.SyncBatchNorm:
                     module.__class__ = SyncedBatchNorm
+            if self.device.type == "cpu":
+                model.register_comm_hook(None, self._average)
         return model
+
+    def _average(self, _, bucket) -> torch.futures.Future[torch.Tensor]:
+        """Gradients of all ranks, summed in the ranks' order: gloo's differs from place to place in a bucket, and there
+        every gradient has another place after a process' first step. 3 ranks would not resume bit-identical."""
+        future = torch.futures.Future()
+        future.set_result(sum(self.gather(bucket.buffer()).chunk(self.world)) / self.world)
+        return future
 
     def start(self, data: dict, **parts) -> None:
         """Registers what a checkpoint holds, resumes if asked to, and checks that all ranks hold the same weights.
