@@ -1,7 +1,6 @@
 """Trained classifiers, whatever made them: a checkpoint of one of the scripts, or a model of torchvision's."""
 
 import argparse
-import dataclasses
 import hashlib
 import importlib
 from collections.abc import Callable
@@ -20,27 +19,23 @@ from common.run import Run
 
 
 def from_checkpoint(content: dict, where: str, img_size: tuple[int, int], say: Callable, *, name: str | None = None,
-                ema: bool = False, options: dict | None = None) -> nn.Module:
+                    ema: bool = False) -> nn.Module:
     """The model of a script's checkpoint (ema: its averaged weights), or SCRIPT/MODEL `name` with weights that do not
-    name it (official ones), for `img_size`. Some scripts have options_of, for build_model, and fit_resolution."""
+    name it (official ones), for `img_size`. Some scripts have options_of, for their recipe, and fit_resolution."""
     method, _, model_name = (name or f"{content['method']}/{content['model_name']}").partition("/")
     if not method.isidentifier() or not Path(__file__).parents[1].joinpath(f"{method}.py").is_file():
         raise UserError(f"{f'--model {name}' if name else where}: needs {method}.py, which is not beside common/")
-    script, classes = importlib.import_module(method), len(checkpoint.classes_of(content))
+    script, recipe = importlib.import_module(method), checkpoint.recipe_of(content)
+    if name:  # as its own command line builds it
+        check_choice(f"--model {method}/", model_name, script.MODELS)
+        recipe = vars(script.parse_args(["--model", model_name, "--data", "shapes"])[1])
+        recipe |= script.options_of(checkpoint.weights(content)) if hasattr(script, "options_of") else {}
     try:
-        if name:
-            check_choice(f"--model {method}/", model_name, script.MODELS)
-            if hasattr(script, "options_of"):
-                options = script.options_of(checkpoint.weights(content))
-            model = script.build_model(model_name, classes or 1000, img_size, **(options or {}))
-        else:
-            recipe = script.Recipe(**{**checkpoint.recipe_of(content), "img_size": tuple(img_size)})
-            args = argparse.Namespace(model=model_name, grad_checkpoint=False)
-            model = built(script.make_model, args, recipe, classes)
-    except ValueError as error:
-        raise UserError(f"--model {name} (--img-size, ...): {error}") from None
+        recipe = script.Recipe(**{**recipe, "img_size": tuple(img_size)})
     except TypeError as error:
         raise UserError(f"{where}: was written by another version of {method}.py ({error})") from None
+    args = argparse.Namespace(model=model_name, grad_checkpoint=False)
+    model = built(script.make_model, args, recipe, len(checkpoint.classes_of(content)) or 1000)
     checkpoint.fit(model, content, where, say, ema=ema, adapt=getattr(script, "fit_resolution", None))
     return model
 
@@ -50,14 +45,14 @@ def load(method: str, source: str, device: str = "cpu") -> tuple[nn.Module, list
     own class names for the numbers, the crop of the script's default recipe. UserError for what cannot be had."""
     address = checkpoint.official_address(method, source) if source.startswith("official:") else source
     content, where = checkpoint.load(address, "load_model"), f"load_model {source}"
-    script, name, options = importlib.import_module(method), None, {}
-    recipe = dataclasses.asdict(next(iter(script.RECIPES.values()))) | checkpoint.recipe_of(content)
     if "method" not in content:
         if (row := checkpoint.OFFICIAL.get(method, {}).get(Path(address).stem)) is None:
             raise UserError(f"{where}: does not say which model it holds; official files keep their names")
-        name, recipe["img_size"], options = f"{method}/{row[0]}", (row[1], row[1]), dict(*row[3:])
-    model = from_checkpoint(content, where, recipe["img_size"], print, name=name, options=options).to(device).eval()
+        options = {"img_size": (row[1], row[1]), **dict(*row[3:])}
+        content |= {"method": method, "model_name": row[0], "recipe": options}
+    recipe = vars(importlib.import_module(method).Recipe()) | content["recipe"]
     classes, size, ratio = checkpoint.classes_of(content), recipe["img_size"], recipe["eval_crop_ratio"]
+    model = from_checkpoint(content, where, size, print).to(device).eval()
     if classes == [str(i) for i in range(1000)]:
         classes = torchvision.models.ResNet50_Weights.DEFAULT.meta["categories"]
 
