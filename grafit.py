@@ -576,7 +576,7 @@ def compare(run) -> None:
     source, val, found = trained_models(run)
     for file, model, recipe, classes in found:
         if hasattr(model, "fc") and classes == val.classes:
-            metrics = evaluate.accuracy(run, model, recipe, val, class_logits)
+            metrics = evaluate.evaluate(run, model, recipe, val, class_logits)
             run.say(f"{file}: classifier  " + "  ".join(f"{k} {v:.5g}" for k, v in metrics.items()))
     evaluate_levels(run, found, source, val, "matrix.json" if run.args.out else None)
 

@@ -576,7 +576,7 @@ def train(run: Run, content: dict) -> None:
             f"on {run.device.type}; unlike the paper: {', '.join(cli.differences(recipe, run.paper)) or 'nothing'}")
     wrapped = run.prepare(model, found.micro_batch)
     run.start(found.identity(), model=model, optimizer=optimizer, scaler=precision, ema=None)
-    run.val_loader = found.val
+    run.data = found
     run.check_stop()
     for epoch in range(run.epoch, recipe.epochs):
         wrapped.train()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import re
 import sys
@@ -60,44 +61,48 @@ def eval_loader(source: Source, size: tuple[int, int], crop_ratio: float, batch_
     return make_loader(samples, batches, run.workers, run.device, persistent=False)
 
 
+def answers(network: Callable, source: Source, size: tuple[int, int], crop_ratio: float, batch_size: int,
+            run: Run) -> Iterator[tuple]:
+    """(network(normalised images), labels, indices) of eval_loader's batches, on the device. Every 8 rounds signals are
+    answered by all ranks, which have as many rounds, though one may have a batch less."""
+    batches = to_device(eval_loader(source, size, crop_ratio, batch_size, run), run.device)
+    autocast = Precision(run.amp, run.device).autocast
+    for _ in range(0, len(source), batch_size * run.world * 8):
+        run.check_stop()
+        for images, _, labels, indices in itertools.islice(batches, 8):
+            with autocast():
+                found = network(normalize(images))
+            yield found, labels, indices
+
+
 def logits_of(model: torch.nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"": model(images)}
 
 
 @torch.no_grad()
-def evaluate(model: torch.nn.Module, loader, device: torch.device, autocast: Callable, *, predict: Predict = logits_of,
-             real: list[list[int]] | None = None, between: Callable[[], None] | None = None) -> dict[str, float]:
-    """{"top1", "top5" (percent), "loss" (mean cross-entropy)} over all ranks' loaders; "real" by `real`, the labels
-    that count as right per image index (an image without any is left out). predict(model, images) -> {"": logits, ...};
-    a second head N gives "top1_N", ...; all ranks call between() every 8 batches."""
-    training = model.training
-    model.eval()
+def evaluate(run: Run, model: torch.nn.Module, recipe, source: Source, predict: Predict = logits_of, *,
+             real: list[list[int]] | None = None, batch_size: int | None = None) -> dict[str, float]:
+    """{"top1", "top5" (percent), "loss" (mean cross-entropy)} on a source, sized and cropped as the recipe says, over
+    all ranks; "real" by `real`, the labels that count as right per image index (an image without any is left out).
+    predict(model, images) -> {"": logits, ...}; a second head N gives "top1_N", ..."""
+    training, network = model.training, functools.partial(predict, model.eval())
     sums: dict[str, torch.Tensor] = {}  # name: top-1, top-5, loss, images, Real right, Real images
-    rounds, batches = torch.tensor([len(loader)], device=device), to_device(loader, device)
-    if dist.is_initialized():
-        dist.all_reduce(rounds, op=dist.ReduceOp.MAX)
-    for round_ in range(int(rounds)):
-        if between is not None and round_ % 8 == 0:
-            between()
-        if (batch := next(batches, None)) is None:
-            continue
-        images, _, labels, indices = batch
-        with autocast():
-            outputs = predict(model, normalize(images))
+    size, batch_size = recipe.img_size, batch_size or run.args.micro_batch or 64
+    for outputs, labels, indices in answers(network, source, size, recipe.eval_crop_ratio, batch_size, run):
         for name, logits in outputs.items():
             logits = logits.float()
             right = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
             loss = F.cross_entropy(logits, labels, reduction="sum")
-            found = [right[:, 0].sum(), right.sum(), loss, torch.full((), len(labels), device=device)]
+            found = [right[:, 0].sum(), right.sum(), loss, torch.full((), len(labels), device=run.device)]
             if real is not None:
-                answers = zip(indices.tolist(), logits.argmax(1).tolist())
-                hits = [(answer in real[index], len(real[index]) > 0) for index, answer in answers]
-                found += torch.tensor(hits, device=device).sum(0).unbind()
+                first = zip(indices.tolist(), logits.argmax(1).tolist())
+                hits = [(answer in real[index], len(real[index]) > 0) for index, answer in first]
+                found += torch.tensor(hits, device=run.device).sum(0).unbind()
             sums[name] = sums.get(name, 0) + torch.stack([x.double() for x in found])
     model.train(training)
     of_ranks = [sums]
     if dist.is_initialized():
-        of_ranks = [None] * dist.get_world_size()
+        of_ranks = [None] * run.world
         dist.all_gather_object(of_ranks, {name: total.cpu() for name, total in sums.items()})
     result = {}
     for name in max(of_ranks, key=len):  # a rank that had no image does not know the names
@@ -109,20 +114,12 @@ def evaluate(model: torch.nn.Module, loader, device: torch.device, autocast: Cal
     return result
 
 
-def accuracy(run: Run, model: torch.nn.Module, recipe, source: Source, predict: Predict,
-             real: list[list[int]] | None = None) -> dict[str, float]:
-    """evaluate() on all images of a source, sized and cropped as the recipe says."""
-    loader = eval_loader(source, recipe.img_size, recipe.eval_crop_ratio, run.args.micro_batch or 64, run)
-    return evaluate(model, loader, run.device, Precision(run.amp, run.device).autocast, predict=predict, real=real)
-
-
 def validate(run: Run, predict: Predict = logits_of) -> dict[str, float]:
     """The end of an epoch: val_* of evaluate() for the model, val_ema_* for its average; {} without --val-data."""
-    record, models = {}, {"val": run.parts["model"], "val_ema": run.parts["ema"]}
-    for title, model in models.items():
-        if run.val_loader is not None and model is not None:
-            autocast = run.parts["scaler"].autocast
-            metrics = evaluate(model, run.val_loader, run.device, autocast, predict=predict, between=run.check_stop)
+    record, data = {}, run.data
+    for title, model in (("val", run.parts["model"]), ("val_ema", run.parts["ema"])):
+        if data.val is not None and model is not None:
+            metrics = evaluate(run, model, run.recipe, data.val, predict, batch_size=data.micro_batch)
             record |= {f"{title}_{k}": v for k, v in metrics.items()}
     return record
 
@@ -173,16 +170,12 @@ def evaluate_weights(run: Run, make_model: Callable, adapt: Callable | None, pre
     """--eval: accuracy of --weights (or last.pt of --out) on --data's validation images and --eval-data; eval.json."""
     args, content, sources, results = run.args, checkpoint.of_run(run), {}, {}
     known, named = checkpoint.classes_of(content), isinstance(content.get("data"), dict)
-    options = dict(val_data=args.val_data, coarse_labels=args.coarse_labels, splits=("val",))
-
-    def say(line: str) -> None:  # how numbers are understood is said by label_as
-        if "labels follow their names" not in line:
-            run.say(line)
-
+    talk = dict(say=lambda line: "labels follow their names" in line or run.say(line))  # label_as says how they count
+    options = dict(val_data=args.val_data, coarse_labels=args.coarse_labels, splits=("val",), **talk)
     asked = [("--eval-data", path) for path in args.eval_data or []]
     for flag, path in [("--data", args.data), *asked] if args.data else asked:
-        source = run.first(lambda: open_data(path, say=say, **options)["val"] if flag == "--data" else
-                           open_images(path, flag, say=say))
+        source = run.first(lambda: open_data(path, **options)["val"] if flag == "--data" else
+                           open_images(path, flag, **talk))
         known = known or source.classes
         label_as(source, known, named, f"{flag} {path}", run.say)
         sources[path], known, named = source, source.classes, named or flag == "--data"
@@ -190,7 +183,7 @@ def evaluate_weights(run: Run, make_model: Callable, adapt: Callable | None, pre
     real = real_labels(args.real_labels, first) if args.real_labels else None
     model, recipe, _ = trained_model(run, make_model, adapt, content, known)
     for name, source in sources.items():
-        metrics = accuracy(run, model, recipe, source, predict, real if source is first else None)
+        metrics = evaluate(run, model, recipe, source, predict, real=real if source is first else None)
         (height, width), ratio = recipe.img_size, recipe.eval_crop_ratio
         results[name] = {"weights": args.weights, "images": len(source), "img_size": [height, width], **metrics}
         run.say(f"{name}: {len(source)} images at {height} x {width}, crop ratio {ratio:g}")
@@ -213,7 +206,7 @@ def predict_images(run: Run, make_model: Callable, adapt: Callable | None, predi
     source, size = Files("", files, classes, np.zeros(len(files))), args.micro_batch or 64
     autocast = Precision(run.amp, run.device).autocast
     loader, bad, records = eval_loader(source, recipe.img_size, recipe.eval_crop_ratio, size, run), 0, []
-    for keys, batch in zip(eval_batches(len(source), size, 1, 0), loader):
+    for keys, batch in zip(loader.batch_sampler, loader):
         for part in [loader.dataset.__getitems__([key]) for key in keys] if isinstance(batch, str) else [batch]:
             if isinstance(part, str):
                 bad += 1
@@ -228,22 +221,22 @@ def predict_images(run: Run, make_model: Callable, adapt: Callable | None, predi
                 run.say("  ".join([source.name(index), *(f"{name} {share:.4f}" for name, share in found)]))
                 records.append(json.dumps({"file": source.name(index), "classes": dict(found)}) + "\n")
     if args.out:
-        save_text(run.out / "predictions.jsonl", "".join(records))
+        save_file(run.out / "predictions.jsonl", lambda file: file.write_text("".join(records), encoding="utf-8"))
     if bad:
         raise RunError(f"--predict: {bad} of {len(source)} images could not be read")
 
 
-def save_text(path: str | Path, text: str) -> None:
-    """Writes a file, and makes the folder it is in. UserError if that cannot be."""
+def save_file(path: str | Path, write: Callable[[Path], None]) -> None:
+    """write(path), in a folder that is made for it. UserError if that cannot be."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+        write(Path(path))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or one_line(error)})") from None
 
 
 def save_json(path: str | Path, content) -> None:
-    save_text(path, json.dumps(content, indent=1) + "\n")
+    save_file(path, lambda file: file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8"))
 
 
 def real_labels(file: str, source: Source) -> list[list[int]]:
@@ -270,16 +263,10 @@ def extract(embed: Callable[[torch.Tensor], torch.Tensor], source: Source, size:
     ranks, each of which computes a share. Whoever calls puts the network into eval mode; signals are answered."""
     if len(source) < run.world:
         raise UserError(f"{len(source)} images are too few for {run.world} ranks; start fewer")
-    most, parts, autocast = -(-len(source) // run.world), [], Precision(run.amp, run.device).autocast
-    batches = to_device(eval_loader(source, size, crop_ratio, batch_size, run), run.device)
-    rounds = range(-(-most // batch_size))  # as many on every rank, though one may have a batch less
-    for round_ in watched(rounds, title, "images", lambda line: run.say(line), len(source), batch_size * run.world):
-        if round_ % 8 == 0:
-            run.check_stop()
-        if (batch := next(batches, None)) is not None:
-            with autocast():
-                parts.append(embed(normalize(batch[0])).float())
-    mine = torch.cat(parts)
+    most, each = -(-len(source) // run.world), batch_size * run.world
+    found = answers(embed, source, size, crop_ratio, batch_size, run)
+    shown = watched(found, title, "images", lambda line: run.say(line), len(source), each)
+    mine = torch.cat([features.float() for features, *_ in shown])
     shares = run.gather(F.pad(mine, (0, 0, 0, most - len(mine)))).view(run.world, most, -1)
     if not torch.isfinite(shares).all():
         raise RunError(f"{title}: features are not finite: a diverged network, or one that needs --amp fp32")

@@ -12,8 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common.cli import differences
 from common.data import TrainingData
-from common.errors import UserError, one_line
-from common.evaluate import denormalize
+from common.evaluate import denormalize, save_file
 from common.images import to_pil
 from common.models import on_meta
 from common.optim import make_optimizer
@@ -124,11 +123,7 @@ def save_sheet(path: str | Path, rows: list[tuple[str, list[Image.Image]]], gap:
             sheet.paste(picture, (left, top + above))
             left += picture.width + gap
         top += above + height
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be written ({one_line(error)})") from None
+    save_file(path, sheet.save)
 
 
 def cividis(values: torch.Tensor) -> Image.Image:

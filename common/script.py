@@ -12,7 +12,7 @@ from common import checkpoint, report
 from common.cli import built, override
 from common.data import TrainingData
 from common.errors import UserError
-from common.evaluate import Predict, eval_loader, evaluate_weights, logits_of, predict_images
+from common.evaluate import Predict, evaluate_weights, logits_of, predict_images
 from common.models import export, load_teacher, on_meta
 from common.optim import EMA, make_optimizer
 from common.precision import Precision
@@ -78,7 +78,7 @@ def set_up(
     args, recipe = run.args, run.recipe
     on_meta(lambda: built(make_model, args, recipe, 2))  # a size that does not fit is told before the data is scanned
     data, taught = TrainingData(run, recipe, transform), None
-    run.num_classes = len(data.classes)
+    run.data, run.num_classes = data, len(data.classes)
     if teacher and recipe.distillation != "none" and not args.show_batch:
         taught = run.first(lambda: load_teacher(args, teacher, recipe.img_size, data.classes, run.say))
         taught.to(run.device, memory_format=run.layout)
@@ -109,7 +109,6 @@ def set_up(
     if run.epoch == run.step == 0:
         run.on_rank_0(lambda: report.show_batch(run.out / "batch.png", data, prepare))
     run.check_stop()
-    run.val_loader = data.val and eval_loader(data.val, recipe.img_size, recipe.eval_crop_ratio, data.micro_batch, run)
     return data, model, wrapped, optimizer, precision, ema, taught
 
 
@@ -119,7 +118,7 @@ def finish(run: Run, losses: list[str], accuracies: list[str]) -> None:
     panels = {"loss": losses, "accuracy, %": accuracies}
     if getattr(run.recipe, "loss", None) == "bce":  # validation has another loss
         panels = {"binary cross-entropy": losses[:1], "cross-entropy": losses[1:], "accuracy, %": accuracies}
-    if run.rank == 0 and run.val_loader is not None:
+    if run.rank == 0 and run.data.val is not None:
         rows, curves = [r for r in report.read_log(run.out / "log.jsonl") if "epoch" in r and "status" not in r], []
         for keys in panels.values():
             curves.append({k: [(r["epoch"], r[k]) for r in rows if isinstance(r.get(k), (int, float))] for k in keys})
