@@ -38,22 +38,29 @@ TREE = "expected FOLDER/train/CLASS/IMAGE and FOLDER/val/CLASS/IMAGE, or a .tar 
 FLAT = ("move each into a folder of its class: an image without a class folder has no label; those of ImageNet's"
         " validation images are in ILSVRC2012_validation_ground_truth.txt and meta.mat of its devkit")
 COG_LEVELS, COG_SPLITS = "cog_levels_mapping_file.pkl", "cog_concepts_split_file.pkl"
-FORMAT = 3  # of an index in the cache; those of another one are made anew
+FORMAT = 4  # of an index in the cache; those of another one are made anew
 Labels = tuple[list[str], np.ndarray]  # class names in label order, labels int64 (N,)
 
 
 class Mapped(np.ndarray):
-    """A whole array of a file of the cache, whose pages ranks and workers share. `place`: where it is, by which a
-    process that is sent it maps it too; `digest`: a hash of its bytes."""
+    """A whole array of the cache, a file named by a hash of it, whose pages ranks and workers share: by `place`, the
+    arguments of _mapped, a process that is sent it maps it too."""
 
-    place = digest = None  # what is made of one has neither
+    place = None  # what is made of one has none
 
     def __reduce__(self):
         return (_mapped, self.place) if self.place else super().__reduce__()
 
 
+def _mapped(file: str) -> Mapped:
+    array = np.load(file, mmap_mode="c").view(Mapped)
+    array.place = (file,)
+    return array
+
+
 def _hash(array: np.ndarray) -> str:
-    return getattr(array, "digest", None) or hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
+    place = getattr(array, "place", None)
+    return Path(*place).stem if place else hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
 
 
 class Source:
@@ -231,21 +238,15 @@ def open_images(path: str, flag: str, classes: list[str] | None = None, say: Cal
     where, tar = os.path.join(path, split) if split else path, not Path(path).is_dir()
     if not Path(path).exists():
         raise UserError(f"{flag}: {path} does not exist")
-    if tar:
-        key = [os.path.realpath(path), os.path.getsize(path), _changed(path)]
-        index = _index(key, path, _scan_tar, say, splits=bool(split))
-        if split == "val" and "" in index:
-            raise UserError(f"{flag}: the archive has no val/; give --val-data PATH (none: train without)")
-        found = index.get("") or index[split]
-        folders = found["classes"]
-    else:
-        folders = _class_folders(where)
-        times = [(f, os.stat(os.path.join(where, f)).st_mtime_ns) for f in ["", *folders]]  # of two levels
-        key = [os.path.realpath(where), times]
-        found = _index(key, where, _scan_folder, say)[""]
-        while (inner := [[f, _changed(f)] for f, _ in found["inner"]]) != found["inner"]:  # those that it met below
-            key.append(inner)
-            found = _index(key, where, _scan_folder, say)[""]
+    folders, listed = ([], path) if tar else (_class_folders(where), where)
+    stats = [os.stat(place) for place in [listed, *(os.path.join(where, folder) for folder in folders)]]
+    key = [os.path.realpath(listed), *(value for stat in stats for value in (stat.st_size, stat.st_mtime_ns))]
+    scan, splits = (_scan_tar if tar else _scan_folder), tar and bool(split)
+    index = _kept([splits, folders, *key], lambda: _index(listed, scan, splits, say), say)
+    if split == "val" and splits and "" in index:
+        raise UserError(f"{flag}: the archive has no val/; give --val-data PATH (none: train without)")
+    found = index.get("") or index[split]
+    folders = folders or found["classes"]
     if not folders:
         why = f"{found['flat']} images but no class folders; {FLAT}" if found["flat"] else f"no class folders; {TREE}"
         raise UserError(f"{flag}: {where} holds {why}")
@@ -282,10 +283,6 @@ def _fit_classes(found: dict, folders: list[str], classes: list[str] | None, whe
     return wanted, _relabelled(found["labels"], np.array([place[f] for f in own]))
 
 
-def _changed(path: str) -> int:
-    return os.stat(path).st_mtime_ns if os.path.exists(path) else 0
-
-
 def _class_folders(path: str | Path) -> list[str]:
     return sorted(e.name for e in os.scandir(path) if e.is_dir() and not JUNK.search(e.name))
 
@@ -300,7 +297,7 @@ def _scan_folder(path: str) -> Iterator[tuple]:
             continue
         seen.add(place)
         if "/" in here[len(root) :]:
-            yield os.fsencode(os.path.join(here, "")), _changed(here)
+            yield os.fsencode(os.path.join(here, "")), os.stat(here).st_mtime_ns
         for entry in os.scandir(here):
             if JUNK.search(entry.name):
                 continue
@@ -375,65 +372,55 @@ def keep(file: Path, write: Callable) -> str | None:
         return f"nothing can be kept in {file.parent} ({error.strerror}): set XDG_CACHE_HOME to a writable folder"
 
 
-def _index(key: list, path: str, scan: Callable[[str], Iterator], say: Callable, splits=False) -> dict[str, dict]:
-    """{split: what _by_class says of the rows of scan(path)}, mapped from the cache where it holds that under `key`.
-    The splits are "train" and "val" if asked for and there, else "", all files."""
+def _kept(key: list, make: Callable[[], dict], say: Callable = print) -> dict:
+    """make()'s dictionary, whose arrays are mapped, from the cache where it holds that under `key` and the folders in
+    class folders, "inner", are as they were."""
+    file, problems = cache_file([FORMAT, *key], ".pt"), []
 
-    def make() -> dict[str, dict]:
-        rows = list(watched(scan(path), f"listing {path}", "files", say))
-        if len(rows) > 10**6:
-            say(f"{path}: sorting {len(rows)} files")
-        both = splits and any(row[0].startswith((b"train/", b"val/")) for row in rows)
-        return {split: _by_class(rows, split) for split in (("train", "val") if both else [""])}
+    def kept(value):
+        if not isinstance(value, np.ndarray):
+            return value
+        place = cache_folder() / f"{_hash(value)}.npy"
+        with contextlib.suppress(Exception):  # another job was faster: it needs its file to stay, on a network's disk
+            return _mapped(str(place))
+        problems.append(keep(place, lambda out: np.save(out, value)))
+        return value if problems[-1] else _mapped(str(place))
 
-    return _kept([splits, *key], make, say)
-
-
-def _kept(key: list, make: Callable[[], dict], say: Callable = print) -> dict[str, dict]:
-    """make()'s {split: {name: array, or something plain}}, mapped from the cache where it holds that under `key`."""
-
-    def packed(value):
-        array = isinstance(value, np.ndarray)
-        return (value.dtype.str, _hash(value), torch.from_numpy(value.view(np.uint8))) if array else value
-
-    file = cache_file([FORMAT, *key], ".pt")
-    try:
-        return _mapped(file)
-    except Exception:  # absent, or cut short by a crash: either way it is made
-        index = make()
-    with contextlib.suppress(Exception):  # another job was faster: it needs its file to stay, on a network's disk
-        return _mapped(file)
-    if problem := keep(file, lambda out: torch.save(tree_map(packed, index), out)):
+    # What is absent, was cut short by a crash or has lost a folder is made.
+    with contextlib.suppress(Exception), torch.serialization.safe_globals([_mapped]):
+        index = torch.load(file, weights_only=True)
+        if all(os.stat(folder).st_mtime_ns == time for folder, time in index.get("inner", ())):
+            return index
+    index = tree_map(kept, make())
+    problems.append(keep(file, lambda out: torch.save(index, out)))
+    if problem := next(filter(None, problems), None):
         say(f"warning: {problem}; the images will be listed again at the next start")
-        return index
-    return _mapped(file)
+    return index
 
 
 def _relabelled(labels: np.ndarray, table: np.ndarray) -> np.ndarray:
     """table[labels], mapped if they are."""
     if getattr(labels, "place", None) is None:
         return table[labels]
-    return _kept([labels.digest, table.tolist()], lambda: {"": {"labels": table[labels]}})[""]["labels"]
+    return _kept([_hash(labels), table.tolist()], lambda: {"labels": table[labels]})["labels"]
 
 
-def _mapped(file: str | Path, split: str = "", name: str = ""):
-    """The index that a file of the cache holds, or an array of it."""
-    index = torch.load(file, mmap=True, weights_only=True)
-    for part, found in index.items():
-        for key, value in found.items():
-            if isinstance(value, tuple):
-                kind, digest, data = value
-                found[key] = array = data.numpy().view(kind).view(Mapped)
-                array.place, array.digest = (str(file), part, key), digest
-    return index[split][name] if name else index
+def _index(path: str, scan: Callable[[str], Iterator], splits: bool, say: Callable) -> dict:
+    """{split: what _by_class says of the files of scan(path)} and "inner", the folders in class folders with their
+    times of change. The splits are "train" and "val" if asked for and there, else "", all files."""
+    rows = list(watched(scan(path), f"listing {path}", "files", say))
+    if len(rows) > 10**6:
+        say(f"{path}: sorting {len(rows)} files")
+    inner = [[os.fsdecode(row[0]), row[1]] for row in rows if row[0].endswith(b"/")]
+    both = splits and any(row[0].startswith((b"train/", b"val/")) for row in rows)
+    return {"inner": inner} | {split: _by_class(rows, split) for split in (("train", "val") if both else [""])}
 
 
 def _by_class(rows: list[tuple], split: str) -> dict:
     """Of rows (name, ...) the images in class folders (of `split`, if it is named), by class and name: "classes",
     "labels", "names" and, in an archive, "offsets" and "sizes"; how many other files there are "ignored", and how many
-    images in no class folder, "flat"; "inner": rows of folders."""
+    images in no class folder, "flat"."""
     deep, found, counts = len(split) > 0, [], {"ignored": 0, "flat": 0}
-    inner = [[os.fsdecode(row[0]), row[1]] for row in rows if row[0].endswith(b"/")]
     for row in rows:
         folders, name = row[0].split(b"/")[:-1], os.fsdecode(row[0])
         inside, image = len(folders) > deep, name.lower().endswith(EXTENSIONS)
@@ -446,7 +433,7 @@ def _by_class(rows: list[tuple], split: str) -> dict:
     found.sort()
     columns = dict(zip(("labels", "names", "offsets", "sizes"), map(np.array, zip(*found))))
     classes, columns["labels"] = np.unique(columns.get("labels", []), return_inverse=True)
-    return {"classes": [os.fsdecode(c) for c in classes.tolist()], "inner": inner, **columns, **counts}
+    return {"classes": [os.fsdecode(c) for c in classes.tolist()], **columns, **counts}
 
 
 def _open_named(name: str, folder: str, split: str) -> Source:

@@ -406,7 +406,7 @@ def fake_index(count: int, classes: int) -> dict:
     names = np.concatenate([letters[0], folder, letters[1], digits, letters[2]], axis=1)
     names = np.ascontiguousarray(names).view(f"S{names.shape[1]}")[:, 0]
     columns = {"labels": labels, "names": names, "offsets": np.arange(count) * 110_592, "sizes": labels + 109_000}
-    return {"classes": [f"n{c:08d}" for c in range(classes)], "inner": [], **columns, "ignored": 0, "flat": 0}
+    return {"classes": [f"n{c:08d}" for c in range(classes)], **columns, "ignored": 0, "flat": 0}
 
 
 def make_large(root: str, count: int, classes: int) -> dict[str, tuple]:
@@ -422,7 +422,7 @@ def make_large(root: str, count: int, classes: int) -> dict[str, tuple]:
         archive.addfile(tarfile.TarInfo("x"))
     kinds = {"a tar with train/ and val/": (str(tar), None), "a folder": (str(folder), None),
              "a folder, its coarse labels": (f"{folder}@coarse", str(coarse))}
-    rows = [(b"train/", 0, 0)]
+    rows = [(b"train/x", 0, 0)]
 
     def parts(_rows, split: str) -> dict:
         return fake_index(50_000 if split == "val" else count, classes)

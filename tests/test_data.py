@@ -231,7 +231,7 @@ def test_what_is_opened_again_is_mapped_from_the_cache_and_nothing_is_scanned_co
         assert again.digest() == digest
     assert (again.labels.tolist(), again.names.tolist(), again.classes) == expected
     arrays = [again.labels, again.names] + ([again.offsets, again.sizes] if kind == "tar" else [])
-    mapped = {line.split()[-1] for line in open("/proc/self/maps") if ".pt" in line}
+    mapped = {line.split()[-1] for line in open("/proc/self/maps") if ".npy" in line}
     for array in arrays:
         assert array.place[0] in mapped
         parts = pickle.loads(pickle.dumps(array))  # a worker that does not share memory: it maps the file too
@@ -276,7 +276,7 @@ def test_an_index_that_does_not_fit_is_made_again(tmp_path, monkeypatch, change)
         os.utime(path, ns=(0, time_ * (change == "archive")))
         assert len(open_data(str(path))["train"]) == expected
         if change == "damaged":
-            [file.write_bytes(file.read_bytes()[:-100]) for file in sources.cache_folder().glob("*.pt")]
+            [file.write_bytes(file.read_bytes()[:-100]) for file in sources.cache_folder().glob("*.npy")]
         if change == "format":
             monkeypatch.setattr(sources, "FORMAT", sources.FORMAT + 1)
         content |= {"train/ant/new.jpg": encoded(picture(0, 9))} if change == "archive" else {}
