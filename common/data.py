@@ -87,7 +87,7 @@ class Samples(Dataset):
         self.source, self.transform, self.seed = source, transform, seed
 
     def __getitems__(self, keys: list[tuple[int, int, int]]) -> tuple | str:
-        crops, parameters, image, shown = [()] * len(keys), [()] * len(keys), None, None
+        crops, parameters, image, shown = [None] * len(keys), [()] * len(keys), None, None
         for i in sorted(range(len(keys)), key=lambda i: keys[i][1]):  # repeats share a decode, no two images live
             epoch, index, repeat = keys[i]
             try:
@@ -97,12 +97,10 @@ class Samples(Dataset):
             except RunError as error:
                 return str(error)
             rng = random.Random((((self.seed << 32) + epoch) << 40) + (index << 8) + repeat)
-            images, parameters[i] = self.transform(image, rng)
-            crops[i] = images if isinstance(images, tuple) else (images,)
-        batches = tuple(torch.stack([c.movedim(-3, -1) for c in size]).movedim(-1, -3) for size in zip(*crops))
+            crops[i], parameters[i] = self.transform(image, rng)
+        images = tree_map(lambda *size: torch.stack([c.movedim(-3, -1) for c in size]).movedim(-1, -3), *crops)
         indices = torch.tensor([index for _, index, _ in keys])
         labels = torch.from_numpy(self.source.labels[indices.numpy()])
-        images = batches if isinstance(images, tuple) else batches[0]
         return images, torch.tensor(parameters, dtype=torch.float32), labels, indices
 
 

@@ -40,8 +40,7 @@ def decode(data: bytes) -> torch.Tensor:
                 with contextlib.suppress(RuntimeError):  # Pillow decides
                     return decode_jpeg(torch.frombuffer(whole, dtype=torch.uint8))
             if image.mode.startswith("I;16"):  # convert("RGB") would clip 16-bit values to white, not scale them
-                grey = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
-                return from_numpy(np.repeat(grey[:, :, None], 3, axis=2))
+                image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
             if image.mode in ("I", "F"):
                 raise ValueError(f"image of mode {image.mode} (32 bits per channel): no defined conversion to 8 bits")
             return from_pil(image)

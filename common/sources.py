@@ -43,19 +43,18 @@ Labels = tuple[list[str], np.ndarray]  # class names in label order, labels int6
 
 
 class Mapped(np.ndarray):
-    """A whole array of the cache, a file named by a hash of it, whose pages ranks and workers share: by `place`, the
-    arguments of _mapped, a process that is sent it maps it too."""
+    """A whole array of the cache, a file named by a hash of it, whose pages ranks and workers share: by `place`, what
+    this class is called with, a process that is sent it maps it too."""
 
     place = None  # what is made of one has none
 
+    def __new__(cls, file: str):
+        array = np.load(file, mmap_mode="c").view(cls)
+        array.place = (file,)
+        return array
+
     def __reduce__(self):
-        return (_mapped, self.place) if self.place else super().__reduce__()
-
-
-def _mapped(file: str) -> Mapped:
-    array = np.load(file, mmap_mode="c").view(Mapped)
-    array.place = (file,)
-    return array
+        return (Mapped, self.place) if self.place else super().__reduce__()
 
 
 def _hash(array: np.ndarray) -> str:
@@ -67,7 +66,7 @@ class Source:
     """Labelled images: `classes`, `labels`, and both by name of label level in `levels`; for messages a `title` and
     `names`, bytes (N,), or None. Those of a plain one are in memory: `pixels`, uint8 (N, H, W, 3)."""
 
-    title, names, sizes, pixels = "data", None, None, None
+    title, names, sizes, pixels, key = "data", None, None, None, None
 
     def __init__(self, classes: list[str], labels: np.ndarray, levels: dict[str, Labels] | None = None):
         self.classes, self.labels = list(classes), np.asanyarray(labels, dtype=np.int64)
@@ -99,15 +98,17 @@ class Source:
         except Exception as error:  # of any kind: it is a decoder's
             raise RunError(f"{self.name(index)}: {one_line(error, 1000) or type(error).__name__}") from None
 
-    def mark(self, index: int) -> bytes:
-        """Changes when image `index` does: by its bytes or, of files, by place, name, size and time of change."""
-        return hashlib.sha256(self.stored(index)).digest()
+    def mark(self, index: int) -> bytes | np.ndarray:
+        """Changes when image `index` does: by the `key` that all images follow from, or if there is none by its bytes,
+        of files by place, name, size and time of change."""
+        return self.stored(index) if self.key is None else repr((self.key, index)).encode()
 
     def content(self, every_byte: bool) -> str:
         """Changes when an image changes, or their order, as far as mark() tells, or by every byte of all of them."""
-        sha, mark = hashlib.sha256(), (Source if every_byte else type(self)).mark
+        sha = hashlib.sha256()
         for index in watched(range(len(self)), f"reading {self.title}", "images", print, len(self)):
-            sha.update(self.named(lambda i: mark(self, i), index))
+            mark = self.named(self.stored if every_byte else self.mark, index)
+            sha.update(hashlib.sha256(mark).digest())
         return sha.hexdigest()
 
     def digest(self) -> str:
@@ -120,15 +121,12 @@ class Shapes(Source):
     """The built-in data set, `split` "train" or "val"."""
 
     def __init__(self, split: str):
-        self.split, self.title = split, f"shapes {split}"
+        self.split, self.key, self.title = split, split, f"shapes {split}"
         fine = np.arange(shapes.TRAIN_IMAGES if split == "train" else shapes.VAL_IMAGES) % len(shapes.CLASSES)
         super().__init__(shapes.CLASSES, fine, {"coarse": (list(shapes.SHAPES), fine // len(shapes.TEXTURES))})
 
     def stored(self, index: int) -> np.ndarray:
         return shapes.draw(self.split, int(index))[0]
-
-    def mark(self, index: int) -> bytes:
-        return f"{self.title} {index}".encode()  # which the pixels follow from
 
 
 class Files(Source):
@@ -154,15 +152,13 @@ class Files(Source):
 
 
 class TarMembers(Source):
-    """Members of one tar, read in place: columns names bytes (N,), offsets and sizes int64 (N,); key: its path, ..."""
+    """Members of a tar, read in place: columns names bytes (N,), offsets and sizes int64 (N,). key: path, size, time of
+    change, part."""
 
     def __init__(self, path: str, key: list, columns: list[np.ndarray], classes: list[str], labels: np.ndarray):
         self.key, self.title, self.pid = key, f"{path}: ", None
         self.names, self.offsets, self.sizes = columns
         super().__init__(classes, labels)
-
-    def mark(self, index: int) -> bytes:
-        return repr((self.key, bytes(self.names[index]), int(self.offsets[index]), int(self.sizes[index]))).encode()
 
     def stored(self, index: int) -> bytes:
         if self.pid != os.getpid():  # each worker opens its own
@@ -188,33 +184,32 @@ def open_data(spec: str, *, val_data: str | None = None, coarse_labels: str | No
     if match and (match[1] in NAMED or not match[3]) and not Path(spec).exists():
         spec, level = match[1] + (match[3] or ""), match[2]
     name, _, folder = spec.partition(":")
-    path, found = Path(spec), {}
+    path, order, found = Path(spec), classes, {}
     for split in splits:
-        order = classes or (found["train"].classes if "train" in found else None)
         if spec == "shapes":
-            found[split] = Shapes(split)
+            source = Shapes(split)
         elif folder and name in NAMED:
-            found[split] = _open_named(name, folder, split)
+            source = _open_named(name, folder, split)
         elif not path.exists():
             known = f"; known data sets: shapes, {', '.join(f'{n}:FOLDER' for n in NAMED)}" if "/" not in spec else ""
             raise UserError(f"--data {spec}: no such file or folder ({TREE}){known}")
         elif split == "val" and val_data:
-            found[split] = open_images(val_data, "--val-data", order, say)
+            source = open_images(val_data, "--val-data", order, say)
         elif path.is_dir() and not (path / split).is_dir():
             hint = " (or give --val-data PATH, or train without validation by --val-data none)"
             raise UserError(f"--data {spec}: no folder {split}/ in it; {TREE}{hint if split == 'val' else ''}")
         else:
             if split != "train" and order is None and (path / "train").is_dir():
                 order = _class_folders(path / "train")  # ids always come from train's folder names
-            found[split] = open_images(spec, f"--data {spec}", order, say, split)
-        source = found[split]
+            source = open_images(spec, f"--data {spec}", order, say, split)
+        order = order or source.classes
         if coarse_labels:
             source.levels["coarse"] = _coarse_level(coarse_labels, source)
         if level not in (None, *source.levels):
             hint = "; give --coarse-labels FILE" if level == "coarse" else ""
             raise UserError(f"--data: no label level {level!r} here, there is: {', '.join(source.levels)}{hint}")
-    for source in found.values():  # now that train's own have told the order of all
         source.classes, source.labels = source.levels[level or "fine"]
+        found[split] = source
     return found
 
 
@@ -256,7 +251,7 @@ def open_images(path: str, flag: str, classes: list[str] | None = None, say: Cal
         say(f"{where}: {len(empty)} class folders hold no images: {', '.join(empty[:5])}")
     classes, labels = _fit_classes(found, folders, classes, where, say)
     if tar:
-        return TarMembers(path, key, [found[name] for name in ("names", "offsets", "sizes")], classes, labels)
+        return TarMembers(path, [*key, split], [found[name] for name in ("names", "offsets", "sizes")], classes, labels)
     return Files(where, found["names"], classes, labels)
 
 
@@ -382,12 +377,12 @@ def _kept(key: list, make: Callable[[], dict], say: Callable = print) -> dict:
             return value
         place = cache_folder() / f"{_hash(value)}.npy"
         with contextlib.suppress(Exception):  # another job was faster: it needs its file to stay, on a network's disk
-            return _mapped(str(place))
+            return Mapped(str(place))
         problems.append(keep(place, lambda out: np.save(out, value)))
-        return value if problems[-1] else _mapped(str(place))
+        return value if problems[-1] else Mapped(str(place))
 
     # What is absent, was cut short by a crash or has lost a folder is made.
-    with contextlib.suppress(Exception), torch.serialization.safe_globals([_mapped]):
+    with contextlib.suppress(Exception), torch.serialization.safe_globals([Mapped]):
         index = torch.load(file, weights_only=True)
         if all(os.stat(folder).st_mtime_ns == time for folder, time in index.get("inner", ())):
             return index
