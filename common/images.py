@@ -76,9 +76,7 @@ def resize(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 def resize_to_cover(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Smallest resize that keeps the aspect ratio and covers `size`; for a square, torchvision's Resize(int)."""
     height, width = image.shape[1:]
-    if height * size[1] <= width * size[0]:
-        return resize(image, (size[0], max(size[1], int(size[0] * width / height))))
-    return resize(image, (max(size[0], int(size[1] * height / width)), size[1]))
+    return resize(image, (max(size[0], int(size[1] * height / width)), max(size[1], int(size[0] * width / height))))
 
 
 def eval_transform(image: torch.Tensor, size: tuple[int, int], crop_ratio: float) -> torch.Tensor:

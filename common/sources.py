@@ -152,8 +152,7 @@ class Files(Source):
 
 
 class TarMembers(Source):
-    """Members of a tar, read in place: columns names bytes (N,), offsets and sizes int64 (N,). key: path, size, time of
-    change, part."""
+    """Members of a tar, read in place: columns names bytes (N,), offsets and sizes int64 (N,); key: its path, ..."""
 
     def __init__(self, path: str, key: list, columns: list[np.ndarray], classes: list[str], labels: np.ndarray):
         self.key, self.title, self.pid = key, f"{path}: ", None
@@ -180,7 +179,7 @@ def open_data(spec: str, *, val_data: str | None = None, coarse_labels: str | No
               classes: list[str] | None = None, splits: tuple[str, ...] = ("train", "val")) -> dict[str, Source]:
     """The splits of a `--data` value (see the module docstring), labels of every split in the order of train's classes,
     or of `classes` where train is not opened. Raises UserError for whatever is missing or does not fit."""
-    level, match = None, re.fullmatch(r"(.+?)@([a-z]+)(:.+)?", spec)  # NAME@LEVEL:FOLDER, shapes@LEVEL or FOLDER@LEVEL
+    level, match = "fine", re.fullmatch(r"(.+?)@([a-z]+)(:.+)?", spec)  # NAME@LEVEL:FOLDER, shapes@LEVEL, FOLDER@LEVEL
     if match and (match[1] in NAMED or not match[3]) and not Path(spec).exists():
         spec, level = match[1] + (match[3] or ""), match[2]
     name, _, folder = spec.partition(":")
@@ -205,10 +204,10 @@ def open_data(spec: str, *, val_data: str | None = None, coarse_labels: str | No
         order = order or source.classes
         if coarse_labels:
             source.levels["coarse"] = _coarse_level(coarse_labels, source)
-        if level not in (None, *source.levels):
+        if level not in source.levels:
             hint = "; give --coarse-labels FILE" if level == "coarse" else ""
             raise UserError(f"--data: no label level {level!r} here, there is: {', '.join(source.levels)}{hint}")
-        source.classes, source.labels = source.levels[level or "fine"]
+        source.classes, source.labels = source.levels[level]
         found[split] = source
     return found
 
@@ -261,7 +260,7 @@ def _fit_classes(found: dict, folders: list[str], classes: list[str] | None, whe
     own, wanted = found["classes"], folders if classes is None else classes
     if found["ignored"]:
         say(f"{where}: {found['ignored']} files ignored, their extension is not one of {' '.join(EXTENSIONS)}")
-    numbers = bool(folders) and all(f.isdigit() for f in folders)
+    numbers = all(f.isdigit() for f in folders)
     if classes is None and numbers and folders != sorted(folders, key=int):
         say(f"{where}: class folders are numbers; labels follow their names: {', '.join(folders[:4])}, ...")
     if own == wanted:
