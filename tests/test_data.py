@@ -266,7 +266,7 @@ def test_an_index_that_another_job_made_meanwhile_stays(tmp_path, monkeypatch):
     assert first and not any("deleted" in line for line in first)
 
 
-@pytest.mark.parametrize("change", ["damaged", "format", "archive"])
+@pytest.mark.parametrize("change", ["*.npy", "*.pt", "format", "archive"])
 def test_an_index_that_does_not_fit_is_made_again(tmp_path, monkeypatch, change):
     path, content, made = tmp_path / "d.tar", members(), []
     by_class = sources._by_class
@@ -275,8 +275,8 @@ def test_an_index_that_does_not_fit_is_made_again(tmp_path, monkeypatch, change)
         write_tar(path, content)
         os.utime(path, ns=(0, time_ * (change == "archive")))
         assert len(open_data(str(path))["train"]) == expected
-        if change == "damaged":
-            [file.write_bytes(file.read_bytes()[:-100]) for file in sources.cache_folder().glob("*.npy")]
+        if change.startswith("*"):  # damaged
+            [file.write_bytes(file.read_bytes()[:-100]) for file in sources.cache_folder().glob(change)]
         if change == "format":
             monkeypatch.setattr(sources, "FORMAT", sources.FORMAT + 1)
         content |= {"train/ant/new.jpg": encoded(picture(0, 9))} if change == "archive" else {}
