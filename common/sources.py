@@ -43,8 +43,8 @@ Labels = tuple[list[str], np.ndarray]  # class names in label order, labels int6
 
 
 class Mapped(np.ndarray):
-    """A whole array of the cache, a file named by a hash of it, whose pages ranks and workers share: by `place`, what
-    this class is called with, a process that is sent it maps it too."""
+    """A whole array of the cache, in a file named by a hash of it, whose pages ranks and workers share: a process that
+    is sent one maps it too, by `place`, the arguments of this class."""
 
     place = None  # what is made of one has none
 
