@@ -130,6 +130,7 @@ def parse(parser: Parser, argv: list[str] | None, models, recipes) -> argparse.N
         if not args.data:
             args.data, args.recipe = "shapes", args.recipe or "shapes"
             args.note = "no --data, no $IMAGENET: the built-in data set shapes; the paper's run takes --data /imagenet"
+    args.fallback = recipes["own"] if args.weights and args.recipe is None and not (others or args.eval) else None
     args.recipe = args.recipe or parser.paper
     check_choice("--recipe", args.recipe, recipes)
     return args

@@ -197,6 +197,8 @@ def evaluate_weights(run: Run, make_model: Callable, adapt: Callable | None, pre
 def predict_images(run: Run, make_model: Callable, adapt: Callable | None, predict: Predict = logits_of) -> None:
     """--predict: a line per image, in --out a JSON line too; RunError at the end if some could not be read."""
     args, files = run.args, []
+    if run.world > 1:
+        raise UserError("--predict: for one process; start it without torchrun")
     for path in map(Path, args.predict):
         inside = sorted(p for p in path.rglob("*") if p.name.lower().endswith(EXTENSIONS)) if path.is_dir() else [path]
         if not path.exists() or not inside:

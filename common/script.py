@@ -5,6 +5,7 @@ import importlib
 import math
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -17,7 +18,7 @@ from common.models import export, load_teacher, on_meta
 from common.optim import EMA, make_optimizer
 from common.precision import Precision
 from common.run import Run
-from common.sources import open_data
+from common.sources import class_folders, open_data
 
 
 def run_script(
@@ -45,7 +46,7 @@ def run_script(
     elif args.benchmark:
         report.benchmark(run, lambda: built(make_model, args, recipe, 1000), loss)
     else:
-        if args.recipe == "own":
+        if args.recipe == "own" or args.fallback:
             fit_own(run)
         train(run)
 
@@ -53,9 +54,17 @@ def run_script(
 def fit_own(run: Run) -> None:
     """Fits the recipe `own` to the N training images, where no flag says otherwise: N / 8 images a step (16 to 256, a
     power of two per rank), epochs for 1,000 steps (at most 300, at least the recipe's), a twentieth of them warm-up.
-    The recipe's rates are those at 256 images, with others they follow the root. Of no paper; tried: see README."""
-    args, paper = run.args, run.paper
-    images = len(run.first(lambda: open_data(args.data, splits=("train",), say=lambda line: None))["train"])
+    The recipe's rates are those at 256 images, with others they follow the root. Of no paper; tried: see README.
+    Weights without --recipe (args.fallback is `own` then) keep the paper's recipe if it has ten steps an epoch here."""
+    args = run.args
+    options = dict(splits=("train",), coarse_labels=args.coarse_labels, say=lambda line: None)
+    images = len(run.first(lambda: open_data(args.data, **options))["train"])
+    if args.fallback:
+        if images >= 10 * run.recipe.batch_size:
+            return
+        run.say(f"--recipe own, as for few images: the paper's, --recipe {args.recipe}, is made for more than {images}")
+        args.recipe, run.paper = "own", args.fallback
+    paper = run.paper
     share = min(max(16, images // 8), images, 256) // run.world
     fitted = 2 ** max(1, share.bit_length() - 1) * run.world
     batch = args.batch_size or fitted
@@ -77,11 +86,19 @@ def set_up(
     teacher: the default of a method that can distill; extra(data): further state, by its name in checkpoints."""
     args, recipe = run.args, run.recipe
     on_meta(lambda: built(make_model, args, recipe, 2))  # a size that does not fit is told before the data is scanned
-    data, taught = TrainingData(run, recipe, transform), None
+    taught, folder = None, Path(args.data, "train")
+    if distills := teacher and recipe.distillation != "none" and not args.show_batch:
+
+        def teach(classes: list[str]) -> torch.nn.Module:
+            return run.first(lambda: load_teacher(args, teacher, recipe.img_size, classes, run.say))
+
+        if args.teacher_weights:  # what is wrong with a teacher is told before a long listing
+            checkpoint.load(args.teacher_weights, "--teacher-weights", checked=True)
+        taught = teach(class_folders(folder)) if folder.is_dir() else None
+    data = TrainingData(run, recipe, transform)
     run.data, run.num_classes = data, len(data.classes)
-    if teacher and recipe.distillation != "none" and not args.show_batch:
-        taught = run.first(lambda: load_teacher(args, teacher, recipe.img_size, data.classes, run.say))
-        taught.to(run.device, memory_format=run.layout)
+    if distills:
+        taught = (taught or teach(data.classes)).to(run.device, memory_format=run.layout)
     torch.manual_seed(args.seed)
     model = make_model(args, recipe, run.num_classes)
     if args.weights:

@@ -199,7 +199,7 @@ def open_data(spec: str, *, val_data: str | None = None, coarse_labels: str | No
             raise UserError(f"--data {spec}: no folder {split}/ in it; {TREE}{hint if split == 'val' else ''}")
         else:
             if split != "train" and order is None and (path / "train").is_dir():
-                order = _class_folders(path / "train")  # ids always come from train's folder names
+                order = class_folders(path / "train")  # ids always come from train's folder names
             source = open_images(spec, f"--data {spec}", order, say, split)
         order = order or source.classes
         if coarse_labels:
@@ -232,7 +232,7 @@ def open_images(path: str, flag: str, classes: list[str] | None = None, say: Cal
     where, tar = os.path.join(path, split) if split else path, not Path(path).is_dir()
     if not Path(path).exists():
         raise UserError(f"{flag}: {path} does not exist")
-    folders, listed = ([], path) if tar else (_class_folders(where), where)
+    folders, listed = ([], path) if tar else (class_folders(where), where)
     stats = [os.stat(place) for place in [listed, *(os.path.join(where, folder) for folder in folders)]]
     key = [os.path.realpath(listed), *(value for stat in stats for value in (stat.st_size, stat.st_mtime_ns))]
     scan, splits = (_scan_tar if tar else _scan_folder), tar and bool(split)
@@ -277,7 +277,8 @@ def _fit_classes(found: dict, folders: list[str], classes: list[str] | None, whe
     return wanted, _relabelled(found["labels"], np.array([place[f] for f in own]))
 
 
-def _class_folders(path: str | Path) -> list[str]:
+def class_folders(path: str | Path) -> list[str]:
+    """The names of its folders, sorted, which are those of the classes."""
     return sorted(e.name for e in os.scandir(path) if e.is_dir() and not JUNK.search(e.name))
 
 
