@@ -3,13 +3,12 @@
     torchrun --nproc_per_node 8 -m common.dense segment --weights runs/vit_b/last.pt --data ade20k:/data
     torchrun --nproc_per_node 8 -m common.dense detect --weights runs/patchconvnet_s60/last.pt --data coco:/data
 
-Data: shapes (segment), scenes (detect), ade20k:FOLDER, coco:FOLDER as published, or a FOLDER of images/, masks/ (PNGs
-of the same names, of line numbers from 0; 255: ignored) and classes.txt (a name per line), both with train/ and val/
-below, or every fifth image validates. Numbers: thesis sections 4.3.6, 5.3.3, 6.3.5.2; what it leaves open is of XCiT's
-published configurations, its base: [xcit]. Where it differs from these: segmentation's sizes are drawn in steps of 32
-pixels; images are padded to whole patches; contrast is changed after brightness, not at times last; Mask R-CNN is
-torchvision's (smooth L1 with beta 1/9, 2 samples per RoI bin), crowds take no part in its training, and its losses are
-means over a micro-batch, hence depend on how the batch is cut. Not run here: ADE20k, COCO."""
+Data: shapes (segment), scenes (detect), ade20k:FOLDER, coco:FOLDER as published, or a FOLDER of images/, masks/ and
+classes.txt (README). Numbers: thesis sections 4.3.6, 5.3.3, 6.3.5.2; what it leaves open is of XCiT's published
+configurations, its base: [xcit]. Where it differs from these: segmentation's sizes are drawn in steps of 32 pixels;
+images are padded to whole patches; photometric distortion permutes colours too, as torchvision's; so is Mask R-CNN
+(smooth L1 with beta 1/9, 2 samples per RoI bin), crowds take no part in its training, and its losses are means over a
+micro-batch, hence depend on how the batch is cut. Not run here: ADE20k, COCO."""
 
 import functools
 import importlib
@@ -56,8 +55,7 @@ class Recipe:
     weight_decay: Annotated[float, "not on norms, biases, position embedding", "0 or more"] = 0.01
     width: Annotated[int | None, "of the heads; unset: 512, in ViTs the trunk's; detect: 256", "1 or more"] = None
     short: Annotated[Size, "shortest x longest short side in training, in steps of 32", "1 or more"] = (256, 1024)
-    long: Annotated[int, "longest long side in training", "1 or more"] = 4096
-    test_size: Annotated[Size, "in tests the longest short side x the longest long side", "1 or more"] = (512, 2048)
+    test_size: Annotated[Size, "longest short x long side in tests; training: of this ratio", "1 or more"] = (512, 2048)
     img_size: Annotated[Size, "SIDE or HxW: segment's crop, detect's for position embeddings", "1 or more"] = (512, 512)
     crop: Annotated[bool, "detect: half of the images first to 400-600, crop of 384-600: true or false"] = False
     rois: Annotated[int, "detect: regions per image that the heads are trained on", "1 or more"] = 512
@@ -68,13 +66,13 @@ RECIPES = {  # of each task the paper's first; the last, not of the thesis: the 
     "segment": {
         "ade20k": Recipe(),
         # Table 4.6: crops of 224 from (896, 224) x 0.5-2, in tests "the usual resolution", by a sliding window (4.3.6).
-        "ade20k_224": Recipe(img_size=(224, 224), short=(112, 448), long=1792),
+        "ade20k_224": Recipe(img_size=(224, 224), short=(112, 448)),
         "shapes": Recipe(3, 100, lr=2e-3, warmup_steps=20, img_size=(64, 64), short=(64, 64), test_size=(64, 64),
                          width=32),
     },
     "detect": {  # "3x": 36 epochs (section 5.3.3); the rest [xcit]
         "coco": Recipe(36, None, lr=1e-4, decay="steps", warmup_steps=500, weight_decay=0.05, short=(480, 800),
-                       long=1333, test_size=(800, 1333), crop=True),
+                       test_size=(800, 1333), crop=True),
         "scenes": Recipe(5, 100, batch_size=4, lr=1e-3, decay="steps", warmup_steps=20, img_size=(128, 128),
                          short=(128, 128), test_size=(128, 128), rois=64, width=32),
     },
@@ -99,49 +97,41 @@ class Pyramid(nn.Module):
     """Images (B, 3, H, W) -> four maps (B, C, .., ..) of strides p/4, p/2, p, 2p for a trunk of stride p, by
     deconvolutions and a max-pool [xcit]. PatchConvNet's final output feeds all four (section 5.3.3); of the others
     blocks 4, 6, 8, 12 of 12 do [xcit], in proportion where there are more. With fpn: the five maps of a feature pyramid
-    network (arXiv:1612.03144) of that width. What of the trunk does not lead there is frozen, or with fpn removed."""
+    network (arXiv:1612.03144) of that width. What of the trunk does not lead there is frozen, most of it removed."""
 
     def __init__(self, trunk: nn.Module, fpn: int | None = None):
         super().__init__()
         embed = [module for module in trunk.patch_embed.modules() if isinstance(module, nn.Conv2d)]
         dim, depth = embed[-1].out_channels, len(trunk.blocks)
-        self.trunk, self.dim, self.out_channels = trunk, dim, fpn
+        self.trunk, self.dim, self.out_channels, self.maps = trunk, dim, fpn, {}
         self.stride, self.is_map = math.prod(conv.stride[0] for conv in embed), not hasattr(trunk, "grid")
         self.resized = getattr(importlib.import_module(type(trunk).__module__), "resize_pos_embed", None)
         self.one_size = not self.is_map and self.resized is None  # ResMLP
         self.taken = [depth - 1 if self.is_map else math.ceil(k * depth / 12) - 1 for k in (4, 6, 8, 12)]
-        names = ("cls_token", "dist_token", "head", "head_dist", "norm", "blocks_token_only")
-        held = [name for name in names if getattr(trunk, name, None) is not None]
-        self.tokens = [name for name in held if name.endswith("token") and "blocks_token_only" not in held]
-        for name in set(held) - set(self.tokens):
-            getattr(trunk, name).requires_grad_(False)
-            # Table 6.12 counts a ViT's parameters without its classifier, Table 5.3 PatchConvNet's with it.
-            if fpn or (name.startswith("head") and not self.is_map):
-                delattr(trunk, name)
+        for number in set(self.taken):
+            trunk.blocks[number].register_forward_hook(lambda block, _, x, n=number: self.maps.update({n: x}))
+        first = () if hasattr(trunk, "blocks_token_only") else ("cls_token", "dist_token")
+        for name, parameter in trunk.named_parameters():
+            parameter.requires_grad &= name.startswith(("patch_embed.", "blocks.", "pos_embed", *first))
+        if fpn or self.resized:  # Table 6.12 counts a ViT's parameters without its classifier, Table 5.3 with it
+            trunk.head = trunk.head_dist = trunk.blocks_token_only = None
+        trunk.forward = trunk.forward_features
         a, b, c = (nn.ConvTranspose2d(dim, dim, kernel_size=2, stride=2) for _ in range(3))
         self.up4, self.up2 = nn.Sequential(a, nn.BatchNorm2d(dim), nn.GELU(), b), c
         last = ops.feature_pyramid_network.LastLevelMaxPool()
         self.fpn = ops.FeaturePyramidNetwork([dim] * 4, fpn, extra_blocks=last) if fpn else None
 
-    def placed(self, x: torch.Tensor, grid: Size) -> torch.Tensor:
-        """Patches (B, N, C) as they enter the blocks: tokens in front, the position embedding of that grid added."""
-        position = self.resized(self.trunk.pos_embed, grid, old_grid=self.trunk.grid)
-        first = position.shape[1] - x.shape[1]  # of the tokens: DeiT's have positions
-        tokens = torch.cat([x[:1, :0], *(getattr(self.trunk, name) for name in self.tokens)], dim=1)
-        tokens = tokens + position[:, :first] if first else tokens
-        return torch.cat([tokens.expand(len(x), -1, -1), x + position[:, first:]], dim=1)
-
     def forward(self, images: torch.Tensor) -> list[torch.Tensor] | dict[str, torch.Tensor]:
-        p, maps = self.stride, {}
+        p, positions = self.stride, {}
         images = F.pad(images, (0, -images.shape[3] % p, 0, -images.shape[2] % p))
         grid = (images.shape[2] // p, images.shape[3] // p)
-        x = self.trunk.patch_embed(images).to(self.up2.weight.dtype)  # under autocast too the stream is not of 16 bits
-        x = self.placed(x, grid) if self.resized else x
-        for number, block in enumerate(self.trunk.blocks):
-            x = block(x)
-            if number in self.taken:
-                maps[number] = (x if self.is_map else x[:, len(self.tokens) :].unflatten(1, grid)).permute(0, 3, 1, 2)
-        a, b, c, d = (maps[number] for number in self.taken)
+        if self.resized:
+            positions["pos_embed"] = self.resized(self.trunk.pos_embed, grid, old_grid=self.trunk.grid)
+        torch.func.functional_call(self.trunk, positions, images)
+        maps = [self.maps[number] for number in self.taken]
+        maps = [x if self.is_map else x[:, -grid[0] * grid[1] :].unflatten(1, grid) for x in maps]  # without tokens
+        a, b, c, d = (x.permute(0, 3, 1, 2) for x in maps)
+        self.maps.clear()
         levels = [self.up4(a), self.up2(b), c, F.max_pool2d(d, 2, ceil_mode=True)]
         return self.fpn({str(i): level for i, level in enumerate(levels)}) if self.fpn else levels
 
@@ -180,41 +170,40 @@ class Segmenter(nn.Module):
         return (main + 0.4 * auxiliary) / masks.numel()
 
 
-class Detector(MaskRCNN):
+def detector(trunk: nn.Module, classes: int, recipe: Recipe) -> MaskRCNN:
     """torchvision's Mask R-CNN: images, a list of (3, H, W) in 0..1, and in training targets (boxes (N, 4), labels 1..K
     (N,), masks (N, H, W)) -> losses, or boxes, labels, scores, masks. Anchors are 8 strides wide."""
-
-    def __init__(self, trunk: nn.Module, classes: int, recipe: Recipe):
-        pyramid, width = Pyramid(trunk, recipe.width or 256), recipe.width or 256
-        if pyramid.one_size or pyramid.stride not in (8, 16):
-            raise UserError("detect: needs a trunk for images of any size whose patches are 8 or 16 pixels wide")
-        anchors = [(pyramid.stride * 2**k,) for k in range(1, 6)], [(0.5, 1.0, 2.0)] * 5
-        super().__init__(
-            pyramid, min_size=recipe.test_size[0], max_size=recipe.test_size[1],
-            _skip_resize=True,  # in training: augment has done it
-            rpn_anchor_generator=anchor_utils.AnchorGenerator(*anchors), box_batch_size_per_image=recipe.rois,
-            box_head=faster_rcnn.TwoMLPHead(49 * width, 4 * width),
-            box_predictor=faster_rcnn.FastRCNNPredictor(4 * width, classes + 1),
-            mask_head=mask_rcnn.MaskRCNNHeads(width, (width,) * 4, 1),
-            mask_predictor=mask_rcnn.MaskRCNNPredictor(width, width, classes + 1),
-        )  # fmt: skip
+    pyramid, width = Pyramid(trunk, recipe.width or 256), recipe.width or 256
+    if pyramid.one_size or pyramid.stride not in (8, 16):
+        raise UserError("detect: needs a trunk for images of any size whose patches are 8 or 16 pixels wide")
+    anchors = [(pyramid.stride * 2**k,) for k in range(1, 6)], [(0.5, 1.0, 2.0)] * 5
+    return MaskRCNN(
+        pyramid, min_size=recipe.test_size[0], max_size=recipe.test_size[1],
+        _skip_resize=True,  # in training: augment has done it
+        rpn_anchor_generator=anchor_utils.AnchorGenerator(*anchors), box_batch_size_per_image=recipe.rois,
+        box_head=faster_rcnn.TwoMLPHead(49 * width, 4 * width),
+        box_predictor=faster_rcnn.FastRCNNPredictor(4 * width, classes + 1),
+        mask_head=mask_rcnn.MaskRCNNHeads(width, (width,) * 4, 1),
+        mask_predictor=mask_rcnn.MaskRCNNPredictor(width, width, classes + 1),
+    )  # fmt: skip
 
 
 def build(task: str, recipe: Recipe, name: str, classes: int, img_size: int | Size = 512, load=None) -> nn.Module:
-    """Segmenter or Detector on the trunk SCRIPT/MODEL for that image size, fresh or with weights by load(trunk,
+    """Segmenter or detector on the trunk SCRIPT/MODEL for that image size, fresh or with weights by load(trunk,
     adapt=); UserError if the trunk is unknown, has no patch grid or cannot take the size."""
     method, _, model = name.partition("/")
     try:
         made_by = importlib.import_module(method)
         cli.check_choice(f"--model {method}/", model, made_by.MODELS)
         trunk = made_by.build_model(model, 1000, img_size)
+        if not hasattr(trunk, "blocks"):
+            raise ValueError("no patch grid")
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"--model {name}: needs SCRIPT/MODEL and an --img-size that it takes ({error})") from None
-    if not hasattr(trunk, "blocks"):
-        raise UserError(f"--model {name}: has no patch grid; choose a model of deit, deit3, cait, resmlp, patchconvnet")
+        raise UserError(f"--model {name}: needs SCRIPT/MODEL and an --img-size that it takes ({error}); SCRIPT: deit, "
+                        "deit3, cait, resmlp or patchconvnet") from None
     if load:
         load(trunk, adapt=getattr(made_by, "fit_resolution", None))
-    network = (Segmenter if task == "segment" else Detector)(trunk, classes, recipe)
+    network = (Segmenter if task == "segment" else detector)(trunk, classes, recipe)
     plain = {name for name, _ in network.named_parameters() if name.endswith(tuple(trunk.no_weight_decay()))}
     network.no_weight_decay = lambda: plain
     return network
@@ -254,12 +243,12 @@ class MaskFiles(sources.Files):
         image, file, first, last = self.read(index), self.masks[index], self.first, self.first + len(self.classes) - 1
         try:
             mask = np.asarray(Image.open(file)).astype(int)
+            if mask.shape != tuple(image.shape[1:]):
+                raise ValueError(f"of shape {mask.shape}, the image of {tuple(image.shape[1:])}")
+            if len(bad := mask[(mask > last) & (mask != IGNORED)]):
+                raise ValueError(f"label {bad[0]} is outside {first}..{last}")
         except (OSError, ValueError, SyntaxError, EOFError) as error:
             raise ValueError(f"its mask {file}: {error}") from None
-        if mask.shape != tuple(image.shape[1:]):
-            raise ValueError(f"its mask {file} is of shape {mask.shape}, the image of {tuple(image.shape[1:])}")
-        if len(bad := mask[(mask > last) & (mask != IGNORED)]):
-            raise ValueError(f"its mask {file}: label {bad[0]} is outside {first}..{last}")
         mask = np.where((mask < first) | (mask == IGNORED), IGNORED, mask - first)
         return image, {"mask": tv_tensors.Mask(mask.astype(np.uint8))}
 
@@ -328,8 +317,9 @@ def augment(task: str, recipe: Recipe, sample: Sample) -> Sample:
         sample = v2.RandomShortestSize([400, 500, 600])(*sample)
         sides = [int(torch.randint(min(384, side), min(600, side) + 1, ())) for side in sample[0].shape[1:]]
         sample = v2.RandomCrop(sides)(*sample)
-    sides = list(range(recipe.short[0], recipe.short[1] + 1, 32))
-    sample = v2.Compose([v2.RandomShortestSize(sides, recipe.long), v2.RandomHorizontalFlip()])(*sample)
+    (low, high), (short, long) = recipe.short, recipe.test_size
+    resized = v2.RandomShortestSize(range(low, high + 1, 32), high * long // short)
+    sample = v2.RandomHorizontalFlip()(*resized(*sample))
     if task == "detect":
         return v2.Compose([v2.SanitizeBoundingBoxes(min_size=1), v2.ToPureTensor()])(*sample)
     fill = {tv_tensors.Mask: IGNORED, "others": [124, 116, 104]}  # the mean
@@ -338,9 +328,7 @@ def augment(task: str, recipe: Recipe, sample: Sample) -> Sample:
         counts = truth["mask"].flatten().bincount(minlength=IGNORED + 1)[:IGNORED]
         if counts.max() < 0.75 * counts.sum():
             break
-    kinds = {"brightness": 1 / 8, "contrast": 0.5, "saturation": 0.5, "hue": 0.1}
-    distortion = [v2.RandomApply([v2.ColorJitter(**{kind: most})]) for kind, most in kinds.items()]
-    return v2.Compose([*distortion, v2.ToPureTensor()])(image, truth)
+    return v2.Compose([v2.RandomPhotometricDistort(hue=(-0.1, 0.1)), v2.ToPureTensor()])(image, truth)
 
 
 class TruthSamples(data.Samples):
@@ -361,17 +349,6 @@ class TruthSamples(data.Samples):
                 samples.append(self.transform(sample))
         pictures, truths = map(list, zip(*samples))
         return pictures, torch.empty(0), truths, torch.tensor(indices)
-
-
-class TruthData(data.TrainingData):
-    """The same for images with dense truths, in epochs of any length."""
-
-    def __init__(self, run: Run, recipe: Recipe):
-        super().__init__(run, recipe, None)
-        samples = TruthSamples(self.source, functools.partial(augment, run.method, recipe), run.args.seed)
-        self.steps = self.batches.steps = recipe.epoch_steps or self.steps
-        samples.length = self.batches.length = self.steps * recipe.batch_size
-        self.loader = data.make_loader(samples, self.batches, run.workers, run.device)
 
 
 # ---- COCO's average precision ----------------------------------------------------------------------------------------
@@ -395,19 +372,19 @@ def mask_of(segmentation: dict | list, size: Size) -> np.ndarray:
 def polygon_mask(corners: np.ndarray, size: Size) -> np.ndarray:
     """One polygon, corners (N, 2) x y. As COCO defines it: edges are followed in steps of a fifth of a pixel, a pixel
     column is crossed at its middle, and what lies between two crossings is inside."""
-    (height, width), start, path = size, np.trunc(5 * corners + 0.5).astype(int), []
-    for a, b in zip(start, np.roll(start, -1, axis=0)):
-        axis = int(abs(b[1] - a[1]) > abs(b[0] - a[0]))  # along which steps are taken, from its lower end
-        low, high = (b, a) if a[axis] > b[axis] else (a, b)
+    (height, width), corners = size, np.trunc(5 * corners + 0.5).astype(int)
+    crossings = np.zeros(height * width + 1, int)
+    for ends in zip(corners, np.roll(corners, -1, axis=0)):
+        axis = np.abs(ends[1] - ends[0]).argmax()  # along which steps are taken, from its lower end
+        low, high = sorted(ends, key=lambda corner: corner[axis])
         steps = np.arange(high[axis] - low[axis] + 1)
         slope = (high - low)[1 - axis] / max(1, len(steps) - 1)
         points = np.stack([steps + low[axis], np.trunc(low[1 - axis] + slope * steps + 0.5)])
-        path.append((points[::-1] if axis else points)[:, :: -1 if low is b else 1])
-    path = np.concatenate(path, axis=1)  # (2, points): x and y
-    x, y = (np.minimum(path[:, 1:], path[:, :-1])[:, np.diff(path[0]) != 0] + 0.5) / 5 - 0.5
-    crossed = (x == np.floor(x)) & (x >= 0) & (x <= width - 1)
-    places = (x * height + np.ceil(y.clip(0, height)))[crossed].astype(int)
-    return (np.bincount(places, minlength=height * width + 1)[:-1].cumsum() % 2 == 1).reshape(width, height).T
+        path = points[::-1] if axis else points  # (2, points): x and y
+        x, y = (np.minimum(path[:, 1:], path[:, :-1])[:, np.diff(path[0]) != 0] + 0.5) / 5 - 0.5
+        crossed = (x == np.floor(x)) & (x >= 0) & (x <= width - 1)
+        np.add.at(crossings, (x * height + np.ceil(y.clip(0, height)))[crossed].astype(int), 1)
+    return (crossings[:-1].cumsum() % 2 == 1).reshape(width, height).T
 
 
 def results(image: int, found: dict[str, torch.Tensor]) -> list[dict]:
@@ -422,35 +399,34 @@ def results(image: int, found: dict[str, torch.Tensor]) -> list[dict]:
     return rows
 
 
-def overlaps(found: list[dict], truth: list[dict], crowd: np.ndarray, kind: str) -> np.ndarray:
-    """IoU (D, G) of detections and truths; with a crowd the share of the detection that it covers."""
+def matched(truth: list[dict], found: list[dict], kind: str) -> tuple[np.ndarray, ...]:
+    """One category in one image: (scores (D,), right (T, D), wrong (T, D), which truths count (G,)) for each of COCO's
+    thresholds T: by falling score a detection takes the free truth of largest IoU, or is ignored if in a crowd, of
+    which the share of the detection counts that it covers."""
+    found = sorted(found, key=lambda row: -row["score"])[:100]
+    crowd = np.array([bool(row.get("iscrowd")) for row in truth], bool)
+    right, taken = (np.zeros((len(THRESHOLDS), len(rows)), bool) for rows in (found, truth))
+    scores, wrong = np.array([row["score"] for row in found]), ~right
+    if not truth or not found:
+        return scores, right, wrong, ~crowd
     if kind == "bbox":
         a, b = (np.array([row["bbox"] for row in rows], float).T for rows in (found, truth))  # x, y, w, h
         ends = [np.minimum.outer(a[i] + a[i + 2], b[i] + b[i + 2]) for i in (0, 1)]
         both = math.prod((ends[i] - np.maximum.outer(a[i], b[i])).clip(0) for i in (0, 1))
         area, areas = a[2] * a[3], b[2] * b[3]
     else:
-        size = next(row["segmentation"]["size"] for row in found)  # results are run lengths
+        size = found[0]["segmentation"]["size"]  # results are run lengths
         masks = [[mask_of(row["segmentation"], size).ravel() for row in rows] for rows in (found, truth)]
         both, area, areas = np.float32(masks[0]) @ np.float32(masks[1]).T, *(np.sum(m, axis=1) for m in masks)
-    return both / np.maximum(np.where(crowd, area[:, None], area[:, None] + areas - both), np.spacing(1))
-
-
-def matched(truth: list[dict], found: list[dict], kind: str) -> tuple[np.ndarray, ...]:
-    """One category in one image: (scores (D,), right (T, D), wrong (T, D), which truths count (G,)) for each of COCO's
-    thresholds T: by falling score a detection takes the free truth of largest IoU, or is ignored if in a crowd."""
-    found = sorted(found, key=lambda row: -row["score"])[:100]
-    crowd = np.array([bool(row.get("iscrowd")) for row in truth], bool)
-    right, taken = (np.zeros((len(THRESHOLDS), len(rows)), bool) for rows in (found, truth))
-    wrong = ~right
-    for d, shares in enumerate(overlaps(found, truth, crowd, kind) if found and truth else ()):
+    ious = both / np.maximum(np.where(crowd, area[:, None], area[:, None] + areas - both), np.spacing(1))
+    for d, shares in enumerate(ious):
         fits = (shares >= np.minimum(THRESHOLDS, 1 - 1e-10)[:, None]) & (crowd | ~taken)
         for group in (~crowd, crowd):
             rest = fits & group & wrong[:, d, None]
             best = len(truth) - 1 - np.where(rest, shares, -1)[:, ::-1].argmax(1)  # of equal ones the last
             new = np.flatnonzero(rest.any(1))
             right[new, d], wrong[new, d], taken[new, best[new]] = ~crowd[best[new]], False, True
-    return np.array([row["score"] for row in found]), right, wrong, ~crowd
+    return scores, right, wrong, ~crowd
 
 
 def coco_ap(truth: list[dict], detections: list[dict], kind: str = "bbox") -> dict[str, float]:
@@ -489,20 +465,18 @@ def windows(model: nn.Module, x: torch.Tensor, h: int, w: int) -> torch.Tensor:
     return (total[:, :-1] / total[:, -1:])[..., :height, :width]
 
 
-def predict(run: Run, model: nn.Module, image: torch.Tensor, scales=(1.0,), flips=(False,)) -> dict[str, torch.Tensor]:
-    """Of an image uint8 (3, H, W): its "mask" of classes, by the mean probability over scales and flips, or instances
-    as the truth has them, and "scores"."""
+def predict(run: Run, model: nn.Module, image: torch.Tensor, scales=(1.0,), flips=((),)) -> dict[str, torch.Tensor]:
+    """Of an image uint8 (3, H, W): its "mask" of classes, by the mean probability over scales and flips (of which
+    dimensions), or instances as the truth has them, and "scores"."""
     (short, long), crop, total = run.recipe.test_size, run.recipe.img_size, 0
     with torch.no_grad(), Precision(run.amp, run.device).autocast():
         if run.method == "detect":
             found = model([image / 255])[0]
             return found | {"masks": found["masks"][:, 0] > 0.5}
         for scale, flip in itertools.product(scales, flips):
-            x = normalize(v2.RandomShortestSize([round(scale * short)], round(scale * long))(image)[None])
-            x = x.flip(-1) if flip else x
+            x = normalize(v2.RandomShortestSize([round(scale * short)], round(scale * long))(image)[None]).flip(flip)
             logits = windows(model, x, *crop) if max(crop) < short or model.pyramid.one_size else model(x)
-            logits = logits.flip(-1) if flip else logits
-            total = total + upsampled(logits.float(), image.shape[1:]).softmax(1)
+            total = total + upsampled(logits.flip(flip).float(), image.shape[1:]).softmax(1)
     return {"mask": total[0].argmax(0)}
 
 
@@ -554,7 +528,11 @@ def evaluate(run: Run, model: nn.Module, val: sources.Source, pictures: Path | N
 
 def train(run: Run, content: dict) -> None:
     """content: of --weights, a classifier's, or {}."""
-    args, recipe, found = run.args, run.recipe, TruthData(run, run.recipe)
+    args, recipe, found = run.args, run.recipe, data.TrainingData(run, run.recipe, None)
+    samples = TruthSamples(found.source, functools.partial(augment, run.method, recipe), args.seed)
+    found.steps = found.batches.steps = recipe.epoch_steps or found.steps
+    samples.length = found.batches.length = found.steps * recipe.batch_size
+    found.loader = data.make_loader(samples, found.batches, run.workers, run.device)
     total = recipe.epochs * found.steps
     if recipe.warmup_steps >= total:
         raise UserError(f"--warmup-steps {recipe.warmup_steps}: must be less than the {total} of the run")
@@ -643,7 +621,7 @@ def main() -> None:
         raise UserError(f"--data {args.data}: its {len(val.classes)} classes are not the {len(classes)} of {where}")
     found = evaluate(run, model, val)
     if args.multi_scale:
-        scales = dict(scales=(0.5, 0.75, 1.0, 1.25, 1.5, 1.75), flips=(False, True))
+        scales = dict(scales=(0.5, 0.75, 1.0, 1.25, 1.5, 1.75), flips=((), (-1,)))
         found |= {f"{key}_multi": value for key, value in evaluate(run, model, val, **scales).items()}
     run.say("  ".join(f"{key} {value:.2f}" for key, value in found.items()))
 

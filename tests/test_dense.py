@@ -259,7 +259,7 @@ def test_masks_and_boxes_follow_every_geometric_change(monkeypatch):
     """The image shows each instance's own colour on black: what is cut out, turned and scaled keeps colours and masks
     together, and the boxes around them."""
     instances = pixels = 0
-    monkeypatch.setattr(dense.v2, "RandomApply", lambda transforms: dense.v2.Identity())  # colours stay
+    monkeypatch.setattr(dense.v2, "RandomPhotometricDistort", lambda hue: dense.v2.Identity())  # colours stay
     for seed in range(40):
         rng = random.Random(seed)
         height, width = rng.randint(90, 160), rng.randint(90, 160)
@@ -269,7 +269,7 @@ def test_masks_and_boxes_follow_every_geometric_change(monkeypatch):
             masks[i, top + rng.randint(0, 6) : top + rng.randint(20, 30), left : left + rng.randint(20, 60)] = True
             image[:, masks[i]] = 80 * (i + 1)
         image = torch.from_numpy(image)
-        recipe = dense.Recipe(short=(90, 250), long=300, crop=True)
+        recipe = dense.Recipe(short=(90, 250), test_size=(250, 300), crop=True)
         sample = image, dense.instances(masks, [1, 2, 3])
         torch.manual_seed(seed)
         found, moved = dense.augment("detect", recipe, sample)
@@ -282,7 +282,7 @@ def test_masks_and_boxes_follow_every_geometric_change(monkeypatch):
             instances += 1
         assert (found[:, ~grown(moved["masks"].as_subclass(torch.Tensor).any(0))] == 0).all(), seed
 
-        recipe = dense.Recipe(short=(60, 240), long=600, img_size=(96, 128))
+        recipe = dense.Recipe(short=(60, 240), test_size=(240, 600), img_size=(96, 128))
         labels = tv_tensors.Mask(torch.from_numpy((masks * np.arange(1, 4)[:, None, None]).max(0).astype(np.uint8)))
         found, moved = dense.augment("segment", recipe, (image, {"mask": labels}))
         mask = moved["mask"].as_subclass(torch.Tensor)
@@ -303,7 +303,7 @@ def test_photometric_distortion_changes_the_image_alone(monkeypatch):
     for plain in (True, False):
         with monkeypatch.context() as patch:
             if plain:
-                patch.setattr(dense.v2, "RandomApply", lambda transforms: dense.v2.Identity())
+                patch.setattr(dense.v2, "RandomPhotometricDistort", lambda hue: dense.v2.Identity())
             for seed in range(9):
                 torch.manual_seed(seed)
                 found.append(dense.augment("segment", recipe, sample))
@@ -637,7 +637,7 @@ def test_miou_and_pixel_accuracy_by_hand(suite, tmp_path, monkeypatch):
 
 def test_the_module_stays_short():
     """The issue asks for 550 lines: what is above them is named there too."""
-    assert len((ROOT / "common/dense.py").read_text().splitlines()) <= 652
+    assert len((ROOT / "common/dense.py").read_text().splitlines()) <= 630
 
 
 def test_readmes_commands_are_accepted():
