@@ -4,11 +4,8 @@
     torchrun --nproc_per_node 8 -m common.dense detect --weights runs/patchconvnet_s60/last.pt --data coco:/data
 
 Data: shapes (segment), scenes (detect), ade20k:FOLDER, coco:FOLDER as published, or a FOLDER of images/, masks/ and
-classes.txt (README). Numbers: thesis sections 4.3.6, 5.3.3, 6.3.5.2; what it leaves open is of XCiT's published
-configurations, its base: [xcit]. Where it differs from these: segmentation's sizes are drawn in steps of 32 pixels;
-images are padded to whole patches; photometric distortion permutes colours too, as torchvision's; so is Mask R-CNN
-(smooth L1 with beta 1/9, 2 samples per RoI bin), crowds take no part in its training, and its losses are means over a
-micro-batch, hence depend on how the batch is cut. Not run here: ADE20k, COCO."""
+classes.txt. README has their forms, and where this differs from the thesis (sections 4.3.6, 5.3.3, 6.3.5.2) and from
+its base, XCiT's published configurations: [xcit]. Not run here: ADE20k, COCO."""
 
 import functools
 import importlib
@@ -234,23 +231,22 @@ class MaskFiles(sources.Files):
         masks = root / ("annotations" if self.first else "masks")
         self.masks = [masks / Path(file).with_suffix(".png") for file in names]
         if (lost := [str(mask) for mask in self.masks if not mask.is_file()]) or not names or len(classes) >= IGNORED:
-            problem = f"{len(classes)} classes, {len(names)} images, {len(lost)} without mask {' '.join(lost[:1])}"
-            raise UserError(f"--data {name}:{folder}: {problem}")
+            raise ValueError(f"{len(classes)} classes, {len(names)} images, {len(lost)} without mask {lost[:1]}")
         super().__init__(root / "images", names, classes, np.zeros(len(names)))
 
     def sample(self, index: int) -> Sample:
         """ValueError for a mask that cannot be read, is of another size or holds other labels."""
-        image, file, first, last = self.read(index), self.masks[index], self.first, self.first + len(self.classes) - 1
+        image, file, first = self.read(index), self.masks[index], self.first
         try:
             mask = np.asarray(Image.open(file)).astype(int)
+            mask = np.where(mask == IGNORED, -1, mask - first)
             if mask.shape != tuple(image.shape[1:]):
                 raise ValueError(f"of shape {mask.shape}, the image of {tuple(image.shape[1:])}")
-            if len(bad := mask[(mask > last) & (mask != IGNORED)]):
-                raise ValueError(f"label {bad[0]} is outside {first}..{last}")
+            if (most := mask.max()) >= len(self.classes):
+                raise ValueError(f"label {most + first} is outside {first}..{first + len(self.classes) - 1}")
         except (OSError, ValueError, SyntaxError, EOFError) as error:
             raise ValueError(f"its mask {file}: {error}") from None
-        mask = np.where((mask < first) | (mask == IGNORED), IGNORED, mask - first)
-        return image, {"mask": tv_tensors.Mask(mask.astype(np.uint8))}
+        return image, {"mask": tv_tensors.Mask(mask.astype(np.uint8))}  # -1 is 255 there
 
 
 class Drawn(sources.Source):
@@ -357,7 +353,8 @@ THRESHOLDS = np.linspace(0.5, 0.95, 10)  # of IoU
 
 
 def mask_of(segmentation: dict | list, size: Size) -> np.ndarray:
-    """COCO's polygons, run lengths or compressed run lengths as a mask, bool (H, W), pixel for pixel COCO's own."""
+    """COCO's polygons, run lengths or compressed run lengths as a mask, bool (H, W), pixel for pixel COCO's own: edges
+    are followed in steps of a fifth of a pixel, columns are crossed at their middle, between crossings is inside."""
     if isinstance(segmentation, list):
         return np.any([polygon_mask(np.array(corners, float).reshape(-1, 2), size) for corners in segmentation], axis=0)
     (height, width), runs = segmentation["size"], segmentation["counts"]
@@ -370,8 +367,7 @@ def mask_of(segmentation: dict | list, size: Size) -> np.ndarray:
 
 
 def polygon_mask(corners: np.ndarray, size: Size) -> np.ndarray:
-    """One polygon, corners (N, 2) x y. As COCO defines it: edges are followed in steps of a fifth of a pixel, a pixel
-    column is crossed at its middle, and what lies between two crossings is inside."""
+    """One polygon, corners (N, 2) x y."""
     (height, width), corners = size, np.trunc(5 * corners + 0.5).astype(int)
     crossings = np.zeros(height * width + 1, int)
     for ends in zip(corners, np.roll(corners, -1, axis=0)):
@@ -379,8 +375,7 @@ def polygon_mask(corners: np.ndarray, size: Size) -> np.ndarray:
         low, high = sorted(ends, key=lambda corner: corner[axis])
         steps = np.arange(high[axis] - low[axis] + 1)
         slope = (high - low)[1 - axis] / max(1, len(steps) - 1)
-        points = np.stack([steps + low[axis], np.trunc(low[1 - axis] + slope * steps + 0.5)])
-        path = points[::-1] if axis else points  # (2, points): x and y
+        path = np.stack([steps + low[axis], np.trunc(low[1 - axis] + slope * steps + 0.5)])[:: -1 if axis else 1]
         x, y = (np.minimum(path[:, 1:], path[:, :-1])[:, np.diff(path[0]) != 0] + 0.5) / 5 - 0.5
         crossed = (x == np.floor(x)) & (x >= 0) & (x <= width - 1)
         np.add.at(crossings, (x * height + np.ceil(y.clip(0, height)))[crossed].astype(int), 1)
@@ -457,11 +452,11 @@ def windows(model: nn.Module, x: torch.Tensor, h: int, w: int) -> torch.Tensor:
     """Mean logits over windows of h x w that overlap by a third."""
     height, width = x.shape[2:]
     x, total = F.pad(x, (0, max(0, w - width), 0, max(0, h - height))), 0
-    for top in {min(i, x.shape[2] - h) for i in range(0, x.shape[2], -(-2 * h // 3))}:
-        for left in {min(i, x.shape[3] - w) for i in range(0, x.shape[3], -(-2 * w // 3))}:
-            logits = model(x[:, :, top : top + h, left : left + w]).float()
-            counted = torch.cat([logits, torch.ones_like(logits[:, :1])], dim=1)
-            total = total + F.pad(counted, (left, x.shape[3] - left - w, top, x.shape[2] - top - h))
+    starts = [{min(i, n - k) for i in range(0, n, -(-2 * k // 3))} for n, k in zip(x.shape[2:], (h, w))]
+    for top, left in itertools.product(*starts):
+        logits = model(x[:, :, top : top + h, left : left + w]).float()
+        counted = torch.cat([logits, torch.ones_like(logits[:, :1])], dim=1)
+        total = total + F.pad(counted, (left, x.shape[3] - left - w, top, x.shape[2] - top - h))
     return (total[:, :-1] / total[:, -1:])[..., :height, :width]
 
 
@@ -547,11 +542,11 @@ def train(run: Run, content: dict) -> None:
     optimizer = make_optimizer("adamw", model, recipe.lr, recipe.weight_decay)
     precision = Precision(run.amp, run.device, accumulation=found.accumulation)
     run.open_folder()
-    run.say(f"{args.model} {f'from {args.weights}' if content else 'from scratch: no --weights'}, "
-            f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(found.classes)} classes; "
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    run.say(f"{args.model} from {args.weights or 'scratch'}, {size:.2f} M parameters, {len(found.classes)} classes; "
             f"{len(found.source)} training, {len(found.val)} validation images; {recipe.epochs} epochs x {found.steps} "
-            f"steps of {recipe.batch_size} = {run.world} ranks x {found.micro_batch} x {found.accumulation}, {run.amp} "
-            f"on {run.device.type}; unlike the paper: {', '.join(cli.differences(recipe, run.paper)) or 'nothing'}")
+            f"steps of {recipe.batch_size} in {found.accumulation} x {run.world}, {run.amp} on {run.device.type}; "
+            f"unlike the paper: {', '.join(cli.differences(recipe, run.paper)) or 'nothing'}")
     wrapped = run.prepare(model, found.micro_batch)
     run.start(found.identity(), model=model, optimizer=optimizer, scaler=precision, ema=None)
     run.data = found
@@ -604,13 +599,11 @@ def main() -> None:
     args.weights = args.weights or (f"{args.out}/last.pt" if args.eval else None)
     content = checkpoint.load(args.weights, "--weights") if args.weights else {}
     held, where = content.get("method"), f"--weights {args.weights}"
-    if (held != args.task) if args.eval else held in RECIPES:
-        raise UserError(f"{where}: holds {held}; --eval takes a run of {args.task}, training a classifier")
-    if content and (held is None) == (args.model is None):
-        raise UserError(f"{where}: --model SCRIPT/MODEL is for weights that do not name their model, and needed then")
-    if held:
-        args.model = content["model_name"] if args.eval else f"{held}/{content['model_name']}"
-    args.model = args.model or "patchconvnet/patchconvnet_nano"
+    if args.eval and held != args.task:
+        raise UserError(f"{where}: holds {held}, no run of {args.task}")
+    if args.model is None:  # unless it is given, for weights that do not name theirs
+        known = f"{held}/{content.get('model_name')}" if content else "patchconvnet/patchconvnet_nano"
+        args.model = content["model_name"] if args.eval else known
     run = Run(args.task, args, recipe, paper)
     if not args.eval:
         return train(run, content)
