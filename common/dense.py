@@ -173,11 +173,10 @@ def detector(trunk: nn.Module, classes: int, recipe: Recipe) -> MaskRCNN:
     pyramid, width = Pyramid(trunk, recipe.width or 256), recipe.width or 256
     if pyramid.one_size or pyramid.stride not in (8, 16):
         raise UserError("detect: needs a trunk for images of any size whose patches are 8 or 16 pixels wide")
-    anchors = [(pyramid.stride * 2**k,) for k in range(1, 6)], [(0.5, 1.0, 2.0)] * 5
+    anchors = anchor_utils.AnchorGenerator([(pyramid.stride * 2**k,) for k in range(1, 6)], [(0.5, 1.0, 2.0)] * 5)
     return MaskRCNN(
         pyramid, min_size=recipe.test_size[0], max_size=recipe.test_size[1],
-        _skip_resize=True,  # in training: augment has done it
-        rpn_anchor_generator=anchor_utils.AnchorGenerator(*anchors), box_batch_size_per_image=recipe.rois,
+        _skip_resize=True, rpn_anchor_generator=anchors, box_batch_size_per_image=recipe.rois,  # resized by augment
         box_head=faster_rcnn.TwoMLPHead(49 * width, 4 * width),
         box_predictor=faster_rcnn.FastRCNNPredictor(4 * width, classes + 1),
         mask_head=mask_rcnn.MaskRCNNHeads(width, (width,) * 4, 1),
@@ -340,23 +339,21 @@ class TruthSamples(data.Samples):
                 sample = self.source.sample(index)
             except (OSError, ValueError) as error:
                 return f"{self.source.name(index)}: {one_line(error, 1000)}"
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(hash((self.seed, *key)) & (2**63 - 1))
-                samples.append(self.transform(sample))
+            torch.manual_seed(hash((self.seed, *key)) & (2**63 - 1))  # steps have their own seeds
+            samples.append(self.transform(sample))
         pictures, truths = map(list, zip(*samples))
         return pictures, torch.empty(0), truths, torch.tensor(indices)
 
 
 # ---- COCO's average precision ----------------------------------------------------------------------------------------
 
-THRESHOLDS = np.linspace(0.5, 0.95, 10)  # of IoU
+THRESHOLDS, RECALLS = np.linspace(0.5, 0.95, 10), np.linspace(0, 1, 101)[:, None]  # the former of IoU
 
 
 def mask_of(segmentation: dict | list, size: Size) -> np.ndarray:
-    """COCO's polygons, run lengths or compressed run lengths as a mask, bool (H, W), pixel for pixel COCO's own: edges
-    are followed in steps of a fifth of a pixel, columns are crossed at their middle, between crossings is inside."""
+    """COCO's polygons, run lengths or compressed run lengths as a mask, bool (H, W), pixel for pixel COCO's own."""
     if isinstance(segmentation, list):
-        return np.any([polygon_mask(np.array(corners, float).reshape(-1, 2), size) for corners in segmentation], axis=0)
+        return polygon_mask(segmentation, size)
     (height, width), runs = segmentation["size"], segmentation["counts"]
     if not isinstance(runs, list):
         digits, runs = np.frombuffer(runs.encode() if isinstance(runs, str) else runs, np.uint8).astype(int) - 48, []
@@ -366,20 +363,22 @@ def mask_of(segmentation: dict | list, size: Size) -> np.ndarray:
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
 
 
-def polygon_mask(corners: np.ndarray, size: Size) -> np.ndarray:
-    """One polygon, corners (N, 2) x y."""
-    (height, width), corners = size, np.trunc(5 * corners + 0.5).astype(int)
-    crossings = np.zeros(height * width + 1, int)
-    for ends in zip(corners, np.roll(corners, -1, axis=0)):
-        axis = np.abs(ends[1] - ends[0]).argmax()  # along which steps are taken, from its lower end
-        low, high = sorted(ends, key=lambda corner: corner[axis])
-        steps = np.arange(high[axis] - low[axis] + 1)
-        slope = (high - low)[1 - axis] / max(1, len(steps) - 1)
-        path = np.stack([steps + low[axis], np.trunc(low[1 - axis] + slope * steps + 0.5)])[:: -1 if axis else 1]
-        x, y = (np.minimum(path[:, 1:], path[:, :-1])[:, np.diff(path[0]) != 0] + 0.5) / 5 - 0.5
-        crossed = (x == np.floor(x)) & (x >= 0) & (x <= width - 1)
-        np.add.at(crossings, (x * height + np.ceil(y.clip(0, height)))[crossed].astype(int), 1)
-    return (crossings[:-1].cumsum() % 2 == 1).reshape(width, height).T
+def polygon_mask(polygons: list[list[float]], size: Size) -> np.ndarray:
+    """Edges are followed in steps of a fifth of a pixel, a pixel column is crossed at its middle, and what lies between
+    two crossings is inside."""
+    (height, width), crossings = size, np.zeros((len(polygons), size[0] * size[1] + 1), int)
+    for polygon, counts in zip(polygons, crossings):
+        corners = np.trunc(5 * np.reshape(polygon, (-1, 2)) + 0.5).astype(int)
+        for ends in zip(corners, np.roll(corners, -1, axis=0)):
+            axis = np.abs(ends[1] - ends[0]).argmax()  # along which steps are taken, from its lower end
+            low, high = sorted(ends, key=lambda corner: corner[axis])
+            steps = np.arange(high[axis] - low[axis] + 1)
+            slope = (high - low)[1 - axis] / max(1, len(steps) - 1)
+            path = np.stack([steps + low[axis], np.trunc(low[1 - axis] + slope * steps + 0.5)])[:: -1 if axis else 1]
+            x, y = (np.minimum(path[:, 1:], path[:, :-1])[:, np.diff(path[0]) != 0] + 0.5) / 5 - 0.5
+            crossed = (x == np.floor(x)) & (x >= 0) & (x <= width - 1)
+            np.add.at(counts, (x * height + np.ceil(y.clip(0, height)))[crossed].astype(int), 1)
+    return (crossings[:, :-1].cumsum(1) % 2 == 1).any(0).reshape(width, height).T
 
 
 def results(image: int, found: dict[str, torch.Tensor]) -> list[dict]:
@@ -395,9 +394,8 @@ def results(image: int, found: dict[str, torch.Tensor]) -> list[dict]:
 
 
 def matched(truth: list[dict], found: list[dict], kind: str) -> tuple[np.ndarray, ...]:
-    """One category in one image: (scores (D,), right (T, D), wrong (T, D), which truths count (G,)) for each of COCO's
-    thresholds T: by falling score a detection takes the free truth of largest IoU, or is ignored if in a crowd, of
-    which the share of the detection counts that it covers."""
+    """One category in one image: (scores (D,), right (T, D), wrong (T, D), which truths count (G,)) for each threshold:
+    by falling score a detection takes the free truth of largest IoU, or is ignored if so much of it is in a crowd."""
     found = sorted(found, key=lambda row: -row["score"])[:100]
     crowd = np.array([bool(row.get("iscrowd")) for row in truth], bool)
     right, taken = (np.zeros((len(THRESHOLDS), len(rows)), bool) for rows in (found, truth))
@@ -435,13 +433,11 @@ def coco_ap(truth: list[dict], detections: list[dict], kind: str = "bbox") -> di
         found = [matched(*cells[cell], kind) for cell in group]
         scores, right, wrong, counts = (np.concatenate(part, axis=-1) for part in zip(*found))
         order = np.argsort(-scores, kind="stable")
-        right, wrong = (x[:, order].cumsum(1).astype(float) for x in (right, wrong))
-        precision = np.maximum.accumulate((right / (wrong + right + np.spacing(1)))[:, ::-1], axis=1)[:, ::-1]
-        precision = np.pad(precision, ((0, 0), (0, 1)))  # 0 beyond the recall that is reached
-        if counts.any():
-            at = [np.searchsorted(row / counts.sum(), np.linspace(0, 1, 101)) for row in right]
-            precisions.append(np.take_along_axis(precision, np.stack(at), axis=1))
-    values = np.stack(precisions) if precisions else np.full((1, 10, 1), -1.0)
+        right, wrong = (x[:, order].cumsum(1) for x in (right, wrong))
+        if counts.any():  # at each recall the best precision of those where it is reached
+            curves = zip(right / counts.sum(), right / (wrong + right + np.spacing(1)))
+            precisions.append([np.where(recall >= RECALLS, row, 0).max(1, initial=0) for recall, row in curves])
+    values = np.array(precisions or np.full((1, 10, 1), -1.0))  # (categories, T, 101)
     return {name: float(values[:, at].mean()) for name, at in (("AP", slice(None)), ("AP50", 0), ("AP75", 5))}
 
 
@@ -498,8 +494,7 @@ def evaluate(run: Run, model: nn.Module, val: sources.Source, pictures: Path | N
             run.check_stop()
         answers = truth, predict(run, model, image, **how)
         if pictures and number < 4:
-            sheet = [images.to_pil(image.cpu()), *(painted(image, answer) for answer in answers)]
-            rows.append(("" if number else "image, truth, prediction", sheet))
+            rows.append(("", [images.to_pil(image.cpu()), *(painted(image, answer) for answer in answers)]))
         if run.method == "segment":
             mask, found = (answer["mask"].long() for answer in answers)
             pairs += (mask * size + found)[mask != IGNORED].bincount(minlength=size**2).view(size, size)
