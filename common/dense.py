@@ -92,9 +92,9 @@ upsampled = functools.partial(F.interpolate, mode="bilinear", align_corners=Fals
 
 class Pyramid(nn.Module):
     """Images (B, 3, H, W) -> four maps (B, C, .., ..) of strides p/4, p/2, p, 2p for a trunk of stride p, by
-    deconvolutions and a max-pool [xcit]. PatchConvNet's final output feeds all four (section 5.3.3); of the others
-    blocks 4, 6, 8, 12 of 12 do [xcit], in proportion where there are more. With fpn: the five maps of a feature pyramid
-    network (arXiv:1612.03144) of that width. What of the trunk does not lead there is frozen, most of it removed."""
+    deconvolutions and a max-pool [xcit]. PatchConvNet's final output feeds all four (section 5.3.3), of others blocks
+    4, 6, 8, 12 of 12 do [xcit], in proportion where there are more. fpn: five maps, of a feature pyramid network
+    (arXiv:1612.03144) of that width. What of the trunk does not lead there is frozen, most of it removed."""
 
     def __init__(self, trunk: nn.Module, fpn: int | None = None):
         super().__init__()
@@ -125,9 +125,8 @@ class Pyramid(nn.Module):
         if self.resized:
             positions["pos_embed"] = self.resized(self.trunk.pos_embed, grid, old_grid=self.trunk.grid)
         torch.func.functional_call(self.trunk, positions, images)
-        maps = [self.maps[number] for number in self.taken]
-        maps = [x if self.is_map else x[:, -grid[0] * grid[1] :].unflatten(1, grid) for x in maps]  # without tokens
-        a, b, c, d = (x.permute(0, 3, 1, 2) for x in maps)
+        maps, patches = [self.maps[number] for number in self.taken], slice(-grid[0] * grid[1], None)  # no tokens
+        a, b, c, d = ((x if self.is_map else x[:, patches].unflatten(1, grid)).permute(0, 3, 1, 2) for x in maps)
         self.maps.clear()
         levels = [self.up4(a), self.up2(b), c, F.max_pool2d(d, 2, ceil_mode=True)]
         return self.fpn({str(i): level for i, level in enumerate(levels)}) if self.fpn else levels
@@ -221,17 +220,17 @@ class MaskFiles(sources.Files):
     def __init__(self, name: str, folder: Path, split: str):
         self.first = int(name == "ade20k")  # whose 0 is nothing known, whose table has a head and names come last
         root = next(folder.glob("ADEChallengeData2016"), folder)
+        pictures, masks = root / "images", root / ("annotations" if self.first else "masks")
         lines = (root / ("objectInfo150.txt" if self.first else "classes.txt")).read_text(encoding="utf-8").splitlines()
         classes = [line.split("\t")[-1].strip() for line in lines[self.first :] if line.strip()]
-        names = [file.relative_to(root / "images").as_posix() for file in sorted(root.glob("images/**/*"))]
+        names = [file.relative_to(pictures).as_posix() for file in sorted(pictures.glob("**/*"))]
         names = [name for name in names if name.lower().endswith(sources.EXTENSIONS) and not sources.JUNK.search(name)]
-        parts = [file.partition("/")[0] if "/" in file else "train" if i % 5 else "val" for i, file in enumerate(names)]
-        names = [file for file, part in zip(names, parts) if part.startswith(split)]  # MIT's: training, validation
-        masks = root / ("annotations" if self.first else "masks")
-        self.masks = [masks / Path(file).with_suffix(".png") for file in names]
+        parts = [name.partition("/")[0] if "/" in name else "train" if i % 5 else "val" for i, name in enumerate(names)]
+        names = [name for name, part in zip(names, parts) if part.startswith(split)]  # MIT's: training, validation
+        self.masks = [(masks / name).with_suffix(".png") for name in names]
         if (lost := [str(mask) for mask in self.masks if not mask.is_file()]) or not names or len(classes) >= IGNORED:
             raise ValueError(f"{len(classes)} classes, {len(names)} images, {len(lost)} without mask {lost[:1]}")
-        super().__init__(root / "images", names, classes, np.zeros(len(names)))
+        super().__init__(pictures, names, classes, np.zeros(len(names)))
 
     def sample(self, index: int) -> Sample:
         """ValueError for a mask that cannot be read, is of another size or holds other labels."""
@@ -300,9 +299,8 @@ def instances(masks: np.ndarray, labels: list[int], boxes: torch.Tensor | None =
     return v2.ClampBoundingBoxes()({"boxes": boxes, "labels": torch.tensor(labels, dtype=torch.int64), "masks": masks})
 
 
-READERS = {"segment": {"shapes": Drawn, "ade20k": MaskFiles, "masks": MaskFiles},
-           "detect": {"scenes": Drawn, "coco": CocoFiles}}  # fmt: skip
-sources.NAMED.update({name: (reader,) for readers in READERS.values() for name, reader in readers.items()})
+READERS = {"segment": ("shapes", "ade20k", "masks"), "detect": ("scenes", "coco")}
+sources.NAMED.update(shapes=(Drawn,), scenes=(Drawn,), ade20k=(MaskFiles,), masks=(MaskFiles,), coco=(CocoFiles,))
 
 
 def augment(task: str, recipe: Recipe, sample: Sample) -> Sample:
