@@ -183,9 +183,9 @@ def detector(trunk: nn.Module, classes: int, recipe: Recipe) -> MaskRCNN:
     )  # fmt: skip
 
 
-def build(task: str, recipe: Recipe, name: str, classes: int, img_size: int | Size = 512, load=None) -> nn.Module:
-    """Segmenter or detector on the trunk SCRIPT/MODEL for that image size, fresh or with weights by load(trunk,
-    adapt=); UserError if the trunk is unknown, has no patch grid or cannot take the size."""
+def build(task: str, recipe: Recipe, name: str, classes: int, img_size: int | Size = 512, weights=None) -> nn.Module:
+    """Segmenter or detector on the trunk SCRIPT/MODEL for that image size, fresh or with weights (checkpoint.fit's
+    options); UserError if the trunk is unknown, has no patch grid or cannot take the size."""
     method, _, model = name.partition("/")
     try:
         made_by = importlib.import_module(method)
@@ -196,8 +196,8 @@ def build(task: str, recipe: Recipe, name: str, classes: int, img_size: int | Si
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"--model {name}: needs SCRIPT/MODEL and an --img-size that it takes ({error}); SCRIPT: deit, "
                         "deit3, cait, resmlp or patchconvnet") from None
-    if load:
-        load(trunk, adapt=getattr(made_by, "fit_resolution", None))
+    if weights:
+        checkpoint.fit(trunk, **weights, adapt=getattr(made_by, "fit_resolution", None), new_head=True)
     network = (Segmenter if task == "segment" else detector)(trunk, classes, recipe)
     plain = {name for name, _ in network.named_parameters() if name.endswith(tuple(trunk.no_weight_decay()))}
     network.no_weight_decay = lambda: plain
@@ -504,7 +504,7 @@ def evaluate(run: Run, model: nn.Module, val: sources.Source, pictures: Path | N
     if run.method == "segment":
         pairs = run.gather(pairs[None]).sum(0).double()
         right, union = pairs.diag(), pairs.sum(0) + pairs.sum(1) - pairs.diag()
-        miou, pixels = (right / union)[union > 0].mean(), right.sum() / pairs.sum()
+        miou, pixels = (right / union).nanmean(), right.sum() / pairs.sum()
         return {"val_miou": 100 * miou.item(), "val_pixels": 100 * pixels.item()}
     of_ranks = [parts]
     if run.world > 1:
@@ -528,9 +528,8 @@ def train(run: Run, content: dict) -> None:
         raise UserError("detect: several ranks need GPUs, a BatchNorm over CPUs takes images of one size only")
     torch.manual_seed(args.seed)
     heard = lambda line: line.startswith("new head") or run.say(line)  # noqa: E731, the classifier is not used
-    how = dict(content=content, where=f"--weights {args.weights}", say=heard, ema=args.use_ema, new_head=True)
-    load = functools.partial(checkpoint.fit, **how) if content else None
-    model = build(run.method, recipe, args.model, len(found.classes), recipe.img_size, load)
+    weights = dict(content=content, where=f"--weights {args.weights}", say=heard, ema=args.use_ema) if content else None
+    model = build(run.method, recipe, args.model, len(found.classes), recipe.img_size, weights)
     model.to(run.device, memory_format=run.layout)
     optimizer = make_optimizer("adamw", model, recipe.lr, recipe.weight_decay)
     precision = Precision(run.amp, run.device, accumulation=found.accumulation)
