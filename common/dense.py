@@ -412,11 +412,9 @@ def matched(truth: list[dict], found: list[dict], kind: str) -> tuple[np.ndarray
     ious = both / np.maximum(np.where(crowd, area[:, None], area[:, None] + areas - both), np.spacing(1))
     for d, shares in enumerate(ious):
         fits = (shares >= np.minimum(THRESHOLDS, 1 - 1e-10)[:, None]) & (crowd | ~taken)
-        for group in (~crowd, crowd):
-            rest = fits & group & wrong[:, d, None]
-            best = len(truth) - 1 - np.where(rest, shares, -1)[:, ::-1].argmax(1)  # of equal ones the last
-            new = np.flatnonzero(rest.any(1))
-            right[new, d], wrong[new, d], taken[new, best[new]] = ~crowd[best[new]], False, True
+        ranked = np.where(fits, shares - 2 * crowd, -9)  # crowds are for what nothing else fits
+        best, new = len(truth) - 1 - ranked[:, ::-1].argmax(1), np.flatnonzero(fits.any(1))  # of equal ones the last
+        right[new, d], wrong[new, d], taken[new, best[new]] = ~crowd[best[new]], False, True
     return scores, right, wrong, ~crowd
 
 
