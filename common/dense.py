@@ -350,22 +350,17 @@ THRESHOLDS, RECALLS = np.linspace(0.5, 0.95, 10), np.linspace(0, 1, 101)[:, None
 
 def mask_of(segmentation: dict | list, size: Size) -> np.ndarray:
     """COCO's polygons, run lengths or compressed run lengths as a mask, bool (H, W), pixel for pixel COCO's own."""
-    if isinstance(segmentation, list):
-        return polygon_mask(segmentation, size)
-    (height, width), runs = segmentation["size"], segmentation["counts"]
-    if not isinstance(runs, list):
-        digits, runs = np.frombuffer(runs.encode() if isinstance(runs, str) else runs, np.uint8).astype(int) - 48, []
-        for part in np.split(digits, np.flatnonzero(digits & 32 == 0) + 1)[:-1]:  # 5 bits each; the last has the sign
-            value = ((part & 31) << 5 * np.arange(len(part))).sum() - ((part[-1] & 16) << 5 * len(part) - 4)
-            runs.append(value + (runs[-2] if len(runs) > 2 else 0))  # differences from the third on
-    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
-
-
-def polygon_mask(polygons: list[list[float]], size: Size) -> np.ndarray:
-    """Edges are followed in steps of a fifth of a pixel, a pixel column is crossed at its middle, and what lies between
-    two crossings is inside."""
-    (height, width), crossings = size, np.zeros((len(polygons), size[0] * size[1] + 1), int)
-    for polygon, counts in zip(polygons, crossings):
+    if isinstance(segmentation, dict):
+        (height, width), runs = segmentation["size"], segmentation["counts"]
+        if not isinstance(runs, list):
+            codes, runs = np.frombuffer(runs.encode() if isinstance(runs, str) else runs, np.uint8).astype(int) - 48, []
+            for part in np.split(codes, np.flatnonzero(codes & 32 == 0) + 1)[:-1]:  # 5 bits each; the last has the sign
+                value = ((part & 31) << 5 * np.arange(len(part))).sum() - ((part[-1] & 16) << 5 * len(part) - 4)
+                runs.append(value + (runs[-2] if len(runs) > 2 else 0))  # differences from the third on
+        return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
+    # Edges are followed in steps of a fifth of a pixel; what lies between two crossings of a column's middle is inside.
+    (height, width), crossings = size, np.zeros((len(segmentation), size[0] * size[1] + 1), int)
+    for polygon, counts in zip(segmentation, crossings):
         corners = np.trunc(5 * np.reshape(polygon, (-1, 2)) + 0.5).astype(int)
         for ends in zip(corners, np.roll(corners, -1, axis=0)):
             axis = np.abs(ends[1] - ends[0]).argmax()  # along which steps are taken, from its lower end

@@ -637,7 +637,7 @@ def test_miou_and_pixel_accuracy_by_hand(suite, tmp_path, monkeypatch):
 
 def test_the_module_stays_short():
     """The issue asks for 550 lines: what is above them is named there too."""
-    assert len((ROOT / "common/dense.py").read_text().splitlines()) <= 613
+    assert len((ROOT / "common/dense.py").read_text().splitlines()) <= 608
 
 
 def test_readmes_commands_are_accepted():
