@@ -321,7 +321,9 @@ def augment(task: str, recipe: Recipe, sample: Sample) -> Sample:
         counts = truth["mask"].flatten().bincount(minlength=IGNORED + 1)[:IGNORED]
         if counts.max() < 0.75 * counts.sum():
             break
-    return v2.Compose([v2.RandomPhotometricDistort(hue=(-0.1, 0.1)), v2.ToPureTensor()])(image, truth)
+    kinds = {"brightness": 1 / 8, "contrast": 0.5, "saturation": 0.5, "hue": 0.1}
+    distortion = [v2.RandomApply([v2.ColorJitter(**{kind: most})]) for kind, most in kinds.items()]
+    return v2.Compose([*distortion, v2.ToPureTensor()])(image, truth)
 
 
 class TruthSamples(data.Samples):
