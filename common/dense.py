@@ -589,7 +589,7 @@ def main() -> None:
     if args.eval and held != args.task:
         raise UserError(f"{where}: holds {held}, no run of {args.task}")
     if args.model is None:  # unless it is given, for weights that do not name theirs
-        known = f"{held}/{content.get('model_name')}" if content else "patchconvnet/patchconvnet_nano"
+        known = f"{held}/{content['model_name']}" if held else "" if content else "patchconvnet/patchconvnet_nano"
         args.model = content["model_name"] if args.eval else known
     run = Run(args.task, args, recipe, paper)
     if not args.eval:
