@@ -290,5 +290,6 @@ def test_a_script_is_the_method_and_little_else(script):
 def test_common_is_thin():
     lines = {p.name: len(p.read_text().splitlines()) for p in (ROOT / "common").glob("*.py")}
     assert lines["transfer.py"] <= 480
-    # 2,700 before load_model, --predict, official files and an index that 14 million images can be opened by
-    assert sum(count for name, count in lines.items() if name not in ("transfer.py", "dense.py")) <= 2833
+    # 2,700 before load_model, --predict, --export, official files, the recipe own, parts of the classes, an index that
+    # 14 million images can be opened by, one writer per folder across hosts, rankings shared by the ranks
+    assert sum(count for name, count in lines.items() if name not in ("transfer.py", "dense.py")) <= 2997
