@@ -288,7 +288,8 @@ def by_blocks(action: Callable, found: list[torch.Tensor], queries: torch.Tensor
         if len(mine := queries[part]):  # not every rank has one in the last round
             for whole, block in zip(found, action(mine @ keys.T, part)):
                 whole[part] = block
-    return [run.gather(whole[None]).sum(0) for whole in found] if run else found
+    at = torch.arange(len(queries), device=queries.device)
+    return [run.gather(whole[None])[at // rows % world, at] for whole in found] if run else found
 
 
 @torch.no_grad()

@@ -170,7 +170,7 @@ class Run:
     def __init__(self, method: str, args, recipe, paper):
         self.method, self.args, self.recipe, self.paper = method, args, recipe, paper
         self.device, self.rank, self.world = connect(args.device, args.timeout)
-        exact = self.device.type == "cpu" or args.eval or args.eval_data or args.predict
+        exact = args.amp or self.device.type == "cpu" or args.eval or args.eval_data or args.predict
         self.amp = args.amp or ("fp32" if exact else "bf16")
         if "cuda" in str(self.device) and self.amp == "bf16" and not torch.cuda.is_bf16_supported(False):
             raise UserError(f"--amp bf16: {torch.cuda.get_device_name()} has no bf16 units; use --amp fp16 or fp32")

@@ -84,9 +84,8 @@ def set_up(
     checked, loaded, resumed and said; --show-batch ends here. transform: for data.Samples; prepare(batch) -> (images
     before mixing, as the network sees them, ...) for pictures (None: several crops of an image, shown as they are);
     teacher: the default of a method that can distill; extra(data): further state, by its name in checkpoints."""
-    args, recipe = run.args, run.recipe
+    args, recipe, taught = run.args, run.recipe, None
     on_meta(lambda: built(make_model, args, recipe, 2))  # a size that does not fit is told before the data is scanned
-    taught, folder = None, Path(args.data, "train")
     if distills := teacher and recipe.distillation != "none" and not args.show_batch:
 
         def teach(classes: list[str]) -> torch.nn.Module:
@@ -94,7 +93,7 @@ def set_up(
 
         if args.teacher_weights:  # what is wrong with a teacher is told before a long listing
             checkpoint.load(args.teacher_weights, "--teacher-weights", checked=True)
-        taught = teach(class_folders(folder)) if folder.is_dir() else None
+        taught = teach(class_folders(folder)) if (folder := Path(args.data, "train")).is_dir() else None
     data = TrainingData(run, recipe, transform)
     run.data, run.num_classes = data, len(data.classes)
     if distills:

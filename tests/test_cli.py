@@ -592,6 +592,7 @@ def test_every_flag_has_a_range(here, script, monkeypatch):
 
 
 @pytest.mark.parametrize("name, size", [("googlenet", 64), ("inception_v3", 80), ("vit_b_16", 64), ("alexnet", 48)])
+@pytest.mark.filterwarnings("ignore:The default weight init:FutureWarning")  # torchvision's of itself
 def test_torchvisions_models_of_another_kind_train_or_are_refused_in_one_line(deit3_here, tmp_path, folder, name, size):
     """Auxiliary outputs (GoogLeNet, Inception), an image size of their own (ViT), one too small (AlexNet)."""
     flags = [*TINY, "--data", folder, "--img-size", size, "--epochs", 1, "--warmup-epochs", 0, "--out", tmp_path / "o"]

@@ -4,6 +4,7 @@ import fcntl
 import gc
 import importlib
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -37,6 +38,7 @@ def child(arguments, *, script: str = "deit3", env=None, patch=None, log: Path |
     try:
         os.setsid()
         os.environ.update(env or {})
+        multiprocessing.current_process()._config["tempdir"] = None  # its own, to be removed at its end
         with open(log or os.devnull, "w") as f:
             os.dup2(f.fileno(), 1)
             os.dup2(f.fileno(), 2)
