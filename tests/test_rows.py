@@ -3,7 +3,7 @@
 import argparse
 import ctypes
 import importlib
-import multiprocessing
+import multiprocessing.forkserver
 import os
 import re
 import resource
@@ -216,6 +216,7 @@ def test_J8_loaders_work_whatever_starts_their_workers(folder, tmp_path, method)
     """Training, its validation and the features at Grafit's end, whose workers are sent all they need."""
 
     def patch():
+        multiprocessing.forkserver._forkserver.__init__()  # another test's server is not this process' child
         multiprocessing.set_start_method(method, force=True)
         multiprocessing.set_forkserver_preload(["torchvision"])
 
