@@ -34,7 +34,7 @@ class Lamb(torch.optim.Optimizer):
         gradients = [p.grad for _, params in groups for p in params]
         scale, max_norm = getattr(self, "grad_scale", None), self.param_groups[0]["max_grad_norm"]
         if gradients and max_norm is not None:
-            norm = get_total_norm(gradients) / (max_norm if scale is None else max_norm * scale)
+            norm = get_total_norm(gradients, foreach=True) / (max_norm if scale is None else max_norm * scale)
             torch._foreach_div_(gradients, norm.clamp(min=1.0))
         for group, params in groups:
             # A GPU takes all tensors in one launch; a CPU is faster one tensor at a time, which stays in its cache.

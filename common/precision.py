@@ -44,7 +44,7 @@ class Precision:
         """Clip, apply, clear: (stats, skipped) on the device. stats (3,): mean loss over all ranks, how many ranks have
         a loss or gradient that is not finite, sum of their `asked`; skipped: 1.0 if nothing was changed, else 0.0."""
         gradients = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
-        norm = get_total_norm(gradients) / self.scale
+        norm = get_total_norm(gradients, foreach=True) / self.scale
         bad = ~(torch.isfinite(norm) & torch.isfinite(self.loss))
         stats = torch.stack([self.loss, bad.float(), torch.full((), asked, device=self.device)])
         if dist.is_initialized():
