@@ -121,12 +121,11 @@ def from_torchvision(name: str, content: dict | None, where: str, flag: str, *, 
     return model
 
 
-def load_teacher(args, default: str, size: tuple[int, int], classes: list[str], say: Callable) -> nn.Module:
-    """A trained classifier in eval mode, without gradient: the checkpoint --teacher-weights, or torchvision's --teacher
-    (else `default`) with that file's weights or its own; its attribute identity names model and weights.
+def load_teacher(args, content, default: str, size: tuple[int, int], classes: list[str], say: Callable) -> nn.Module:
+    """A trained classifier in eval mode, without gradient: --teacher-weights, of this content (None: not given), or
+    torchvision's --teacher (else `default`) with its weights or its own; its attribute identity names model, weights.
     UserError, before a download, unless it tells `classes` apart; if it cannot be had or take images of `size`."""
     name, where = args.teacher or default, f"--teacher-weights {args.teacher_weights}"
-    content = checkpoint.load(args.teacher_weights, "--teacher-weights") if args.teacher_weights else None
     if ours := content is not None and isinstance(content.get("method"), str):
         name = f"{content['method']} {content['model_name']}"
         if args.teacher and content["model_name"] != f"torchvision/{args.teacher}":

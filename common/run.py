@@ -368,6 +368,8 @@ class Run:
             try:
                 return path.name, self.read(path, "--resume")
             except (UserError, SystemExit) as error:
+                if self.stop_signal:
+                    raise  # asked to end while it read
                 self.say(f"warning: {error if isinstance(error, UserError) else f'{path}: not read on every node'}")
         if found:
             raise UserError(f"--resume auto: no good checkpoint in {self.out}; start anew with another --out")

@@ -1,6 +1,7 @@
 """What every script does around its loop: what it is asked to do, and all that comes before the first step."""
 
 import dataclasses
+import functools
 import importlib
 import math
 import sys
@@ -87,17 +88,15 @@ def set_up(
     args, recipe, taught = run.args, run.recipe, None
     on_meta(lambda: built(make_model, args, recipe, 2))  # a size that does not fit is told before the data is scanned
     if distills := teacher and recipe.distillation != "none" and not args.show_batch:
-
-        def teach(classes: list[str]) -> torch.nn.Module:
-            return run.first(lambda: load_teacher(args, teacher, recipe.img_size, classes, run.say))
-
-        if args.teacher_weights:  # what is wrong with a teacher is told before a long listing
-            checkpoint.load(args.teacher_weights, "--teacher-weights", checked=True)
-        taught = teach(class_folders(folder)) if (folder := Path(args.data, "train")).is_dir() else None
+        # What is wrong with a teacher is told before a long listing.
+        held = run.read(args.teacher_weights, "--teacher-weights") if args.teacher_weights else None
+        teach = functools.partial(load_teacher, args, held, teacher, recipe.img_size, say=run.say)
+        if (folder := Path(args.data, "train")).is_dir():
+            taught = run.first(lambda: teach(class_folders(folder)))
     data = TrainingData(run, recipe, transform)
     run.data, run.num_classes = data, len(data.classes)
     if distills:
-        taught = (taught or teach(data.classes)).to(run.device, memory_format=run.layout)
+        taught = (taught or run.first(lambda: teach(data.classes))).to(run.device, memory_format=run.layout)
     torch.manual_seed(args.seed)
     model = make_model(args, recipe, run.num_classes)
     if args.weights:

@@ -378,6 +378,18 @@ def test_a_signal_in_a_long_step_is_heard_at_once(command, tmp_path):
     assert status_of(started) == 143 and (tmp_path / "o/last.pt").exists()
 
 
+def test_E6_a_signal_while_a_checkpoint_is_read_ends_the_run(command, tmp_path):
+    """It is no sign of damage."""
+
+    def patch():
+        zipfile.ZipFile.read = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+
+    assert status_of(child(command("o", *SAME, "--save-steps", 1))) == 0
+    before = (tmp_path / "o/last.pt").read_bytes()
+    assert status_of(child(command("o", *SAME, "--resume", "auto"), patch=patch, log=tmp_path / "log")) == 143
+    assert "warning" not in (tmp_path / "log").read_text() and (tmp_path / "o/last.pt").read_bytes() == before
+
+
 def test_one_rank_of_a_node_reads_every_byte_of_a_checkpoint(command, tmp_path):
     def patch():
         read = zipfile.ZipFile.read
