@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The tests on the oldest versions that pyproject.toml allows, on the newest, and in between, each in a fresh environment:
 #     tests/versions.sh [ARGUMENTS OF PYTEST]         prints a line per version; status 1 if any fails
-# The interpreters are python3.10, python3.12 and python3, or $OLD, $MIDDLE and $NEW; environments (6 GB each) and logs
-# go to $WORK, by default a new folder below $TMPDIR. Needs the network.
+# The interpreters are python3.10, python3.12 and python3, or $OLD, $MIDDLE and $NEW; logs stay in $WORK, by default a
+# new folder below $TMPDIR, where each environment takes 6 GB while it is needed. Needs the network.
 set -u
 cd "$(dirname "$0")/.."
 work=${WORK:-$(mktemp -d)}
@@ -23,6 +23,7 @@ print(f'Python {sys.version.split()[0]}, torch {torch.__version__}, torchvision 
     echo "$name: ${versions:-not installed}; installed in $installed s; ${found:-passed} in $((SECONDS - begin)) s:" \
         "$(tail -n 1 "$work/$name.log")"
     unset found
+    rm -rf "${work:?}/$name"
 }
 
 arguments=("$@")
