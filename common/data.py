@@ -1,6 +1,8 @@
 """The order in which images are visited, and the loaders. Everything random is a function of (seed, epoch, sample,
 repeat), never of worker, rank or history: the same pixels for any number of them, and when a run is resumed."""
 
+import multiprocessing
+import os
 import random
 import signal
 import time
@@ -105,6 +107,9 @@ class Samples(Dataset):
 
 
 def _worker_init(_: int) -> None:
+    parent = multiprocessing.parent_process().pid
+    if multiprocessing.get_start_method() == "fork" and os.getppid() != parent:
+        os._exit(1)  # killed already: torch's worker would take init for its parent and live on
     # A signal sent to the whole process group is the main process's to answer: it still needs its workers to finish.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

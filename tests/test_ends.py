@@ -1,5 +1,7 @@
 """Every kind of end: whatever main() ends by, the process and its loader workers are gone at once (fault list, J1)."""
 
+import json
+import multiprocessing
 import os
 import signal
 import time
@@ -9,6 +11,7 @@ import torch
 from conftest import TINY
 from test_run import at_steps, child, ranks, status_of
 
+from common import data
 from common.errors import RunError, UserError
 
 ENDS = {  # what is raised in the middle of a step: (exit status, what standard error says)
@@ -70,6 +73,42 @@ def test_a_signal_while_a_failure_is_reported_changes_nothing(folder, tmp_path):
 
     flags = [*TINY, "--data", folder, "--out", tmp_path / "o", "--workers", 1]
     assert status_of(child(flags, patch=patch, log=tmp_path / "log"), timeout=30) == 1
+
+
+def test_a_worker_killed_when_all_is_trained_is_not_missed(folder, tmp_path):
+    def patch():
+        from common import report
+
+        def save_plot(*_):
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+            time.sleep(0.5)
+
+        report.save_plot = save_plot
+
+    flags = [*TINY, "--data", folder, "--out", tmp_path / "o", "--workers", 1]
+    assert status_of(child(flags, patch=patch, log=tmp_path / "log")) == 0
+    assert json.loads((tmp_path / "o/log.jsonl").read_text().splitlines()[-1])["status"] == "completed"
+
+
+def test_a_worker_whose_parent_was_killed_before_it_began_ends(tmp_path, monkeypatch):
+    """torch's own watch begins later, and would watch whoever has adopted the worker."""
+
+    def orphan():
+        while os.getppid() == parent:
+            time.sleep(0.01)
+        data._worker_init(0)
+        (tmp_path / "alive").touch()
+
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda: "fork")
+    reader, writer = os.pipe()
+    if (middle := os.fork()) == 0:
+        parent = os.getpid()
+        multiprocessing.get_context("fork").Process(target=orphan).start()
+        os.kill(parent, signal.SIGKILL)
+    os.close(writer)
+    os.waitpid(middle, 0)
+    assert os.read(reader, 1) == b""  # its last writer, the worker, has ended
+    assert not (tmp_path / "alive").exists()
 
 
 def test_ranks_do_not_decide_by_their_own_view_of_the_folder_whether_to_save(folder, tmp_path):
