@@ -20,8 +20,10 @@ import importlib
 import itertools
 import json
 import math
+import os
 import re
 import shlex
+import shutil
 import statistics
 import sys
 from collections.abc import Callable
@@ -52,20 +54,22 @@ def load_network(spec: str, run: Run, size: tuple[int, int] | None = None) -> Si
     names), predict(model, images) -> {head: logits} (None: it has no classifier). UserError if it cannot be had."""
     match = None if Path(spec).exists() else re.fullmatch(r"(\w+)/(\w+)(?:=(.+))?", spec)
     script, model_name, file = match.groups() if match else (None, None, spec)
-    size, content = size or getattr(run.args, "img_size", None), {}
+    asked, content, size = f"{script}/{model_name}", {}, size or getattr(run.args, "img_size", None)
     if file and file.partition(":")[0] == "official":
         file = checkpoint.official_address(script, file, model_name, size and min(size))
     if file:
         content = checkpoint.load(file, "network")
-        own, row = "method" in content, checkpoint.OFFICIAL.get(script, {}).get(Path(file).stem)
-        if not own and not script:
-            raise UserError(f"{spec}: does not name its model; write SCRIPT/MODEL={spec} or torchvision/NAME={spec}")
-        if row and not own:
+        if (row := checkpoint.OFFICIAL.get(script, {}).get(Path(file).stem)) and "method" not in content:
             options = {"img_size": (row[1], row[1]), **dict(*row[3:])}
-            content, own = content | {"method": script, "model_name": row[0], "recipe": options}, True
-        script, model_name = content.get("method", script), content.get("model_name", model_name)
-    name, recipe, predict = f"{script}/{model_name}", checkpoint.recipe_of(content), evaluate.logits_of
-    if script == "torchvision":
+            content |= {"method": script, "model_name": row[0], "recipe": options}
+        if not match and "method" not in content:
+            raise UserError(f"{spec}: does not name its model; write SCRIPT/MODEL={spec} or torchvision/NAME={spec}")
+    own = "method" in content
+    name, recipe = f"{content['method']}/{content['model_name']}" if own else asked, checkpoint.recipe_of(content)
+    if match and name != asked:
+        raise UserError(f"{spec}: holds {name}")
+    predict = evaluate.logits_of
+    if name.startswith("torchvision/"):
         check_torchvision("torchvision/", model_name)
         model = from_torchvision(model_name, content or None, spec, f"{name}=")
     elif not file:
@@ -73,9 +77,9 @@ def load_network(spec: str, run: Run, size: tuple[int, int] | None = None) -> Si
     else:
         size = size or recipe.get("img_size")
         model = from_checkpoint(content, spec, size or (224, 224), run.say, name=None if own else name)
-        script = importlib.import_module(script)
+        script = importlib.import_module(name.partition("/")[0])
         recipe, predict = vars(script.Recipe()) | recipe, getattr(script, "predict", predict)
-        if name.startswith("grafit/"):
+        if script.__name__ == "grafit":
             predict = script.class_logits if hasattr(model, "fc") else None
     model.to(run.device, memory_format=run.layout).eval().requires_grad_(False)
     ratio = getattr(run.args, "eval_crop_ratio", None) or recipe.get("eval_crop_ratio", 0.875)
@@ -171,9 +175,12 @@ def read_run(folder: str | Path) -> tuple[dict, dict, list[dict]]:
     return started[-1]["recipe"] | {"seed": started[-1]["seed"]}, figures, epochs
 
 
+MOMENTS = ("mean", "deviation", "min", "max")
+
+
 def moments(values: list[float]) -> dict[str, float]:
-    deviation = statistics.stdev(values) if len(values) > 1 else None
-    return {"mean": statistics.mean(values), "deviation": deviation, "min": min(values), "max": max(values)}
+    """MOMENTS of at least two numbers; the deviation is a sample's, by n - 1: the thesis does not say."""
+    return dict(zip(MOMENTS, (statistics.mean(values), statistics.stdev(values), min(values), max(values))))
 
 
 def early_epochs(count: int) -> list[int]:
@@ -185,8 +192,8 @@ def seeds(args) -> None:
     """Many runs of one recipe: Figures 6.7 to 6.10, the +- of section 5.3.4 and of Tables 2.1, 2.2.
 
     T:2716-2869, T:2289, T:345. Of every figure of the last epoch (not of the best), of --eval's eval.json (Real, V2)
-    and of Grafit's results.json: mean, deviation (of a sample, by n - 1: the thesis does not say), extremes; Pearson's
-    correlations of accuracies; of --metric the same after every epoch, and its correlation with the last one."""
+    and of Grafit's results.json: mean, deviation, extremes; Pearson's correlations of accuracies; of --metric the same
+    after every epoch, and its correlation with the last one's."""
     runs = [read_run(folder) for folder in args.runs]
     recipes = [{k: v for k, v in recipe.items() if k != "seed"} for recipe, *_ in runs]
     for folder, recipe in zip(args.runs, recipes):
@@ -206,12 +213,10 @@ def seeds(args) -> None:
     end = columns[args.metric]
     epochs = [{"epoch": i + 1, **moments(v), "correlation": transfer.pearson(v, end)}
               for i, v in enumerate(map(list, zip(*histories)))]
-    rows = [[f"{args.metric} after epoch {epochs[at]['epoch']}", *list(epochs[at].values())[1:]]
-            for at in early_epochs(len(epochs))]
-    head = [*moments([0.0]), "reference"][: len(next(iter(summary.values())))]
+    early = [(f"{args.metric} after epoch {at + 1}", epochs[at]) for at in early_epochs(len(epochs))]
     finish(args, {"figures": summary, "correlation": pairs, "epochs": epochs, "values": columns}, "\n\n".join([
-        table([f"{len(runs)} runs", *head], [[k, *row.values()] for k, row in summary.items()]),
-        table(["early", *moments([0.0]), "r with the end"], rows),
+        table([f"{len(runs)} runs", *summary[args.metric]], [[k, *row.values()] for k, row in summary.items()]),
+        table(["early", *MOMENTS, "r with the end"], [[k, *list(e.values())[1:]] for k, e in early]),
         table(["correlation", "r"], [[k, v] for k, v in pairs.items()])]))
     draw(args, panels_of_seeds(args.metric, columns, epochs, histories))
 
@@ -229,7 +234,7 @@ def panels_of_seeds(metric: str, columns: dict, epochs: list[dict], histories: l
         band.append((f"{sign:+d} deviation", numbers, [e["mean"] + sign * e["deviation"] for e in epochs], "--"))
     early = [(f"epoch {at + 1}", [h[at] for h in histories], values, ".") for at in early_epochs(len(epochs))]
     clouds = [(metric, k, [("", values, v, ".")]) for k, v in columns.items() if k.endswith(":top1")]
-    return [(metric, "runs", bars), ("epoch", metric, band), ("at the epoch", f"{metric} at the end", early), *clouds]
+    return [(metric, "runs", bars), ("epoch", metric, band), ("at the epoch", "at the end", early), *clouds]
 
 
 def speedup(args) -> None:
@@ -259,10 +264,17 @@ def grid(args) -> None:
     TRAINING is a command of a script here without --data and --out, say grafit.py --model resnet50 --recipe transfer
     --weights FILE, and comes last. 20,000 steps of 256 images each. Makes OUT/data, with a fifth of every class's
     training images as val/; prints the commands of the points that are not complete: start them, and call this again.
-    When all are, says the best in val_top1, and the command that trains by it on all training images. The summary gives
-    no grid; this one is the appendix's as far as known: decays are shares of the weights per step, the flag's value is
-    decay / rate."""
-    folder, steps, batch = Path(args.out), args.steps, args.batch or 256
+    When all are, says the best in val_top1, and the command that trains by it on all training images (`sweep` gives its
+    mean per class). The summary has no numbers; the default grid is the paper's appendix's as far as known: decays are
+    shares of the weights per step, hence --weight-decay is decay / rate."""
+    folder, batch = Path(args.out), args.batch or 256
+    if not args.training or not (ROOT / args.training[0]).is_file():
+        raise UserError("TRAINING: end with the command of a script, say grafit.py --model resnet50 --recipe transfer")
+    what = {"data": args.data, "training": args.training, "steps": args.steps, "batch": batch}
+    if (folder / "grid.json").exists():
+        held = json.loads((folder / "grid.json").read_text())
+        if differ := [key for key, value in what.items() if held[key] != value]:
+            raise UserError(f"--out {folder}: holds the grid of another {', '.join(differ)}; choose another folder")
     source = open_split(args, "train", print)
     parts = [part.tolist() for part in transfer.held_out(torch.from_numpy(source.labels), 0)]
     if len(parts[0]) < batch:
@@ -272,22 +284,23 @@ def grid(args) -> None:
             write_classes(folder / "data" / split, source, part, [source.classes[source.labels[i]] for i in part])
 
     def command(lr: float, decay: float, data: str | Path, count: int, out: Path) -> str:
-        flags = f"--batch-size {batch} --epochs {math.ceil(steps / (count // batch))} --lr {lr:.4g} --min-lr 0"
-        words = [*args.training, "--data", str(data), *flags.split(), "--weight-decay", f"{decay / lr:.4g}"]
-        return shlex.join(["python", *words, "--out", str(out)])
+        epochs = math.ceil(args.steps / (count // batch))
+        flags = f"--batch-size {batch} --epochs {epochs} --lr {lr:.4g} --min-lr 0 --weight-decay {decay / lr:.4g}"
+        return shlex.join(["python", *args.training, "--data", str(data), *flags.split(), "--out", str(out)])
 
     points = []
     for lr, decay in itertools.product(args.lrs, args.decays):
-        out = folder / f"lr{lr:.4g}_decay{decay:.4g}"
-        point = {"lr": lr, "decay": decay, "command": command(lr, decay, folder / "data", len(parts[0]), out)}
-        points.append(point | {"val_top1": None})
+        out, top1 = folder / f"lr{lr:.4g}_decay{decay:.4g}", None
         if (out / "log.jsonl").exists() and '"completed"' in (out / "log.jsonl").read_text():
-            points[-1]["val_top1"] = read_run(out)[1]["val_top1"]
-    missing = [p["command"] for p in points if p["val_top1"] is None]
-    best = None if missing else max(points, key=lambda p: p["val_top1"])
-    if best:
+            if (top1 := read_run(out)[1].get("val_top1")) is None:
+                raise UserError(f"{out}: its log has no val_top1 to choose by")
+        line = command(lr, decay, folder / "data", len(parts[0]), out)
+        points.append({"lr": lr, "decay": decay, "val_top1": top1, "command": line})
+    missing, best = [p["command"] for p in points if p["val_top1"] is None], None
+    if not missing:
+        best = max(points, key=lambda p: p["val_top1"])
         best = best | {"command": command(best["lr"], best["decay"], args.data, len(source), folder / "final")}
-    evaluate.save_json(folder / "grid.json", {"points": points, "best": best})
+    evaluate.save_json(folder / "grid.json", what | {"points": points, "best": best})
     print(table(["lr", "decay", "val_top1"], [[f"{p['lr']:.4g}", p["decay"], p["val_top1"]] for p in points]))
     print("\n".join(missing or ["the best, on all training images:", best["command"]]))
 
@@ -369,9 +382,9 @@ def largest_batch(attempt: Callable[[int], object]) -> int:
 def throughput(args) -> None:
     """Tables 3.5, 4.1, 5.1, 5.2, 6.7: images per second, peak memory, parameters, GMACs.
 
-    T:1324: the mean of 30 passes at the largest batch that fits, found by doubling; the other tables': --batch 256
-    --amp fp16. Peak memory (MiB) is that of inference alone, weights and images in it. Random weights. The memory of a
-    CPU is not measured: it is null, and --batch must be given."""
+    T:1324: the mean of 30 passes at the largest batch that fits, found by doubling. Table 4.1 has --batch 32 (T:1984),
+    the others --batch 256 --amp fp16. Peak memory (MiB) is that of inference alone, weights and images in it. Random
+    weights. The memory of a CPU is not measured: it is null, and --batch must be given."""
     from torch.utils.benchmark import Timer  # looks for a compiler when it is imported
 
     run, rows = Run("studies", args, None, None), []
@@ -494,7 +507,7 @@ def separability(args) -> None:
             given.append(100 * transfer.accuracy(inside.flatten(1).argmax(1), fine, "top-1"))
     result = {"no condition": moments(plain)} | ({"coarse condition": moments(given)} if given else {})
     rows = [[name, *found.values()] for name, found in result.items()]
-    finish(args, result, table(["random halves, top-1", *moments(plain)], rows))
+    finish(args, result, table(["random halves, top-1", *MOMENTS], rows))
 
 
 def energy(args) -> None:
@@ -564,8 +577,10 @@ def kmeans(x: torch.Tensor, k: int, seed: int, steps: int = 100) -> torch.Tensor
 
 def write_classes(folder: Path, source: Source, indices: list[int], names: list[str]) -> None:
     """folder/CLASS/NUMBER_NAME of images with new class names: links to files, copies of an archive's, else PNGs."""
+    part = folder.with_name(f"{folder.name}.part")  # another name until it is whole
+    shutil.rmtree(part, ignore_errors=True)
     for index, name in zip(indices, names):
-        old, new = Path(source.name(index)), folder / name / f"{index:08d}"
+        old, new = Path(source.name(index)), part / name / f"{index:08d}"
         new.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(source, Files):
             Path(f"{new}_{old.name}").symlink_to(old.resolve())
@@ -573,6 +588,7 @@ def write_classes(folder: Path, source: Source, indices: list[int], names: list[
             Path(f"{new}_{old.name}").write_bytes(stored)
         else:
             images.to_pil(images.from_numpy(stored)).save(f"{new}.png")
+    part.rename(folder)
 
 
 def clusterfit(args) -> None:
@@ -583,7 +599,7 @@ def clusterfit(args) -> None:
     given for iNaturalist. Features are the trunk's, L2-normalised, as the baseline's (T:476). Writes OUT/train/CLUSTER/
     and, by the nearest centre, OUT/val/CLUSTER/, and says how to train on them and how to judge the features."""
     run, out = Run("studies", args, None, None), Path(args.out)
-    if (out / "train").exists():
+    if (out / "train").exists() or (out / "val").exists():
         raise UserError(f"--out {out}: holds clusters already; choose another")
     net, sources = load_network(args.network, run), {s: open_split(args, s, run.say) for s in ("train", "val")}
     if not 2 <= args.clusters <= len(sources["train"]):
@@ -596,9 +612,12 @@ def clusterfit(args) -> None:
     for number in range(len(centres)):  # a cluster may have no validation image
         (out / "val" / f"{number:06d}").mkdir(parents=True, exist_ok=True)
     flags = f"--img-size {'x'.join(map(str, net.size))} --eval-crop-ratio {net.crop_ratio:g}"
-    print(f"{len(centres)} clusters, of {len(x['train']) / len(centres):.1f} images; now train, and judge the features:\n"
-          f"python grafit.py --model {net.name.partition('/')[2]} --method ce {flags} --data {out} --out {out}/run\n"
-          f"python -m common.transfer features --weights {out}/run/last.pt --sets {args.data} {flags} --out {out}.json")
+    train = f"grafit.py --model {net.name.rpartition('/')[2]} --method ce {flags}".split()
+    judge = f"-m common.transfer features {flags}".split()
+    train += ["--data", str(out), "--out", f"{out}/run"]
+    judge += ["--weights", f"{out}/run/last.pt", "--sets", args.data, "--out", f"{out}.json"]
+    print(f"{len(centres)} clusters of {len(x['train']) / len(centres):.1f} images; now train, and judge the features:",
+          *(shlex.join(["python", *words]) for words in (train, judge)), sep="\n")
 
 
 # ---- The program -----------------------------------------------------------------------------------------------------
@@ -666,6 +685,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError(f"{args.command}: runs as one process; start it with plain python")
     args.action(args)
 
 

@@ -1,4 +1,4 @@
-"""tests/studies.py: each command's figures against what numpy, scipy and scikit-learn compute, or a case known by hand."""
+"""tests/studies.py: every command's figures against numpy's, scipy's and scikit-learn's, or a case known by hand."""
 
 import dataclasses
 import importlib
@@ -98,7 +98,7 @@ def test_seeds_are_summarised_as_numpy_and_scipy_do(study, tmp_path):
     own = found["figures"]["val_top1"]
     end = curves[:, -1]
     expected = [end.mean(), end.std(ddof=1), end.min(), end.max(), 50]
-    assert list(own.values()) == pytest.approx(expected) and set(own) == {"mean", "deviation", "min", "max", "reference"}
+    assert own == pytest.approx(dict(zip(["mean", "deviation", "min", "max", "reference"], expected)))
     assert found["figures"]["/v2:top1"]["mean"] == pytest.approx(v2.mean())
     assert set(found["figures"]) == {"val_top1", "train_loss", "/v2:top1"}
     assert found["correlation"] == {"val_top1 | /v2:top1": pytest.approx(stats.pearsonr(end, v2)[0])}
@@ -118,14 +118,15 @@ def test_seeds_are_summarised_as_numpy_and_scipy_do(study, tmp_path):
 )
 def test_runs_that_are_not_of_one_recipe_are_refused(study, tmp_path, change, said):
     changes = [{}, {}, change]
-    folders = [written_run(tmp_path / str(i), **{"seed": i, "top1": [1.0 * i]} | changes[i]) for i in range(3)]
+    runs = [{"seed": i, "top1": [1.0 * i]} | changes[i] for i in range(3)]
+    folders = [written_run(tmp_path / str(i), **options) for i, options in enumerate(runs)]
     result, found = study("seeds", *folders)
     refused(result, "")
     assert re.search(said, result.err) and found is None
 
 
 def test_steps_to_the_accuracy_of_fine_tuning(study, tmp_path):
-    """Fine-tuned: 80% after 20 steps, odds 4; nine tenths of them, 78.3%, after 20 too; from scratch after 60 and 50."""
+    """Fine-tuned: 80% after 20 steps, odds 4, nine tenths of them, 78.3%, after 20 too; from scratch: after 60, 50."""
     tuned = written_run(tmp_path / "a", 0, [50.0, 80.0, 79.0])
     scratch = written_run(tmp_path / "b", 0, [10.0, 20.0, 40.0, 60.0, 79.0, 80.0])
     _, (tenths, whole) = study("speedup", tuned, scratch)
@@ -148,13 +149,16 @@ def test_a_grid_prints_what_is_to_do_and_then_the_best(study, folder, tmp_path):
     recipes = [grafit.parse_args(shlex.split(line)[2:])[:2] for line in lines]
     assert {(r.lr, r.weight_decay) for _, r in recipes} == {(0.1, 0.0), (0.1, 1e-3), (0.01, 0.0), (0.01, 0.01)}
     assert all((r.epochs, r.batch_size) == (8, 16) for _, r in recipes)  # 52 images: 3 steps an epoch
-    for number, (args, recipe) in enumerate(recipes):
+    for number, (args, _) in enumerate(recipes):
         written_run(tmp_path / args.out, 0, [99.0, 50.0 - (number - 2) ** 2])
     result, _ = study("grid", *flags, *training, out="grid")
     assert (best := json.loads((tmp_path / "grid/grid.json").read_text())["best"])["lr"] == 0.01 and best["decay"] == 0
     args, recipe, _ = grafit.parse_args(shlex.split(result.out.splitlines()[-1])[2:])
     assert (args.data, recipe.lr, recipe.epochs) == (str(folder), 0.01, 6)  # all 64 images: 4 steps an epoch
+    refused(study("grid", *flags[:-2], *training, out="grid")[0], "holds the grid of another batch")
     refused(study("grid", "--data", folder, *training, out="other")[0], "--batch 256: is more than the 52")
+    for wrong in ([], ["graft.py", "--model", "resnet50"]):
+        refused(study("grid", "--data", folder, *wrong, out="other")[0], "end with the command of a script")
 
 
 # ---- Weights ---------------------------------------------------------------------------------------------------------
@@ -184,7 +188,7 @@ def test_what_is_not_a_network_is_told(study, coarse, folder, tmp_path):
     for spec, said in (
         ("nothing.pt", "no such file"), (tmp_path / "bare.pth", "does not name its model; write SCRIPT/MODEL="),
         ("deit/deit_b", "write deit/deit_b=FILE or deit/deit_b=official"), (grafit, "has no classifier"),
-        ("torchvision/resnet", "did you mean"),
+        ("torchvision/resnet", "did you mean"), (f"deit/deit_b={grafit}", "holds grafit/regnet_nano"),
     ):
         refused(study("disagreement", spec, "--data", folder)[0], said)
     refused(study("tokens", coarse, "--data", folder)[0], "needs a model of deit.py with two tokens")
@@ -223,7 +227,7 @@ def test_cosines_of_the_two_tokens(study, distilled, folder):
 
 
 def test_throughput_on_a_cpu_has_no_memory(study):
-    models = ["deit/deit_nano", "torchvision/shufflenet_v2_x0_5"]
+    models = ["deit/deit_nano", "torchvision/squeezenet1_1"]
     result, found = study("throughput", *models, "--sizes", 32, "48x32", "--batch", 2)
     assert result.status == 0, result
     assert [row["img_size"] for row in found] == [[32, 32], [48, 32]] * 2
@@ -391,9 +395,10 @@ def test_readme_has_every_command_and_they_are_accepted():
         assert action.__doc__.splitlines()[0].endswith(".") and re.search(r"T:\d+|Kornblith|Figures", action.__doc__)
 
 
-def test_the_program_starts_from_anywhere_and_ends_in_one_line(fresh, tmp_path):
-    result = fresh(ROOT / "tests/studies.py", "seeds", "none", "--out", "o.json", cwd=tmp_path)
-    refused(result, "error: none/log.jsonl: No such file or directory")
+def test_the_program_is_for_one_process(study, monkeypatch):
+    refused(study("seeds", "none")[0], "error: none/log.jsonl: No such file or directory")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(study("seeds", "none")[0], "start it with plain python")
 
 
 def test_flags_out_of_range_are_told(study, coarse, folder):
