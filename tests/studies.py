@@ -71,7 +71,7 @@ def load_network(spec: str, run: Run, size: tuple[int, int] | None = None) -> Si
     predict = evaluate.logits_of
     if name.startswith("torchvision/"):
         check_torchvision("torchvision/", model_name)
-        model = from_torchvision(model_name, content or None, spec, f"{name}=")
+        model = from_torchvision(model_name, content or None, spec, f"{name}= and a")
     elif not file:
         raise UserError(f"{spec}: no such file; of a model of a script write {spec}=FILE or {spec}=official")
     else:
@@ -141,7 +141,7 @@ def draw(args, panels: list[tuple[str, str, list[tuple]]]) -> None:
                     axes.bar(x, y, width=x[1] - x[0], alpha=0.5)
                 else:
                     axes.plot(x, y, style, label=name)
-            if any(name for name, *_ in curves):
+            if any(name for name, *_ in curves) and len(curves) <= 20:
                 axes.legend(fontsize="small")
         figure.savefig(file)
 
@@ -217,7 +217,7 @@ def seeds(args) -> None:
     finish(args, {"figures": summary, "correlation": pairs, "epochs": epochs, "values": columns}, "\n\n".join([
         table([f"{len(runs)} runs", *summary[args.metric]], [[k, *row.values()] for k, row in summary.items()]),
         table(["early", *MOMENTS, "r with the end"], [[k, *list(e.values())[1:]] for k, e in early]),
-        table(["correlation", "r"], [[k, v] for k, v in pairs.items()])]))
+        table(["correlation", "r"], [[k, v] for k, v in pairs.items() if k.startswith(f"{args.metric} |")])]))
     draw(args, panels_of_seeds(args.metric, columns, epochs, histories))
 
 

@@ -1,18 +1,22 @@
 """tests/studies.py: every command's figures against numpy's, scipy's and scikit-learn's, or a case known by hand."""
 
+import contextlib
 import dataclasses
 import importlib
 import json
 import re
 import shlex
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import studies
 import torch
 import torch.nn.functional as F
+import torch.utils.benchmark
 from conftest import NANO, ROOT, fewer_shapes, write_tar
+from fake_cuda import FakeCuda
 from PIL import Image
 from scipy import stats
 from sklearn.cluster import KMeans
@@ -20,7 +24,7 @@ from sklearn.datasets import make_blobs
 from sklearn.decomposition import PCA
 from test_cli import refused
 
-from common import checkpoint, report
+from common import checkpoint, evaluate, report
 from common.errors import RunError
 from common.sources import open_data
 
@@ -399,6 +403,41 @@ def test_the_program_is_for_one_process(study, monkeypatch):
     refused(study("seeds", "none")[0], "error: none/log.jsonl: No such file or directory")
     monkeypatch.setenv("WORLD_SIZE", "2")
     refused(study("seeds", "none")[0], "start it with plain python")
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() or not hasattr(torch._C, "_ensureCUDADeviceGuardSet"),
+    reason="there is a real GPU, or torch is older than 2.10 and cannot do without its driver",
+)
+def test_a_gpus_figures_are_the_cpus(launched, distilled, coarse, folder, tmp_path, monkeypatch):
+    """On the make-believe GPU, where an operator that mixes devices is an error."""
+    fit, found = evaluate.logistic_regression, []
+    monkeypatch.setattr(evaluate, "logistic_regression", lambda *problem: fit(*problem, max_steps=1))
+    monkeypatch.setattr(torch.utils.benchmark, "Timer", OnePass)
+    lines = [f"disagreement {distilled}", f"tokens {distilled}", f"separability {coarse}"]
+    for device in ("cpu", "cuda"):
+        out = tmp_path / device
+        with FakeCuda() if device == "cuda" else contextlib.nullcontext():
+            for line in [*lines, f"clusterfit {coarse} --clusters 6"]:
+                flags = ["--data", folder, "--device", device, "--workers", 0, "--out", out / line.split()[0]]
+                assert launched(studies.main, ["studies.py", *line.split(), *flags]).status == 0, line
+            flags = ["deit/deit_nano", "--batch", 2, "--sizes", 32, "--device", device, "--out", tmp_path / "t.json"]
+            assert launched(studies.main, ["studies.py", "throughput", *flags]).status == 0
+        found.append([(out / line.split()[0]).read_text() for line in lines])
+        found[-1] += sorted(str(file.relative_to(out)) for file in out.glob("clusterfit/*/*/*"))
+    assert found[0] == found[1]
+    assert json.loads((tmp_path / "t.json").read_text())[0]["peak_memory_mib"] > 1.7  # the weights
+
+
+class OnePass:
+    """In place of torch's timer, which waits for a real GPU."""
+
+    def __init__(self, stmt, globals, num_threads):
+        self.step = globals["step"]
+
+    def timeit(self, passes):
+        assert passes == 30
+        return SimpleNamespace(mean=0.5 if self.step().shape == (2, 1000) else None)
 
 
 def test_flags_out_of_range_are_told(study, coarse, folder):
