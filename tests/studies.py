@@ -81,6 +81,7 @@ def load_network(spec: str, run: Run, size: tuple[int, int] | None = None) -> Si
         recipe, predict = vars(script.Recipe()) | recipe, getattr(script, "predict", predict)
         if script.__name__ == "grafit":
             predict = script.class_logits if hasattr(model, "fc") else None
+    name = re.sub(r"\w+/(?=torchvision/)", "", name)  # whichever script trained it
     model.to(run.device, memory_format=run.layout).eval().requires_grad_(False)
     ratio = getattr(run.args, "eval_crop_ratio", None) or recipe.get("eval_crop_ratio", 0.875)
     classes, named = checkpoint.classes_of(content) or [str(i) for i in range(1000)], "data" in content
@@ -101,7 +102,8 @@ def extracted(embed: Callable, net, source: Source, run: Run) -> torch.Tensor:
 
 def features(net, source: Source, run: Run) -> torch.Tensor:
     """(N, D): what the classifier is given, of Grafit and t-ReX the trunk's, as in the transfer suite."""
-    return extracted(transfer.classifier_inputs(net.model, net.title), net, source, run)
+    net.embed = getattr(net, "embed", None) or transfer.classifier_inputs(net.model, net.title)  # it hooks once
+    return extracted(net.embed, net, source, run)
 
 
 def decisions(net, source: Source, run: Run) -> dict[str, torch.Tensor]:
@@ -253,9 +255,9 @@ def speedup(args) -> None:
         odds = share * best / max(1 - best, 1e-9)
         target = odds / (1 + odds)
         tuned, scratch = (next((s for s, p in curve if p >= target - 1e-9), None) for curve in curves)
-        rows.append({"share of odds": share, "accuracy": 100 * target, "steps, tuned": tuned, "steps, scratch": scratch,
+        rows.append({"accuracy": 100 * target, "share_of_odds": share, "tuned_steps": tuned, "scratch_steps": scratch,
                      "ratio": scratch / tuned if scratch else None})
-    finish(args, rows, table(list(rows[0]), [[f"{row['share of odds']:g}", *list(row.values())[1:]] for row in rows]))
+    finish(args, rows, table(list(rows[0]), [[f"{row['accuracy']:.2f}", *list(row.values())[1:]] for row in rows]))
 
 
 def grid(args) -> None:
@@ -462,7 +464,7 @@ def plot(args) -> None:
     curves, fit = {}, None
     for row in swept or speeds.values():
         point = [value[0] if isinstance(value := row.get(key), list) else value for key in (args.x, args.y)]
-        if None not in point:
+        if all(isinstance(value, (int, float)) for value in point):
             curves.setdefault(str(row.get(args.by, row["model"])), []).append(point)
     if not curves:
         keys = ", ".join(dict.fromkeys(key for row in rows for key in row))
@@ -490,9 +492,9 @@ def separability(args) -> None:
     run, plain, given = Run("studies", args, None, None), [], []
     net, source = load_network(args.network, run), open_split(args, "train", run.say)
     evaluate.label_as(source, net.classes, net.named, f"--data {args.data}", run.say)
-    x, labels = features(net, source, run), torch.from_numpy(source.labels).to(run.device)
     if net.predict:
         coarse = extracted(lambda batch: net.predict(net.model, batch)[""], net, source, run).log_softmax(1)
+    x, labels = features(net, source, run), torch.from_numpy(source.labels).to(run.device)
     generator, classes = torch.Generator().manual_seed(args.seed), len(source.classes)
     for _ in range(10):
         order = torch.randperm(len(labels), generator=generator).to(run.device)
