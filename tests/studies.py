@@ -412,6 +412,7 @@ def throughput(args) -> None:
         rows.append({"model": name, "img_size": list(size), "batch": batch, "amp": run.amp,
                      "device": torch.cuda.get_device_name(device) if cuda else "CPU", "images_per_s": rate,
                      "peak_memory_mib": memory, "parameters": parameters, "gmacs": gmacs})
+        evaluate.save_json(args.out, rows)  # what is done is kept
     finish(args, rows, table(list(rows[0]), [[str(v) if isinstance(v, list) else v for v in r.values()] for r in rows]))
 
 
