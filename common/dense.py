@@ -14,6 +14,7 @@ import json
 import math
 import random
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -23,14 +24,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from torchvision import ops, tv_tensors
+from torchvision import ops, tv_tensors, utils
 from torchvision.models.detection import MaskRCNN, anchor_utils, faster_rcnn, mask_rcnn
 from torchvision.transforms import v2
 
-from common import checkpoint, cli, data, images, report, script, shapes, sources
-from common.errors import UserError, one_line
+from common import checkpoint, cli, data, images, optim, report, script, shapes, sources
+from common.errors import RunError, UserError
 from common.evaluate import normalize, trained_model
-from common.optim import make_optimizer
 from common.precision import Precision
 from common.run import Run, launch
 
@@ -58,6 +58,12 @@ class Recipe:
     rois: Annotated[int, "detect: regions per image that the heads are trained on", "1 or more"] = 512
     warmup_epochs, min_lr, warmup_lr, repeats = 0, 0, 0, 1  # no fields: what common knows of other schedules
 
+    def lr_at(self, step: int, total: int) -> float:
+        """Learning rate of step 0..total: the decay, warm-up over it."""
+        falls = sum(36 * step >= part * total for part in (27, 33))
+        rate = self.lr * (0.1**falls if self.decay == "steps" else 1 - step / total)
+        return rate * (1e-6 + (1 - 1e-6) * step / self.warmup_steps if step < self.warmup_steps else 1)
+
 
 RECIPES = {  # of each task the paper's first; the last, not of the thesis: the built-in data in minutes on a CPU core
     "segment": {
@@ -75,14 +81,6 @@ RECIPES = {  # of each task the paper's first; the last, not of the thesis: the 
     },
 }  # fmt: skip
 PANELS = {"segment": ["val_miou", "val_pixels"], "detect": ["val_box_AP", "val_box_AP50", "val_mask_AP"]}
-
-
-def lr_at(recipe: Recipe, step: int, total: int) -> float:
-    """Learning rate of step 0..total: the recipe's decay, warm-up over it."""
-    falls = sum(36 * step >= part * total for part in (27, 33))
-    rate = recipe.lr * (0.1**falls if recipe.decay == "steps" else 1 - step / total)
-    return rate * (1e-6 + (1 - 1e-6) * step / recipe.warmup_steps if step < recipe.warmup_steps else 1)
-
 
 # ---- Networks --------------------------------------------------------------------------------------------------------
 
@@ -119,17 +117,16 @@ class Pyramid(nn.Module):
         self.fpn = ops.FeaturePyramidNetwork([dim] * 4, fpn, extra_blocks=last) if fpn else None
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor] | dict[str, torch.Tensor]:
-        p, positions = self.stride, {}
+        p, trunk = self.stride, self.trunk
         images = F.pad(images, (0, -images.shape[3] % p, 0, -images.shape[2] % p))
         grid = (images.shape[2] // p, images.shape[3] // p)
-        if self.resized:
-            positions["pos_embed"] = self.resized(self.trunk.pos_embed, grid, old_grid=self.trunk.grid)
-        torch.func.functional_call(self.trunk, positions, images)
-        maps, patches = [self.maps[number] for number in self.taken], slice(-grid[0] * grid[1], None)  # no tokens
-        a, b, c, d = ((x if self.is_map else x[:, patches].unflatten(1, grid)).permute(0, 3, 1, 2) for x in maps)
+        fitted = {"pos_embed": self.resized(trunk.pos_embed, grid, old_grid=trunk.grid)} if self.resized else {}
+        torch.func.functional_call(trunk, fitted, images)
+        patches = [self.maps[number].flatten(1, -2)[:, -math.prod(grid) :] for number in self.taken]  # no tokens
+        a, b, c, d = (x.unflatten(1, grid).permute(0, 3, 1, 2) for x in patches)
         self.maps.clear()
         levels = [self.up4(a), self.up2(b), c, F.max_pool2d(d, 2, ceil_mode=True)]
-        return self.fpn({str(i): level for i, level in enumerate(levels)}) if self.fpn else levels
+        return self.fpn(dict(zip("0123", levels))) if self.fpn else levels
 
 
 class Segmenter(nn.Module):
@@ -242,7 +239,7 @@ class MaskFiles(sources.Files):
                 raise ValueError(f"of shape {mask.shape}, the image of {tuple(image.shape[1:])}")
             if (most := mask.max()) >= len(self.classes):
                 raise ValueError(f"label {most + first} is outside {first}..{first + len(self.classes) - 1}")
-        except (OSError, ValueError, SyntaxError, EOFError) as error:
+        except Exception as error:  # of any kind: it is a decoder's
             raise ValueError(f"its mask {file}: {error}") from None
         return image, {"mask": tv_tensors.Mask(mask.astype(np.uint8))}  # -1 is 255 there
 
@@ -260,11 +257,11 @@ class Drawn(sources.Source):
         if not self.scenes:
             image, mask, label = shapes.draw(self.split, index)
             return images.from_numpy(image), {"mask": tv_tensors.Mask(mask * np.uint8(label + 1))}
-        rng, side = random.Random(f"scenes-{self.split}-{index}"), shapes.SIZE
+        rng = random.Random(f"scenes-{self.split}-{index}")
         parts, masks, labels = zip(*(shapes.draw(self.split, rng.randrange(self.drawn)) for _ in range(4)))
-        margins = [[(i // 2 * side, side - i // 2 * side), (i % 2 * side, side - i % 2 * side)] for i in range(4)]
-        scene = np.vstack([np.hstack(parts[:2]), np.hstack(parts[2:])])
-        return images.from_numpy(scene), instances(np.stack(list(map(np.pad, masks, margins))), [i + 1 for i in labels])
+        scene = utils.make_grid([images.from_numpy(part) for part in parts], nrow=2, padding=0)
+        places = np.eye(4, dtype=bool).reshape(4, 2, 1, 2, 1) & np.array(masks)[:, None, :, None]
+        return scene, instances(places.reshape(4, *scene.shape[1:]), [label + 1 for label in labels])
 
 
 class CocoFiles(sources.Files):
@@ -336,18 +333,13 @@ class TruthSamples(data.Samples):
         samples, indices = [], [(epoch * self.length + i) % len(self.source) for epoch, i, _ in keys]
         for key, index in zip(keys, indices):
             try:
-                sample = self.source.sample(index)
-            except (OSError, ValueError) as error:
-                return f"{self.source.name(index)}: {one_line(error, 1000)}"
+                sample = self.source.named(self.source.sample, index)
+            except RunError as error:
+                return str(error)
             torch.manual_seed(hash((self.seed, *key)) & (2**63 - 1))  # steps have their own seeds
             samples.append(self.transform(sample))
         pictures, truths = map(list, zip(*samples))
         return pictures, torch.empty(0), truths, torch.tensor(indices)
-
-
-# ---- COCO's average precision ----------------------------------------------------------------------------------------
-
-THRESHOLDS, RECALLS = np.linspace(0.5, 0.95, 10), np.linspace(0, 1, 101)[:, None]  # the former of IoU
 
 
 def mask_of(segmentation: dict | list, size: Size) -> np.ndarray:
@@ -365,76 +357,72 @@ def mask_of(segmentation: dict | list, size: Size) -> np.ndarray:
     for polygon, counts in zip(segmentation, crossings):
         corners = np.trunc(5 * np.reshape(polygon, (-1, 2)) + 0.5).astype(int)
         for ends in zip(corners, np.roll(corners, -1, axis=0)):
-            axis = np.abs(ends[1] - ends[0]).argmax()  # along which steps are taken, from its lower end
-            low, high = sorted(ends, key=lambda corner: corner[axis])
-            steps = np.arange(high[axis] - low[axis] + 1)
-            slope = (high - low)[1 - axis] / max(1, len(steps) - 1)
-            path = np.stack([steps + low[axis], np.trunc(low[1 - axis] + slope * steps + 0.5)])[:: -1 if axis else 1]
+            length = np.abs(ends[1] - ends[0])
+            low, high = sorted(ends, key=lambda corner: corner[length.argmax()])  # along the longer axis
+            path = np.trunc(np.linspace(low, high, length.max() + 1) + 0.5).T
             x, y = (np.minimum(path[:, 1:], path[:, :-1])[:, np.diff(path[0]) != 0] + 0.5) / 5 - 0.5
             crossed = (x == np.floor(x)) & (x >= 0) & (x <= width - 1)
             np.add.at(counts, (x * height + np.ceil(y.clip(0, height)))[crossed].astype(int), 1)
     return (crossings[:, :-1].cumsum(1) % 2 == 1).any(0).reshape(width, height).T
 
 
-def results(image: int, found: dict[str, torch.Tensor]) -> list[dict]:
+def results(image: int, found: dict[str, torch.Tensor]) -> Iterator[dict]:
     """One image's instances (boxes, labels, masks, scores or none, crowd or none) as COCO's annotations or results."""
     scores, crowd = (found.get(key, torch.zeros(len(found["labels"]))).tolist() for key in ("scores", "crowd"))
-    boxes, rows = ops.box_convert(found["boxes"], "xyxy", "xywh").tolist(), []
-    for label, mask, *values in zip(found["labels"].tolist(), found["masks"].cpu().numpy() > 0, boxes, scores, crowd):
+    boxes, labels = ops.box_convert(found["boxes"], "xyxy", "xywh").tolist(), found["labels"].tolist()
+    for mask, *row in zip(found["masks"].cpu().numpy() > 0, labels, boxes, scores, crowd):
         changes = np.flatnonzero(np.diff(mask.T.ravel(), prepend=False))
         runs = {"size": list(mask.shape), "counts": np.diff(changes, prepend=0, append=mask.size).tolist()}
-        names = ("image_id", "category_id", "segmentation", "bbox", "score", "iscrowd")
-        rows.append(dict(zip(names, (image, label, runs, *values))))
-    return rows
+        yield dict(zip(("category_id", "bbox", "score", "iscrowd"), row), image_id=image, segmentation=runs)
+
+
+# ---- Evaluation ------------------------------------------------------------------------------------------------------
 
 
 def matched(truth: list[dict], found: list[dict], kind: str) -> tuple[np.ndarray, ...]:
-    """One category in one image: (scores (D,), right (T, D), wrong (T, D), which truths count (G,)) for each threshold:
-    by falling score a detection takes the free truth of largest IoU, or is ignored if so much of it is in a crowd."""
-    found = sorted(found, key=lambda row: -row["score"])[:100]
-    crowd = np.array([bool(row.get("iscrowd")) for row in truth], bool)
-    right, taken = (np.zeros((len(THRESHOLDS), len(rows)), bool) for rows in (found, truth))
-    scores, wrong = np.array([row["score"] for row in found]), ~right
+    """One category in one image: (scores (D,), for each IoU of 0.5, 0.55, ... 0.95 if a detection is right 1, wrong 0,
+    ignored -1 (10, D), which truths count (G,)): by falling score it takes the free truth of largest IoU, or is ignored
+    if so much of it is in a crowd."""
+    truth, found = truth[::-1], sorted(found, key=lambda row: -row["score"])[:100]  # of equal IoUs the last counts
+    scores, crowd = np.array([row["score"] for row in found]), np.array([row.get("iscrowd", 0) for row in truth]) > 0
+    answers, taken = (np.zeros((10, len(rows)), int) for rows in (found, truth))
     if not truth or not found:
-        return scores, right, wrong, ~crowd
+        return scores, answers, ~crowd
     if kind == "bbox":
-        a, b = (np.array([row["bbox"] for row in rows], float).T for rows in (found, truth))  # x, y, w, h
-        ends = [np.minimum.outer(a[i] + a[i + 2], b[i] + b[i + 2]) for i in (0, 1)]
-        both = math.prod((ends[i] - np.maximum.outer(a[i], b[i])).clip(0) for i in (0, 1))
-        area, areas = a[2] * a[3], b[2] * b[3]
+        a, b = (np.array([row["bbox"] for row in rows], float) for rows in (found, truth))  # x, y, w, h
+        a = a[:, None]
+        sides = np.minimum(a[..., :2] + a[..., 2:], b[:, :2] + b[:, 2:]) - np.maximum(a[..., :2], b[:, :2])
+        both, area, areas = sides.clip(0).prod(-1), a[..., 2:].prod(-1), b[:, 2:].prod(-1)
     else:
         size = found[0]["segmentation"]["size"]  # results are run lengths
-        masks = [[mask_of(row["segmentation"], size).ravel() for row in rows] for rows in (found, truth)]
-        both, area, areas = np.float32(masks[0]) @ np.float32(masks[1]).T, *(np.sum(m, axis=1) for m in masks)
-    ious = both / np.maximum(np.where(crowd, area[:, None], area[:, None] + areas - both), np.spacing(1))
+        a, b = (np.float32([mask_of(row["segmentation"], size).ravel() for row in rows]) for rows in (found, truth))
+        both, area, areas = (a @ b.T).astype(float), a.sum(1, float, keepdims=True), b.sum(1, float)
+    ious = both / np.maximum(np.where(crowd, area, area + areas - both), np.spacing(1))
     for d, shares in enumerate(ious):
-        fits = (shares >= np.minimum(THRESHOLDS, 1 - 1e-10)[:, None]) & (crowd | ~taken)
-        ranked = np.where(fits, shares - 2 * crowd, -9)  # crowds are for what nothing else fits
-        best, new = len(truth) - 1 - ranked[:, ::-1].argmax(1), np.flatnonzero(fits.any(1))  # of equal ones the last
-        right[new, d], wrong[new, d], taken[new, best[new]] = ~crowd[best[new]], False, True
-    return scores, right, wrong, ~crowd
+        fits = (shares >= np.linspace(0.5, 0.95, 10)[:, None].clip(max=1 - 1e-10)) & (crowd | (taken == 0))
+        best = np.where(fits, shares - 2 * crowd, -9).argmax(1)  # crowds are for what nothing else fits
+        new = np.flatnonzero(fits.any(1))
+        answers[new, d], taken[new, best[new]] = 1 - 2 * crowd[best[new]], 1
+    return scores, answers, ~crowd
 
 
 def coco_ap(truth: list[dict], detections: list[dict], kind: str = "bbox") -> dict[str, float]:
     """{"AP", "AP50", "AP75"} in 0..1 of COCO's annotations and results, boxes ("bbox", x y w h) or masks ("segm"): all
     areas, at most 100 detections per image and category; 101 recalls, 10 IoUs. -1 where nothing is to be found."""
-    cells, precisions = defaultdict(lambda: ([], [])), []  # truths and detections of a category in an image
+    cells, precisions, recalls = defaultdict(lambda: ([], [])), [], np.linspace(0, 1, 101)[:, None]
     for number, rows in enumerate((truth, detections)):
         for row in rows:
             cells[row["category_id"], row["image_id"]][number].append(row)
     for _, group in itertools.groupby(sorted(cells), key=lambda cell: cell[0]):
         found = [matched(*cells[cell], kind) for cell in group]
-        scores, right, wrong, counts = (np.concatenate(part, axis=-1) for part in zip(*found))
-        order = np.argsort(-scores, kind="stable")
-        right, wrong = (x[:, order].cumsum(1) for x in (right, wrong))
+        scores, answers, counts = (np.concatenate(part, axis=-1) for part in zip(*found))
+        answers = answers[:, np.argsort(-scores, kind="stable")]
+        right, wrong = ((answers == value).cumsum(1) for value in (1, 0))
         if counts.any():  # at each recall the best precision of those where it is reached
             curves = zip(right / counts.sum(), right / (wrong + right + np.spacing(1)))
-            precisions.append([np.where(recall >= RECALLS, row, 0).max(1, initial=0) for recall, row in curves])
-    values = np.array(precisions or np.full((1, 10, 1), -1.0))  # (categories, T, 101)
+            precisions.append([np.where(recall >= recalls, row, 0).max(1, initial=0) for recall, row in curves])
+    values = np.array(precisions or np.full((1, 10, 1), -1.0))  # (categories, 10, 101)
     return {name: float(values[:, at].mean()) for name, at in (("AP", slice(None)), ("AP50", 0), ("AP75", 5))}
-
-
-# ---- Evaluation and training -----------------------------------------------------------------------------------------
 
 
 def windows(model: nn.Module, x: torch.Tensor, h: int, w: int) -> torch.Tensor:
@@ -526,7 +514,7 @@ def train(run: Run, content: dict) -> None:
     weights = dict(content=content, where=f"--weights {args.weights}", say=heard, ema=args.use_ema) if content else None
     model = build(run.method, recipe, args.model, len(found.classes), recipe.img_size, weights)
     model.to(run.device, memory_format=run.layout)
-    optimizer = make_optimizer("adamw", model, recipe.lr, recipe.weight_decay)
+    optimizer = optim.make_optimizer("adamw", model, recipe.lr, recipe.weight_decay)
     precision = Precision(run.amp, run.device, accumulation=found.accumulation)
     run.open_folder()
     size = sum(p.numel() for p in model.parameters()) / 1e6
@@ -549,10 +537,10 @@ def train(run: Run, content: dict) -> None:
                     else:
                         loss = sum(wrapped([image / 255 for image in batch.images], batch.labels).values())
                 precision.backward(loss)
-            lr = lr_at(recipe, epoch * found.steps + step, total)
+            lr = recipe.lr_at(epoch * found.steps + step, total)
             stats, _ = precision.step(optimizer, lr, asked=run.asked())
             run.after_step(stats, lr)
-        record = run.end_of_training_epoch(lr_at(recipe, (epoch + 1) * found.steps, total))
+        record = run.end_of_training_epoch(recipe.lr_at((epoch + 1) * found.steps, total))
         record |= evaluate(run, model, found.val, run.out / f"pictures/epoch_{epoch:03d}.png")
         run.end_of_epoch(record, record[PANELS[run.method][0]])
     script.finish(run, ["train_loss"], PANELS[run.method])

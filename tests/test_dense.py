@@ -27,7 +27,7 @@ from common import checkpoint, data, dense
 from common.dense import build_detector, build_segmenter, coco_ap
 from common.errors import UserError
 from common.models import on_meta
-from common.sources import open_data
+from common.sources import Source, open_data
 
 TRUNKS = ("deit", "deit3", "cait", "resmlp", "patchconvnet")
 
@@ -139,11 +139,11 @@ def test_learning_rates():
     one, two = dense.RECIPES["segment"]["ade20k"], dense.RECIPES["detect"]["coco"]
     total = one.epochs * one.epoch_steps
     assert total == 160_000
-    found = [dense.lr_at(one, step, total) / 6e-5 for step in (0, 750, 1500, 80_000, 160_000)]
+    found = [one.lr_at(step, total) / 6e-5 for step in (0, 750, 1500, 80_000, 160_000)]
     assert found == pytest.approx([1e-6, 0.5 * (1 - 750 / total), 1 - 1500 / total, 0.5, 0], rel=1e-5)
-    found = [dense.lr_at(two, step, 36_000) / 1e-4 for step in (250, 500, 26_999, 27_000, 32_999, 33_000)]
+    found = [two.lr_at(step, 36_000) / 1e-4 for step in (250, 500, 26_999, 27_000, 32_999, 33_000)]
     assert found == pytest.approx([0.5, 1, 1, 0.1, 0.1, 0.01], rel=1e-5)
-    assert dense.lr_at(dense.Recipe(warmup_steps=0), 0, 9) == 6e-5
+    assert dense.Recipe(warmup_steps=0).lr_at(0, 9) == 6e-5
 
 
 def test_the_loss_does_not_depend_on_how_the_batch_is_cut():
@@ -239,7 +239,7 @@ def test_masks_are_pycocotools_pixel_for_pixel():
         packed = rle.merge(rle.frPyObjects(shape, HEIGHT, WIDTH))
         mask = rle.decode(packed).astype(bool)
         found = {"boxes": torch.tensor([[1.0, 2, 4, 8]]), "labels": torch.tensor([3])}
-        row = dense.results(7, found | {"masks": torch.tensor(mask)[None]})[0]
+        row = next(dense.results(7, found | {"masks": torch.tensor(mask)[None]}))
         again = rle.frPyObjects(row["segmentation"], HEIGHT, WIDTH)
         assert again == packed and row["bbox"] == [1, 2, 3, 6] and (row["image_id"], row["category_id"]) == (7, 3)
         for segmentation in (shape, packed, row["segmentation"]):
@@ -315,9 +315,9 @@ def test_photometric_distortion_changes_the_image_alone(monkeypatch):
 def test_an_epoch_goes_on_with_the_images_where_the_last_one_ended():
     """Over any number of epochs all images come equally often, up to one time; an epoch's order is drawn."""
 
-    class Numbers:
-        def __len__(self):
-            return 10
+    class Numbers(Source):
+        def __init__(self):
+            super().__init__(["number"], np.zeros(10))
 
         def sample(self, index):
             return torch.tensor(index), {}
@@ -637,7 +637,7 @@ def test_miou_and_pixel_accuracy_by_hand(suite, tmp_path, monkeypatch):
 
 def test_the_module_stays_short():
     """The issue asks for 550 lines: what is above them is named there too."""
-    assert len((ROOT / "common/dense.py").read_text().splitlines()) <= 610
+    assert len((ROOT / "common/dense.py").read_text().splitlines()) <= 598
 
 
 def test_readmes_commands_are_accepted():
