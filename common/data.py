@@ -146,7 +146,7 @@ class TrainingData:
     """The training images (a Source) in the recipe's order and batches; val: the validation images (Source or None);
     micro_batch: images per rank and forward pass, accumulation: micro-batches per step and rank, steps: per epoch."""
 
-    def __init__(self, run: Run, recipe, transform: Callable):
+    def __init__(self, run: Run, recipe, transform: Callable, samples: type = Samples):
         args, self.run = run.args, run
         mixed = recipe.mix_group if hasattr(recipe, "mix_group") else 1
         self.group = min(mixed, recipe.batch_size)
@@ -161,7 +161,7 @@ class TrainingData:
         self.steps = self.batches.steps
         if self.steps == 0:
             raise UserError(f"--batch-size {recipe.batch_size}: more than the {len(self.source)} images to train on")
-        self.loader = make_loader(Samples(self.source, transform, args.seed), self.batches, run.workers, run.device)
+        self.loader = make_loader(samples(self.source, transform, args.seed), self.batches, run.workers, run.device)
 
     def begin(self, epoch: int, first_step: int) -> None:
         """An epoch, from optimizer step `first_step` on."""

@@ -499,11 +499,10 @@ def evaluate(run: Run, model: nn.Module, val: sources.Source, pictures: Path | N
 
 def train(run: Run, content: dict) -> None:
     """content: of --weights, a classifier's, or {}."""
-    args, recipe, found = run.args, run.recipe, data.TrainingData(run, run.recipe, None)
-    samples = TruthSamples(found.source, functools.partial(augment, run.method, recipe), args.seed)
+    args, recipe, augmented = run.args, run.recipe, functools.partial(augment, run.method, run.recipe)
+    run.data = found = data.TrainingData(run, recipe, augmented, TruthSamples)
     found.steps = found.batches.steps = recipe.epoch_steps or found.steps
-    samples.length = found.batches.length = found.steps * recipe.batch_size
-    found.loader = data.make_loader(samples, found.batches, run.workers, run.device)
+    found.loader.dataset.length = found.batches.length = found.steps * recipe.batch_size
     total = recipe.epochs * found.steps
     if recipe.warmup_steps >= total:
         raise UserError(f"--warmup-steps {recipe.warmup_steps}: must be less than the {total} of the run")
@@ -524,7 +523,6 @@ def train(run: Run, content: dict) -> None:
             f"unlike the paper: {', '.join(cli.differences(recipe, run.paper)) or 'nothing'}")
     wrapped = run.prepare(model, found.micro_batch)
     run.start(found.identity(), model=model, optimizer=optimizer, scaler=precision, ema=None)
-    run.data = found
     run.check_stop()
     for epoch in range(run.epoch, recipe.epochs):
         wrapped.train()
