@@ -162,6 +162,17 @@ class Segmenter(nn.Module):
         main, auxiliary = (F.cross_entropy(x.float(), masks, ignore_index=IGNORED, reduction="sum") for x in outputs)
         return (main + 0.4 * auxiliary) / masks.numel()
 
+    def windows(self, x: torch.Tensor, h: int, w: int) -> torch.Tensor:
+        """Mean logits over windows of h x w that overlap by a third."""
+        height, width = x.shape[2:]
+        x, total = F.pad(x, (0, max(0, w - width), 0, max(0, h - height))), 0
+        starts = [{min(i, n - k) for i in range(0, n, -(-2 * k // 3))} for n, k in zip(x.shape[2:], (h, w))]
+        for top, left in itertools.product(*starts):
+            logits = self(x[:, :, top : top + h, left : left + w]).float()
+            counted = torch.cat([logits, torch.ones_like(logits[:, :1])], dim=1)
+            total = total + F.pad(counted, (left, x.shape[3] - left - w, top, x.shape[2] - top - h))
+        return (total[:, :-1] / total[:, -1:])[..., :height, :width]
+
 
 def detector(trunk: nn.Module, classes: int, recipe: Recipe) -> MaskRCNN:
     """torchvision's Mask R-CNN: images, a list of (3, H, W) in 0..1, and in training targets (boxes (N, 4), labels 1..K
@@ -170,14 +181,12 @@ def detector(trunk: nn.Module, classes: int, recipe: Recipe) -> MaskRCNN:
     if pyramid.one_size or pyramid.stride not in (8, 16):
         raise UserError("detect: needs a trunk for images of any size whose patches are 8 or 16 pixels wide")
     anchors = anchor_utils.AnchorGenerator([(pyramid.stride * 2**k,) for k in range(1, 6)], [(0.5, 1.0, 2.0)] * 5)
-    return MaskRCNN(
-        pyramid, min_size=recipe.test_size[0], max_size=recipe.test_size[1],
-        _skip_resize=True, rpn_anchor_generator=anchors, box_batch_size_per_image=recipe.rois,  # resized by augment
-        box_head=faster_rcnn.TwoMLPHead(49 * width, 4 * width),
-        box_predictor=faster_rcnn.FastRCNNPredictor(4 * width, classes + 1),
-        mask_head=mask_rcnn.MaskRCNNHeads(width, (width,) * 4, 1),
-        mask_predictor=mask_rcnn.MaskRCNNPredictor(width, width, classes + 1),
-    )  # fmt: skip
+    short, long = recipe.test_size  # in training images come resized
+    return MaskRCNN(pyramid, min_size=short, max_size=long, _skip_resize=True, rpn_anchor_generator=anchors,
+                    box_batch_size_per_image=recipe.rois, box_head=faster_rcnn.TwoMLPHead(49 * width, 4 * width),
+                    box_predictor=faster_rcnn.FastRCNNPredictor(4 * width, classes + 1),
+                    mask_head=mask_rcnn.MaskRCNNHeads(width, (width,) * 4, 1),
+                    mask_predictor=mask_rcnn.MaskRCNNPredictor(width, width, classes + 1))  # fmt: skip
 
 
 def build(task: str, recipe: Recipe, name: str, classes: int, img_size: int | Size = 512, weights=None) -> nn.Module:
@@ -376,7 +385,7 @@ def results(image: int, found: dict[str, torch.Tensor]) -> Iterator[dict]:
         yield dict(zip(("category_id", "bbox", "score", "iscrowd"), row), image_id=image, segmentation=runs)
 
 
-# ---- Evaluation ------------------------------------------------------------------------------------------------------
+# ---- Evaluation and training -----------------------------------------------------------------------------------------
 
 
 def matched(truth: list[dict], found: list[dict], kind: str) -> tuple[np.ndarray, ...]:
@@ -425,18 +434,6 @@ def coco_ap(truth: list[dict], detections: list[dict], kind: str = "bbox") -> di
     return {name: float(values[:, at].mean()) for name, at in (("AP", slice(None)), ("AP50", 0), ("AP75", 5))}
 
 
-def windows(model: nn.Module, x: torch.Tensor, h: int, w: int) -> torch.Tensor:
-    """Mean logits over windows of h x w that overlap by a third."""
-    height, width = x.shape[2:]
-    x, total = F.pad(x, (0, max(0, w - width), 0, max(0, h - height))), 0
-    starts = [{min(i, n - k) for i in range(0, n, -(-2 * k // 3))} for n, k in zip(x.shape[2:], (h, w))]
-    for top, left in itertools.product(*starts):
-        logits = model(x[:, :, top : top + h, left : left + w]).float()
-        counted = torch.cat([logits, torch.ones_like(logits[:, :1])], dim=1)
-        total = total + F.pad(counted, (left, x.shape[3] - left - w, top, x.shape[2] - top - h))
-    return (total[:, :-1] / total[:, -1:])[..., :height, :width]
-
-
 def predict(run: Run, model: nn.Module, image: torch.Tensor, scales=(1.0,), flips=((),)) -> dict[str, torch.Tensor]:
     """Of an image uint8 (3, H, W): its "mask" of classes, by the mean probability over scales and flips (of which
     dimensions), or instances as the truth has them, and "scores"."""
@@ -447,7 +444,7 @@ def predict(run: Run, model: nn.Module, image: torch.Tensor, scales=(1.0,), flip
             return found | {"masks": found["masks"][:, 0] > 0.5}
         for scale, flip in itertools.product(scales, flips):
             x = normalize(v2.RandomShortestSize([round(scale * short)], round(scale * long))(image)[None]).flip(flip)
-            logits = windows(model, x, *crop) if max(crop) < short or model.pyramid.one_size else model(x)
+            logits = model.windows(x, *crop) if max(crop) < short or model.pyramid.one_size else model(x)
             total = total + upsampled(logits.flip(flip).float(), image.shape[1:]).softmax(1)
     return {"mask": total[0].argmax(0)}
 
@@ -569,14 +566,15 @@ def parse_args(argv: list[str] | None = None):
 
 def main() -> None:
     args, recipe, paper = parse_args()
+    if args.eval and not (args.weights or args.out):
+        raise UserError("--eval: give --weights FILE, or --out, the run's folder")
     args.weights = args.weights or (f"{args.out}/last.pt" if args.eval else None)
     content = checkpoint.load(args.weights, "--weights") if args.weights else {}
-    held, where = content.get("method"), f"--weights {args.weights}"
+    held, name, where = content.get("method"), content.get("model_name"), f"--weights {args.weights}"
     if args.eval and held != args.task:
         raise UserError(f"{where}: holds {held}, no run of {args.task}")
-    if args.model is None:  # unless it is given, for weights that do not name theirs
-        known = f"{held}/{content['model_name']}" if held else "" if content else "patchconvnet/patchconvnet_nano"
-        args.model = content["model_name"] if args.eval else known
+    own = "" if content else "patchconvnet/patchconvnet_nano"  # weights that do not name their model need --model
+    args.model = args.model or (name if args.eval else f"{held}/{name}" if held else own)
     run = Run(args.task, args, recipe, paper)
     if not args.eval:
         return train(run, content)
