@@ -501,6 +501,8 @@ def train(run: Run, content: dict) -> None:
     found.steps = found.batches.steps = recipe.epoch_steps or found.steps
     found.loader.dataset.length = found.batches.length = found.steps * recipe.batch_size
     total = recipe.epochs * found.steps
+    if found.val.classes != found.classes:
+        raise UserError(f"--data {args.data}: the classes of its validation are not those of its training images")
     if recipe.warmup_steps >= total:
         raise UserError(f"--warmup-steps {recipe.warmup_steps}: must be less than the {total} of the run")
     if recipe.short[0] < recipe.short[1] and run.method == "detect" and run.world > 1 and run.device.type == "cpu":
