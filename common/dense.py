@@ -389,9 +389,8 @@ def results(image: int, found: dict[str, torch.Tensor]) -> Iterator[dict]:
 
 
 def matched(truth: list[dict], found: list[dict], kind: str) -> tuple[np.ndarray, ...]:
-    """One category in one image: (scores (D,), for each IoU of 0.5, 0.55, ... 0.95 if a detection is right 1, wrong 0,
-    ignored -1 (10, D), which truths count (G,)): by falling score it takes the free truth of largest IoU, or is ignored
-    if so much of it is in a crowd."""
+    """One category in one image: (scores (D,), answers (10, D) at IoUs 0.5 to 0.95: 1 right, 0 wrong, -1 ignored, which
+    truths count (G,)). By falling score each takes the free truth of largest IoU, or is ignored if as much is crowd."""
     truth, found = truth[::-1], sorted(found, key=lambda row: -row["score"])[:100]  # of equal IoUs the last counts
     scores, crowd = np.array([row["score"] for row in found]), np.array([row.get("iscrowd", 0) for row in truth]) > 0
     answers, taken = (np.zeros((10, len(rows)), int) for rows in (found, truth))
