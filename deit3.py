@@ -148,18 +148,20 @@ MODELS = {
 
 # Copied from deit.py
 class PatchEmbed(nn.Module):
-    """Images (B, 3, H, W) -> tokens (B, H/p * W/p, C): a p x p convolution of stride p, as one matrix product."""
+    """Images (B, 3, h p, w p) -> tokens (B, h w, C) of the grid (h, w): a p x p convolution of stride p, as one matrix
+    product. ValueError for images of another size, whose patches would get the places of others."""
 
-    def __init__(self, dim: int, patch: int):
+    def __init__(self, dim: int, patch: int, grid: tuple[int, int]):
         super().__init__()
-        self.patch = patch
+        self.patch, self.grid = patch, grid
         self.proj = nn.Conv2d(3, dim, kernel_size=patch, stride=patch)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        B, _, H, W = images.shape
-        p = self.patch
-        x = images.reshape(B, 3, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5)  # (B, H/p, W/p, 3, p, p)
-        return F.linear(x.reshape(B, (H // p) * (W // p), 3 * p * p), self.proj.weight.flatten(1), self.proj.bias)
+        B, (h, w), p = images.shape[0], self.grid, self.patch
+        if images.shape[1:] != (3, h * p, w * p):
+            raise ValueError(f"images of shape {tuple(images.shape)}: this model takes (B, 3, {h * p}, {w * p})")
+        x = images.reshape(B, 3, h, p, w, p).permute(0, 2, 4, 1, 3, 5)  # (B, h, w, 3, p, p)
+        return F.linear(x.reshape(B, h * w, 3 * p * p), self.proj.weight.flatten(1), self.proj.bias)
 
 
 # Copied from deit.py
@@ -268,7 +270,7 @@ class ViT(nn.Module):
         self.grid, self.grad_checkpoint = (img_size[0] // patch, img_size[1] // patch), False
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.grid[0] * self.grid[1], dim))
-        self.patch_embed = PatchEmbed(dim, patch)
+        self.patch_embed = PatchEmbed(dim, patch, self.grid)
         block = ParallelBlock if branches == 2 else Block
         self.blocks = nn.ModuleList(block(dim, heads, layer_scale, drop_path) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
@@ -324,13 +326,9 @@ def whole_patches(img_size: int | tuple[int, int], patch: int, name: str) -> tup
 
 
 # Copied from deit.py
-def resize_pos_embed(
-    pos_embed: torch.Tensor, grid: tuple[int, int], *, old_grid: tuple[int, int] | None = None
-) -> torch.Tensor:
-    """Position embedding (1, prefix + N, C) for another grid than the old one (None: a square): bicubic (a = -0.75),
-    which about keeps the vectors' norm (section 3.4.5), not antialiased, in float32 or wider; prefix tokens stay."""
-    side = math.isqrt(pos_embed.shape[1])
-    old_grid = old_grid or (side, side)
+def resize_pos_embed(pos_embed: torch.Tensor, grid: tuple[int, int], *, old_grid: tuple[int, int]) -> torch.Tensor:
+    """Position embedding (1, prefix + N, C) for another grid than the old one: bicubic (a = -0.75), which about keeps
+    the vectors' norm (section 3.4.5), not antialiased, in float32 or wider; prefix tokens stay."""
     prefix = pos_embed.shape[1] - old_grid[0] * old_grid[1]
     if old_grid == tuple(grid):
         return pos_embed
@@ -344,17 +342,18 @@ def resize_pos_embed(
 # Copied from deit.py
 def fit_resolution(model: nn.Module, state: dict[str, torch.Tensor], content: dict, say) -> None:
     """Resizes the position embedding in `state`, of the checkpoint `content`, to the model's resolution."""
-    if not hasattr(model, "grid") or "pos_embed" not in state:
+    held = state.get("pos_embed")
+    if held is None or held.ndim != 3 or not hasattr(model, "grid"):
         return
+    prefix = model.pos_embed.shape[1] - math.prod(model.grid)
     try:
-        height, width = content["recipe"]["img_size"]
-        old_grid = (height // model.patch_embed.patch, width // model.patch_embed.patch)
-    except (KeyError, TypeError, ValueError):  # an official checkpoint
-        old_grid = None
-    resized = resize_pos_embed(state["pos_embed"], model.grid, old_grid=old_grid)
-    if resized.shape != state["pos_embed"].shape:
+        old_grid = tuple(side // model.patch_embed.patch for side in content["recipe"]["img_size"])
+    except (KeyError, TypeError):  # it does not say: the model's where that fits, else a square
+        side = math.isqrt(max(0, held.shape[1] - prefix))
+        old_grid = model.grid if held.shape == model.pos_embed.shape else (side, side)
+    if old_grid != model.grid and held.shape[1] == prefix + math.prod(old_grid):  # else loading says what does not fit
+        state["pos_embed"] = resize_pos_embed(held, model.grid, old_grid=old_grid)
         say(f"position embedding resized to {model.grid[0]} x {model.grid[1]} patches")
-    state["pos_embed"] = resized
 
 
 # ---- Loss: section 6.2.1 ---------------------------------------------------------------------------------------------

@@ -137,18 +137,20 @@ def initial_scale(depth: int) -> float:
 
 # Copied from deit.py
 class PatchEmbed(nn.Module):
-    """Images (B, 3, H, W) -> tokens (B, H/p * W/p, C): a p x p convolution of stride p, as one matrix product."""
+    """Images (B, 3, h p, w p) -> tokens (B, h w, C) of the grid (h, w): a p x p convolution of stride p, as one matrix
+    product. ValueError for images of another size, whose patches would get the places of others."""
 
-    def __init__(self, dim: int, patch: int):
+    def __init__(self, dim: int, patch: int, grid: tuple[int, int]):
         super().__init__()
-        self.patch = patch
+        self.patch, self.grid = patch, grid
         self.proj = nn.Conv2d(3, dim, kernel_size=patch, stride=patch)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        B, _, H, W = images.shape
-        p = self.patch
-        x = images.reshape(B, 3, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5)  # (B, H/p, W/p, 3, p, p)
-        return F.linear(x.reshape(B, (H // p) * (W // p), 3 * p * p), self.proj.weight.flatten(1), self.proj.bias)
+        B, (h, w), p = images.shape[0], self.grid, self.patch
+        if images.shape[1:] != (3, h * p, w * p):
+            raise ValueError(f"images of shape {tuple(images.shape)}: this model takes (B, 3, {h * p}, {w * p})")
+        x = images.reshape(B, 3, h, p, w, p).permute(0, 2, 4, 1, 3, 5)  # (B, h, w, 3, p, p)
+        return F.linear(x.reshape(B, h * w, 3 * p * p), self.proj.weight.flatten(1), self.proj.bias)
 
 
 # Copied from deit.py
@@ -294,7 +296,7 @@ class ResMLP(nn.Module):
         if pooling == "class-mlp":
             self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
             nn.init.trunc_normal_(self.cls_token, std=0.02)
-        self.patch_embed = PatchEmbed(dim, patch)
+        self.patch_embed = PatchEmbed(dim, patch, self.grid)
         self.blocks = nn.ModuleList(Block(dim, self.grid, communication, norm, scale, drop_path) for _ in range(depth))
         if pooling == "class-mlp":
             N = self.grid[0] * self.grid[1]
@@ -360,15 +362,14 @@ def fit_resolution(model: ResMLP, state: dict[str, torch.Tensor], content: dict,
     (4.3.6)."""
     from common.errors import UserError
 
-    first, grid = state.get("blocks.0.attn.weight", state.get("blocks.0.attn.fc2.weight")), model.grid
-    if first is None or first.ndim != 2:  # convolutions fit any resolution
-        return
+    sizes = [v.shape[1] - 1 if k.startswith("blocks_token_only.") else len(v) for k, v in state.items()
+             if k.endswith((".attn.weight", ".attn.fc2.weight")) and v.ndim == 2]
+    patches, grid = next(iter(sizes), 0), model.grid  # 0: convolutions fit any resolution
     try:
-        height, width = content["recipe"]["img_size"]
-        old_grid = (height // model.patch_embed.patch, width // model.patch_embed.patch)
-    except (KeyError, TypeError, ValueError):  # an official checkpoint
-        old_grid = (math.isqrt(len(first)), math.isqrt(len(first)))
-    if old_grid == grid or old_grid[0] * old_grid[1] != len(first):
+        old_grid = tuple(side // model.patch_embed.patch for side in content["recipe"]["img_size"])
+    except (KeyError, TypeError):  # it does not say: the model's where that fits, else a square
+        old_grid = grid if patches == math.prod(grid) else (math.isqrt(patches), math.isqrt(patches))
+    if not patches or old_grid == grid or math.prod(old_grid) != patches:
         return  # nothing to do, or not a question of the resolution: loading says what does not fit
     if "blocks.0.attn.fc1.weight" in state:
         reason = "an MLP across patches cannot be interpolated to another resolution; train at this one"
@@ -376,7 +377,7 @@ def fit_resolution(model: ResMLP, state: dict[str, torch.Tensor], content: dict,
     change = f"from {old_grid[0]} x {old_grid[1]} to {grid[0]} x {grid[1]} patches"
     hint = "this is lossy (section 4.3.6): expect to need fine-tuning"
     say(f"warning: cross-patch layers interpolated {change}; {hint}")
-    share = len(first) / (grid[0] * grid[1])  # more patches, smaller weights: the sums stay
+    share = patches / math.prod(grid)  # more patches, smaller weights: the sums stay
     for key, tensor in list(state.items()):
         if ".attn.weight" in key and len(tensor) > 1:
             state[key] = resize_across(resize_across(tensor, 0, old_grid, grid), 1, old_grid, grid) * share

@@ -93,7 +93,7 @@ def test_weight_decay_groups_are_the_official_ones(variant):
 
 
 def test_patch_embedding_is_the_convolution():
-    embed = deit.PatchEmbed(24, 8)
+    embed = deit.PatchEmbed(24, 8, (3, 5))
     images = torch.randn(2, 3, 24, 40)
     assert torch.allclose(embed(images), embed.proj(images).flatten(2).transpose(1, 2), atol=1e-5)
 

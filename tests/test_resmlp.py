@@ -187,10 +187,12 @@ def test_another_resolution_warns_that_it_is_lossy(here, folder, tmp_path):
     assert result.status == 0 and "interpolated from 4 x 4 to 6 x 6 patches; this is lossy" in result.out, result
     same = here("resmlp", *flags, "--eval")
     assert "interpolated" not in same.out and f"top1 {log_of(tmp_path / 'o')[-2]['val_top1']:.5g}" in same.out
-    class_mlp = [*small, "--pooling", "class-mlp", "--out", tmp_path / "c"]
-    assert here("resmlp", "--model", NANO["resmlp"], *class_mlp).status == 0
-    flags[3] = tmp_path / "c/last.pt"
-    assert "lossy" in here("resmlp", *flags, "--eval", "--img-size", 48).out
+    for communication in ("linear", "conv", "none"):
+        class_mlp = [*small, "--pooling", "class-mlp", "--communication", communication]
+        assert here("resmlp", "--model", NANO["resmlp"], *class_mlp, "--out", tmp_path / communication).status == 0
+        flags[3] = tmp_path / communication / "last.pt"
+        result = here("resmlp", *flags, "--eval", "--img-size", 48)
+        assert result.status == 0 and "lossy" in result.out, result
     mlp = [*small, "--communication", "mlp", "--out", tmp_path / "m"]
     assert here("resmlp", "--model", NANO["resmlp"], *mlp).status == 0
     flags[3] = tmp_path / "m/last.pt"
