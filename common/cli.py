@@ -17,6 +17,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        self.add_argument("--debug", action="store_true", help="show tracebacks of expected errors")
 
     def parse_args(self, args=None, namespace=None):
         found, unknown = self.parse_known_args(args, namespace)
@@ -80,7 +81,6 @@ def _add_run_flags(parser: Parser) -> None:
     flag("--compile", action="store_true", help="torch.compile the model")
     flag("--timeout", type=int, default=600, metavar="S", help="seconds ranks wait for each other; default: 600")
     flag("--tensorboard", action="store_true", help="also write TensorBoard events to --out")
-    flag("--debug", action="store_true", help="show tracebacks of expected errors")
     flag = parser.add_argument_group("evaluation").add_argument
     flag("--eval", action="store_true", help="evaluate --weights (or last.pt of --out) on --data instead of training")
     flag("--eval-data", nargs="+", metavar="PATH", help="evaluate on these folders or tars (ImageNet-V2, ...) too")
@@ -180,7 +180,8 @@ RULES = {  # in a Recipe field's annotation: which numbers it may have
 
 
 RUN_RULES = {"workers": "0 or more, at most 1024", "save_steps": "0 or more", "seed": "0 or more",
-             "micro_batch": "1 or more", "timeout": "1 or more", "top": "1 or more"}
+             "micro_batch": "1 or more", "timeout": "1 or more", "top": "1 or more",
+             "seeds": "1 or more", "img_size": "1 or more", "eval_crop_ratio": "in (0, 1]"}
 
 
 def check_rule(name: str, value, rule: str | tuple) -> None:

@@ -17,8 +17,9 @@ import json
 import os
 import pickle
 import re
+import shutil
 import tarfile
-import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -39,6 +40,7 @@ FLAT = ("move each into a folder of its class: an image without a class folder h
         " validation images are in ILSVRC2012_validation_ground_truth.txt and meta.mat of its devkit")
 COG_LEVELS, COG_SPLITS = "cog_levels_mapping_file.pkl", "cog_concepts_split_file.pkl"
 FORMAT = 4  # of an index in the cache; those of another one are made anew
+CACHE_BYTES = 100e9  # that the cache may hold, or a tenth of its disk
 Labels = tuple[list[str], np.ndarray]  # class names in label order, labels int64 (N,)
 
 
@@ -358,13 +360,32 @@ def cache_file(key: list, suffix: str, folder: str = "") -> Path:
 
 def keep(file: Path, write: Callable) -> str | None:
     """Has `write(open file)` fill a file of the cache, all of it or none; returns why it cannot be kept, if so."""
+    temporary = file.with_name(f"{file.name}.{os.uname().nodename}-{os.getpid()}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".tmp", delete=False) as out:
+        with open(temporary, "wb") as out:
             write(out)
-        os.replace(out.name, file)
-    except OSError as error:  # costs time only
-        return f"nothing can be kept in {file.parent} ({error.strerror}): set XDG_CACHE_HOME to a writable folder"
+        os.replace(temporary, file)
+    except (OSError, RuntimeError) as error:  # costs time only; RuntimeError: torch.save's, of a full disk
+        why = getattr(error, "strerror", None) or one_line(error)
+        return f"nothing can be kept in {file.parent} ({why}): set XDG_CACHE_HOME to a writable folder"
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+    with contextlib.suppress(OSError):  # another job is at it
+        _forget(cache_folder())
+
+
+def _forget(folder: Path) -> None:
+    """Removes from the cache, where it holds more than it may, what was used longest ago: features, and indexes after
+    30 days, for a run may have mapped them."""
+    files = [(max(stat.st_atime, stat.st_mtime), stat.st_size, path) for path in folder.rglob("*.*")
+             for stat in [path.stat()]]
+    room = min(CACHE_BYTES, shutil.disk_usage(folder).total / 10)
+    for used, size, path in sorted(files, reverse=True):
+        room -= size
+        if room < 0 and (path.parent != folder or used < time.time() - 30 * 24 * 3600):
+            path.unlink()
 
 
 def _kept(key: list, make: Callable[[], dict], say: Callable = print) -> dict:

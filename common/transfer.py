@@ -23,7 +23,6 @@ import json
 import math
 import os
 import random
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -32,13 +31,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from tqdm import tqdm
 
 from common import checkpoint, evaluate
-from common.cli import Parser, check_choice, check_rule, check_torchvision, converter
+from common.cli import Parser, check_choice, check_torchvision, converter
 from common.errors import UserError
 from common.evaluate import extract, log_odds, logistic_regression, mean_average_precision, save_json
 from common.models import fingerprint, from_checkpoint, from_torchvision
+from common.progress import watched
 from common.report import new_figure, read_log
 from common.run import Run, launch
 from common.sources import Source, cache_file, keep, open_data
@@ -92,13 +91,16 @@ def classifier_inputs(model: torch.nn.Module, where: str) -> Callable[[torch.Ten
 
 def cached_features(embed, identity: str, source: Source, size, ratio: float, run: Run, title: str) -> torch.Tensor:
     """extract(), kept under a hash of the network, of the images' content() and of how they are prepared."""
+    compute = functools.partial(extract, embed, source, size, ratio, run, batch_size=run.args.micro_batch or 64)
+    if run.args.no_cache:
+        return compute(title=title)
     key = [identity, source.content(run.args.check_bytes), tuple(size), ratio, run.amp, run.device.type]
     file = cache_file([*key, str(torchvision.__version__)], ".npy", "features")
     with contextlib.suppress(OSError, ValueError, EOFError):  # absent, or cut short by a crash
         found = torch.from_numpy(np.load(file, allow_pickle=False))
         run.say(f"{title}: {len(source)} images, features from the cache")
         return found.to(run.device)
-    found = extract(embed, source, size, ratio, run, batch_size=run.args.micro_batch or 64, title=title)
+    found = compute(title=title)
     if problem := keep(file, lambda out: np.save(out, found.cpu().numpy())):
         run.say(f"warning: features of {title}: {problem}")
     return found
@@ -187,7 +189,7 @@ def assess(train, train_labels, test, test_labels, classes: int, metric: str, se
     if sgd:
         train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
     answers, chosen = [], []
-    for seed in tqdm(range(seeds), desc="linear classifier", leave=False, disable=not sys.stderr.isatty()):
+    for seed in watched(range(seeds), "linear classifier", "splits", print, seeds):
         classifier, values = linear_classifier(train, train_labels, classes, seed, sgd)
         answers.append(predict(classifier, test))
         chosen.append(values)
@@ -439,6 +441,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--micro-batch", type=int, metavar="N", help="images per forward pass; default: 64")
     flag("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     flag("--amp", choices=("bf16", "fp16", "fp32"), default="fp32", help="precision of the network; default: fp32")
+    flag("--no-cache", action="store_true", help="compute all features, and keep none")
     flag("--check-bytes", action="store_true", help="know images again by all their bytes, not by name, size and time")
     two = commands.add_parser("finetuned", help="the table of fine-tuned runs")
     two.add_argument("runs", nargs="+", metavar="DATASET=FOLDER", help="a run's output folder")
@@ -450,13 +453,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     three = commands.add_parser("compare", help="adjusted log odds, correlation, scatter plot of several results")
     three.add_argument("files", nargs="+", metavar="FILE", help="results of features or finetuned")
     three.add_argument("--out", required=True, metavar="FOLDER", help="for compare.json, compare.txt and compare.png")
-    for sub in (one, two, three):
-        sub.add_argument("--debug", action="store_true", help="show tracebacks of expected errors")
     args = parser.parse_args(argv)
     if args.command == "features":
         args.timeout = 600
-        for name, rule in {"seeds": "1 or more", "img_size": "1 or more", "eval_crop_ratio": "in (0, 1]"}.items():
-            check_rule(name, getattr(args, name), rule)
     if args.command != "compare":
         if args.top1 is not None and not 0 < args.top1 < 100:
             raise UserError(f"--top1 {args.top1}: must lie between 0 and 100")

@@ -12,6 +12,7 @@ import struct
 import tarfile
 import tempfile
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -280,3 +281,73 @@ def test_J9_a_hundred_thousand_classes(tmp_path):
     with pytest.raises(UserError, match="only in train: c000000, c000001") as error:
         open_data(str(path))
     assert len(str(error.value)) < 300 + len(str(path))
+
+
+@pytest.mark.parametrize("size", [(32, 64), (16, 64)])  # the second has as many patches as a square
+@pytest.mark.parametrize("script", ["deit", "deit3", "cait", "resmlp"])
+def test_D7_weights_alone_of_images_that_are_no_squares_are_those_they_were_or_refused(script, size):
+    """A state dict does not say of which sides it is."""
+    module, said = importlib.import_module(script), []
+
+    def fit(sides, state, content=None):
+        model = module.build_model(NANO[script], 5, sides)
+        checkpoint.fit(model, content or dict(state), "--weights w.pt", said.append, adapt=module.fit_resolution)
+        return model.state_dict()
+
+    held = module.build_model(NANO[script], 5, size).state_dict()
+    assert all(torch.equal(v, held[k]) for k, v in fit(size, held).items()) and not said
+    if size == (32, 64):
+        with pytest.raises(UserError, match="w.pt: does not fit the model: .*shapes differ"):
+            fit((64, 64), held)
+    square = module.build_model(NANO[script], 5, (32, 32)).state_dict()
+    assert fit((64, 32), square).keys() == square.keys() and "4 patches" in said[-1]
+    fit(size[::-1], held, {"model": held, "recipe": {"img_size": size}})  # one that says so is turned
+    assert len(said) == 2
+
+
+@pytest.mark.parametrize("script", ["deit", "deit3", "cait", "resmlp"])
+def test_A7_a_model_answers_images_of_its_own_size_alone(script):
+    model = importlib.import_module(script).build_model(NANO[script], 5, (32, 64)).eval()
+    assert model(torch.zeros(2, 3, 32, 64)).shape == (2, 5)
+    for shape in ((2, 3, 64, 32), (2, 3, 8, 8), (2, 1, 32, 64), (2, 3, 36, 64), (3, 32, 64)):
+        for answer in (model, model.forward_features):
+            with pytest.raises(ValueError, match=r"this model takes \(B, 3, 32, 64\)"):
+                answer(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("limit", [100, 600])  # bytes of a file: neither arrays nor the index fit, or only the former
+def test_H6_a_full_disk_leaves_nothing_temporary_in_the_cache(tmp_path, monkeypatch, limit):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    data, said = write_folder(tmp_path / "d", train=2, val=1), []
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        found = open_data(str(data), say=said.append)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert len(found["train"]) == 8 and all("nothing can be kept" in line for line in said) and said
+    left = list((tmp_path / "cache").rglob("*.*"))
+    assert not [p for p in left if p.suffix == ".tmp"] and bool(left) == (limit == 600)
+
+
+def test_the_cache_stays_within_its_limit_and_forgets_what_was_not_used_for_longest(tmp_path, monkeypatch):
+    """Lists of files, which runs have mapped, only after 30 days."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(sources, "CACHE_BYTES", 2500)
+    cache, day = sources.cache_folder(), 24 * 3600
+    days = {"features/a.npy": 3, "features/b.npy": 2, "features/c.npy": 1, "old.npy": 31, "new.npy": 29}
+    for name, age in days.items():
+        (cache / name).parent.mkdir(parents=True, exist_ok=True)
+        (cache / name).write_bytes(bytes(1000))
+        os.utime(cache / name, (time.time() - age * day,) * 2)
+    assert sources.keep(cache / "features/d.npy", lambda out: out.write(bytes(1000))) is None
+    assert sorted(str(p.relative_to(cache)) for p in cache.rglob("*.npy")) == [
+        "features/c.npy", "features/d.npy", "new.npy"
+    ]  # fmt: skip
+    os.utime(cache / "features/d.npy", (time.time() - 99,) * 2)
+    os.utime(cache / "features/c.npy", (time.time() - 9, 0))  # read since
+    assert sources.keep(cache / "features/e.npy", lambda out: out.write(bytes(1000))) is None
+    assert sorted(p.stem for p in (cache / "features").iterdir()) == ["c", "e"]
+    monkeypatch.setattr(sources.shutil, "disk_usage", lambda folder: SimpleNamespace(total=10_000))  # a tenth of it
+    assert sources.keep(cache / "features/f.npy", lambda out: out.write(bytes(900))) is None
+    assert sorted(p.name for p in (cache / "features").iterdir()) == ["f.npy"]

@@ -106,6 +106,14 @@ def test_features_are_computed_once_and_again_when_images_or_network_change(suit
     assert suite("features", *flags(network, tmp_path, data)).status == 0 and len(calls) == 11
 
 
+def test_without_a_cache_features_are_neither_read_nor_kept(suite, network, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    data = write_folder(tmp_path / "d", train=6, val=3)
+    calls, asked = counted(monkeypatch), [*flags(network, tmp_path, data), "--no-cache"]
+    assert suite("features", *asked).status == 0 and suite("features", *asked).status == 0 and len(calls) == 4
+    assert not (sources.cache_folder() / "features").exists()
+
+
 def test_a_set_with_one_image_per_class_is_left_out_for_nothing_can_be_held_out(suite, network, tmp_path):
     single, data = write_folder(tmp_path / "single", train=1, val=1), write_folder(tmp_path / "d", train=6, val=3)
     result = suite("features", *flags(network, tmp_path, single))
