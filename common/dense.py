@@ -119,11 +119,8 @@ class Pyramid(nn.Module):
     def forward(self, images: torch.Tensor) -> list[torch.Tensor] | dict[str, torch.Tensor]:
         p, trunk = self.stride, self.trunk
         images = F.pad(images, (0, -images.shape[3] % p, 0, -images.shape[2] % p))
-        grid = (images.shape[2] // p, images.shape[3] // p)
-        fitted = {}
-        if self.resized:
-            fitted["pos_embed"] = self.resized(trunk.pos_embed, grid, old_grid=trunk.grid)
-            trunk.patch_embed.grid = grid
+        grid = trunk.patch_embed.grid = (images.shape[2] // p, images.shape[3] // p)
+        fitted = {"pos_embed": self.resized(trunk.pos_embed, grid, old_grid=trunk.grid)} if self.resized else {}
         torch.func.functional_call(trunk, fitted, images)
         patches = [self.maps[number].flatten(1, -2)[:, -math.prod(grid) :] for number in self.taken]  # no tokens
         a, b, c, d = (x.unflatten(1, grid).permute(0, 3, 1, 2) for x in patches)
