@@ -749,7 +749,10 @@ def parse_args(argv: list[str] | None = None):
     if args.branch_norms:
         cli.refuse(args, ("eval_data",), "has no effect beside --branch-norms, which looks at --data")
     paper = paper_recipe(args.recipe, args.model, data=args.data or "")
-    return args, cli.override(paper, args), paper
+    recipe = cli.override(paper, args)
+    if recipe.branches.endswith(("none", "-zero", "-fixed")):
+        cli.refuse(args, ("epsilon",), f"has no effect with --branches {recipe.branches}")
+    return args, recipe, paper
 
 
 def make_model(args, recipe: Recipe, num_classes: int) -> CaiT:

@@ -376,6 +376,9 @@ def test_what_does_not_fit_together_is_refused(here, folder):
     flags = ["--class-layers", 0, "--insert-class", "none"]
     refused(here("cait", "--model", "cait_nano_distilled", "--data", folder, *flags), "do not fit together")
     refused(here("cait", "--depth", 0, "--data", folder), "--depth 0", "1 or more")
+    constant = (["--branches", kind] for kind in ("none", "scalar-zero", "layerscale-zero", "layerscale-fixed"))
+    for flags in (*constant, ["--model", "deit_s"]):
+        refused(here("cait", *flags, "--epsilon", 0.1, "--data", folder), "--epsilon: has no effect")
 
 
 # ---- Recipe and loss -------------------------------------------------------------------------------------------------
