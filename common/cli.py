@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
             near = difflib.get_close_matches(flag, self._option_string_actions, n=3, cutoff=0.4)
             self.error(f"unknown flag {flag}" + (f"; did you mean {' or '.join(near)}?" if near else "; see --help"))
         for name, value in vars(found).items():
-            if value == "":
+            if "" in (value if isinstance(value, list) else [value]):
                 self.error(f"--{name.replace('_', '-')}: is empty")
             if name in RUN_RULES:
                 check_rule(name, value, RUN_RULES[name])

@@ -574,21 +574,30 @@ def test_A4_run_flags_have_the_same_range_in_the_other_commands(launched, tmp_pa
 ABSURD = ["-1", "-8", "nan", "inf", "-inf", "1e400", f"-1{30 * '0'}", f"1{30 * '0'}", "x", "", "0x0", "9" * 5000]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_every_flag_has_a_range(here, script, monkeypatch):
-    """Absurd values of all flags of all scripts: one line that names the flag, status 2; what is no file's name or text
-    does not take them."""
-    found, parse_args = [], cli.Parser.parse_args
+COMMANDS = [*((script, []) for script in SCRIPTS), *(("common.dense", [task]) for task in ("segment", "detect"))]
+COMMANDS += [("common.transfer", words) for words in (["features"], ["finetuned", "a=b"], ["compare", "a"])]
+
+
+@pytest.mark.parametrize("module, words", COMMANDS, ids=lambda v: v if isinstance(v, str) else "-".join(v))
+def test_every_flag_of_every_command_has_a_range(launched, tmp_path, module, words, monkeypatch):
+    """Absurd values of all flags: one line that names the flag, status 2. Names of files and texts may be anything but
+    empty; words are of a list."""
+    script, found, known = importlib.import_module(module), [], cli.Parser.parse_known_args
+    needed = ["--out", tmp_path / "o"] if module == "common.transfer" else []
     with monkeypatch.context() as patch:
-        patch.setattr(cli.Parser, "parse_args", lambda self, *a: found.append(self) or parse_args(self, *a))
-        importlib.import_module(script).parse_args([])
-    text = ("FILE", "FOLDER", "DATA", "PATH", "NAME", "IMAGE")
-    for action in found[0]._actions:
-        flag, hints = action.option_strings[-1], importlib.import_module(script).Recipe.__annotations__
-        if action.nargs == 0 or action.metavar in text or "[str" in str(hints.get(action.dest)):
+        patch.setattr(cli.Parser, "parse_known_args", lambda self, *a: found.append(self) or known(self, *a))
+        script.parse_args([*words, *map(str, needed)])
+    text, count = ("FILE", "FOLDER", "DATA", "PATH", "IMAGE", "TEXT", "NAME", "SCRIPT/MODEL"), 0
+    hints = script.Recipe.__annotations__ if hasattr(script, "Recipe") else {}
+    for action in found[-1]._actions:
+        if action.nargs == 0 or not action.option_strings:
             continue
-        for value in ABSURD:
-            refused(here(script, f"{flag}={value}"), flag)
+        flag, kind = action.option_strings[-1], str(hints.get(action.dest))
+        values = ["", "nonsense"] if "[str" in kind or action.choices else [""] if action.metavar in text else ABSURD
+        for value in values:
+            refused(launched(script.main, [module, *words, *needed * (flag != "--out"), f"{flag}={value}"]), flag)
+        count += values is ABSURD
+    assert count >= 5 or words[:1] in (["finetuned"], ["compare"])
 
 
 @pytest.mark.parametrize("name, size", [("googlenet", 64), ("inception_v3", 80), ("vit_b_16", 64), ("alexnet", 48)])
