@@ -6,6 +6,7 @@ import contextlib
 import torch
 import torch.distributed as dist
 from torch import nn, optim
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
@@ -16,13 +17,14 @@ SCALE_GROWTH_STEPS = 2000  # steps without overflow after which fp16's loss scal
 class Precision:
     """Optimizer steps of `accumulation` micro-batches; the gradient is the mean over the global batch. A step with loss
     or gradient not finite on any rank changes no parameter and no optimizer state on any rank; in fp32 and bf16 all
-    later ones are withheld too, because the run is about to be stopped; in fp16 the loss scale is halved."""
+    later ones are withheld too, because the run is about to be stopped; in fp16 the loss scale is halved and BatchNorm's
+    statistics become what they were."""
 
     def __init__(self, amp: str, device: torch.device, *, accumulation: int = 1, clip_grad: float | None = None):
         self.amp, self.device, self.accumulation, self.clip_grad = amp, device, accumulation, clip_grad
         self.scale = torch.tensor(2.0**16 if amp == "fp16" else 1.0, device=device)
         self.good_steps, self.broken, self.loss = (torch.zeros((), device=device) for _ in range(3))
-        self.micro_batch = 0
+        self.micro_batch, self.statistics = 0, []
 
     def autocast(self):
         return torch.autocast(self.device.type, dtype=AMP[self.amp], enabled=self.amp != "fp32")
@@ -30,6 +32,9 @@ class Precision:
     @contextlib.contextmanager
     def forward(self, model: nn.Module):
         """Around a micro-batch's forward and loss, before its backward(); ranks exchange gradients once per step."""
+        if self.amp == "fp16" and self.micro_batch == 0:
+            norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+            self.statistics = [(b, b.clone()) for norm in norms for b in norm.buffers()]
         self.micro_batch += 1
         alone = isinstance(model, DistributedDataParallel) and self.micro_batch < self.accumulation
         with self.autocast(), model.no_sync() if alone else contextlib.nullcontext():
@@ -64,6 +69,8 @@ class Precision:
             self.good_steps = (self.good_steps + 1) * (1 - skipped) % SCALE_GROWTH_STEPS
             grown = torch.where(self.good_steps == 0, 2.0, 1.0)
             self.scale = self.scale * torch.where(skipped > 0, 0.5, grown)
+            for buffer, before in self.statistics:
+                buffer.copy_(torch.where(skipped > 0, before, buffer))
         self.loss, self.micro_batch = torch.zeros_like(self.loss), 0
         return stats, skipped
 

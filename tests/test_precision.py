@@ -1,14 +1,18 @@
 """16 bits on a CPU: what the residual stream is kept in, what training in them changes, what is copied and counted."""
 
+import contextlib
 import importlib
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import NANO, PeakMemory
+from torch.utils._pytree import tree_leaves
 
 import resmlp
 import trex
+from common.optim import make_optimizer
+from common.precision import Precision
 
 ARCHITECTURES = ["deit", "cait", "resmlp", "patchconvnet", "deit3"]
 
@@ -71,6 +75,32 @@ def test_batchnorm_counts_an_image_once_when_activations_are_recomputed():
         assert all(m.momentum == 0.1 for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d))
     assert states[0] and states[0].keys() == states[1].keys()
     assert all(torch.allclose(states[0][k], states[1][k]) for k in states[0])
+
+
+@pytest.mark.parametrize("script", ["grafit", "trex", "deit3"])
+def test_batchnorms_statistics_are_left_alone_by_a_step_that_was_skipped(script):
+    """By the whole step, all of its micro-batches and views; those of a step that counts are taken."""
+    name = NANO[script] if script != "deit3" else "torchvision/resnet18"
+    model = importlib.import_module(script).build_model(name, 5).train()
+    precision = Precision("fp32", torch.device("cpu"), accumulation=2)
+    precision.amp = "fp16"  # for the CPU there is no autocast to it
+    precision.autocast = contextlib.nullcontext
+    optimizer, images = make_optimizer("sgd", model, 0.1, 0.0), torch.randn(4, 3, 32, 32)
+    for broken in (False, True, False):
+        before = {k: v.clone() for k, v in model.state_dict().items() if "running" in k or "batches" in k}
+        for number in range(2):
+            with precision.forward(model):
+                batch = images * (torch.inf if broken and number else 1)
+                found = model(batch if script == "deit3" else [batch] * 2)
+                found = [found, model.targets([batch] * 2)] if script == "grafit" else found
+                loss = sum(x.mean() for x in tree_leaves(found) if isinstance(x, torch.Tensor))
+            precision.backward(loss)
+            if script == "trex":  # as its loop does
+                model.model_ema([batch])
+        _, skipped = precision.step(optimizer, 0.1)
+        assert skipped.item() == broken
+        same = [torch.equal(v, model.state_dict()[k]) for k, v in before.items()]
+        assert same and (all(same) if broken else not any(same))
 
 
 def test_trexs_memory_is_left_alone_by_a_step_that_was_skipped():
