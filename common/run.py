@@ -4,6 +4,7 @@ augmentation, learning rate, random draws) is a pure function of (seed, epoch, s
 import contextlib
 import dataclasses
 import datetime
+import errno
 import fcntl
 import importlib.util
 import json
@@ -265,16 +266,24 @@ class Run:
         self.on_rank_0(self._open_folder)
 
     def _open_folder(self) -> None:
-        """One writer: the kernel frees the lock of a process that ends; one of another host counts until it is old."""
+        """One writer: the kernel frees the lock of a process that ends; one of another host, or where a file system has
+        no locks of a process that is there, counts until it is old."""
         where, here = f"--out {self.out}", f" on {os.uname().nodename}"
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             lock = open(self.out / "lock", "a+")
             os.utime(self.out)  # to now, by the file system's clock, which hosts share
             age = self.out.stat().st_mtime - os.fstat(lock.fileno()).st_mtime
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if (holder := self._holder(lock)) and not holder.endswith(here) and age < LEASE:
-                raise BlockingIOError
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                ended = True
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                    raise
+                ended = False  # a file system without locks
+            if (holder := self._holder(lock)) and age < LEASE:
+                if not holder.endswith(here) or not ended and os.path.exists(f"/proc/{holder.split()[1]}"):
+                    raise BlockingIOError
         except BlockingIOError:
             hint = f"choose another or stop that run; dead on another host, it is forgotten after {LEASE:.0f} s"
             holder = self._holder(lock) or "another run"

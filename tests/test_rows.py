@@ -2,6 +2,7 @@
 
 import argparse
 import ctypes
+import errno
 import importlib
 import multiprocessing.forkserver
 import os
@@ -351,3 +352,29 @@ def test_the_cache_stays_within_its_limit_and_forgets_what_was_not_used_for_long
     monkeypatch.setattr(sources.shutil, "disk_usage", lambda folder: SimpleNamespace(total=10_000))  # a tenth of it
     assert sources.keep(cache / "features/f.npy", lambda out: out.write(bytes(900))) is None
     assert sorted(p.name for p in (cache / "features").iterdir()) == ["f.npy"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])  # NFS and Lustre without locks
+def test_A10_J3_a_file_system_without_locks_has_one_writer_per_folder_too(folder, tmp_path, number):
+    def without_locks():
+        import fcntl
+
+        def refuse(*_):
+            raise OSError(number, os.strerror(number))
+
+        fcntl.lockf = refuse
+
+    def slowly():
+        without_locks()
+        at_steps(lambda: time.sleep(60), [5])()
+
+    flags = [*TINY, "--data", folder, "--out", tmp_path / "o", "--resume", "auto"]
+    first = child(flags, patch=slowly, log=tmp_path / "first")
+    wait_until(lambda: (tmp_path / "o/last.pt").exists())
+    assert status_of(child(flags, patch=without_locks, log=tmp_path / "second")) == 2
+    assert f"in use by process {first} on {os.uname().nodename}" in (tmp_path / "second").read_text()
+    os.kill(first, signal.SIGKILL)
+    assert status_of(first) == -signal.SIGKILL
+    third = child(flags, patch=without_locks, log=tmp_path / "third")  # at once: that process is gone
+    assert status_of(third) == 0 and log_of(tmp_path / "o")[-1]["status"] == "completed"
+    assert not (tmp_path / "o/lock").exists()
