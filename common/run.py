@@ -100,6 +100,12 @@ def _quit(status: int) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise that a worker was killed
     for child in multiprocessing.active_children():
         child.kill()
+    # Semaphores of workers that were not forked, or Python would tell of a leak; not here: a signal may have come while
+    # we held the lock of a queue.
+    with contextlib.suppress(RuntimeError):  # no thread can be started
+        tidy = threading.Thread(target=multiprocessing.util._run_finalizers, args=(0,), daemon=True)
+        tidy.start()
+        tidy.join(1)
     shutil.rmtree(multiprocessing.util.get_temp_dir(), ignore_errors=True)  # which they have in common
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, RuntimeError, ValueError):  # closed, or a signal came during a print

@@ -5,6 +5,7 @@ import ctypes
 import errno
 import importlib
 import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import os
 import re
 import resource
@@ -219,6 +220,7 @@ def test_J8_loaders_work_whatever_starts_their_workers(folder, tmp_path, method)
 
     def patch():
         multiprocessing.forkserver._forkserver.__init__()  # another test's server is not this process' child
+        multiprocessing.resource_tracker._resource_tracker.__init__()
         multiprocessing.set_start_method(method, force=True)
         multiprocessing.set_forkserver_preload(["torchvision"])
 
@@ -227,6 +229,11 @@ def test_J8_loaders_work_whatever_starts_their_workers(folder, tmp_path, method)
     pid = child(flags, script="grafit", patch=patch, log=tmp_path / "log")
     assert status_of(pid, 180) == 0, (tmp_path / "log").read_text()
     assert log_of(tmp_path / "o")[-1]["status"] == "completed"
+    with pytest.raises(ProcessLookupError):  # what looks after semaphores, too
+        for _ in range(200):
+            os.killpg(pid, 0)
+            time.sleep(0.05)
+    assert "leaked" not in (tmp_path / "log").read_text()
 
 
 def without_rights():
