@@ -34,7 +34,7 @@ from conftest import (
     write_tar,
 )
 from test_cli import refused
-from test_run import at_steps, child, ranks, status_of
+from test_run import at_steps, child, free_port, ranks, start_ranks, status_of
 
 import deit3
 from common import checkpoint, sources
@@ -63,17 +63,27 @@ def test_E2_more_than_two_ranks_resume_bit_identically(folder, tmp_path, world):
     assert same_training(tmp_path / "whole", tmp_path / "torn")
 
 
-def test_B24_a_worker_killed_while_nobody_waits_for_it_is_told_in_one_line(folder, tmp_path):
-    """torch says so from a signal handler, wherever the run is."""
+@pytest.mark.parametrize("world, workers, pause", [(1, 1, 1), (1, 2, 1), (1, 2, 0), (2, 1, 1), (2, 2, 0)])
+def test_B24_a_worker_killed_as_by_the_memory_killer_is_told_in_one_line(folder, tmp_path, world, workers, pause):
+    """torch says so from a signal handler, wherever the run is, or where the run waits for it. Nothing hangs or stays."""
 
     def kill():
-        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-        time.sleep(1)
+        if os.environ["RANK"] == "0":
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+            time.sleep(pause)
 
-    flags = [*TINY, "--data", folder, "--out", tmp_path / "o", "--workers", 2]
-    assert status_of(child(flags, patch=at_steps(kill, [1]), log=tmp_path / "log")) == 1
-    said = (tmp_path / "log").read_text()
-    assert "Traceback" not in said and "error: a data loading worker died" in said and "memory" in said, said
+    flags = [*TINY, "--data", folder, "--out", tmp_path / "o", "--workers", workers, "--timeout", 30, "--epochs", 9]
+    pids = start_ranks(world, flags, tmp_path, free_port(), at_steps(kill, [1]))
+    assert [status_of(pid, 30) for pid in pids] == [1] * world
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            for _ in range(100):
+                os.killpg(pid, 0)
+                time.sleep(0.05)
+    said = (tmp_path / "rank0.log").read_text()
+    assert "Traceback" not in said and said.count("error") == 1, said
+    assert "error: a data loading worker died" in said and "memory" in said, said
+    assert world == 1 or "lost contact" in (tmp_path / "rank1.log").read_text()
 
 
 def test_J1_loader_workers_leave_no_temporary_folder(folder, tmp_path):
