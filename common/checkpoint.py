@@ -93,8 +93,8 @@ def load(path: str | Path, flag: str, checked: bool = False) -> dict:
     except ImportError:
         raise UserError(f"{where}: reading this kind of file needs a package: pip install safetensors") from None
     except Exception as error:  # which one depends on where the damage is
-        if isinstance(error, pickle.UnpicklingError) and (kind := re.search(r"global: GLOBAL (\S+)", str(error))):
-            hint = "where you trust it, write what is needed to a new file: torch.save(state_dict, FILE)"
+        if isinstance(error, pickle.UnpicklingError) and (kind := re.search(r"GLOBAL (\S+)", str(error))):
+            hint = "where you trust it, load it yourself and keep its weights alone: torch.save(content['model'], FILE)"
             raise UserError(f"{where}: refused, holds a {kind[1]}, which could run code; {hint}") from None
         if isinstance(error, (PermissionError, MemoryError)):
             raise UserError(f"{where}: {getattr(error, 'strerror', None) or 'does not fit into memory'}") from None
@@ -110,13 +110,15 @@ def load(path: str | Path, flag: str, checked: bool = False) -> dict:
 
 def weights(checkpoint: dict, *, ema: bool = False) -> dict[str, torch.Tensor]:
     """The state dict of any checkpoint, without wrappers' prefixes; ema: the averaged one, UserError without."""
-    names = ("ema", "model_ema") if ema else ("model", "state_dict")
+    names = ("ema", "model_ema") if ema else ("model", "state_dict", "teacher")  # DINO's network
     state = next((checkpoint[n] for n in names if isinstance(checkpoint.get(n), dict)), None if ema else checkpoint)
     if state is None:
         raise UserError("--use-ema: this checkpoint holds no averaged weights")
     state = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
-    while {k.partition(".")[0] for k in state} in ({"module"}, {"_orig_mod"}, {"model"}):
-        state = {k.partition(".")[2]: v for k, v in state.items()}
+    foreign, wrappers = "method" not in checkpoint, ({"module"}, {"_orig_mod"}, {"model"}, {"encoder"})
+    while (first := {k.partition(".")[0] for k in state}) in wrappers or (foreign and "backbone" in first):
+        wrapper = "backbone" if "backbone" in first else first.pop()  # what lies beside one served its training
+        state = {k.partition(".")[2]: v for k, v in state.items() if k.partition(".")[0] == wrapper}
     return state
 
 
@@ -151,7 +153,8 @@ def load_weights(model: torch.nn.Module, state: dict[str, torch.Tensor], where: 
 def fit(model: torch.nn.Module, content: dict, where: str, say: Callable, *, ema: bool = False,
         adapt: Callable | None = None, new_head: bool = False) -> None:
     """A checkpoint's weights (ema: its averaged ones) into the model; UserError, naming `where`, if they do not fit.
-    adapt(model, state, content, say) fits the state dict first, in place; new_head: another one starts anew."""
+    adapt(model, state, content, say) fits the state dict first, in place; new_head: another one starts anew, as it does
+    where the file has none; what else such a file holds (MAE's decoder) is left."""
     state = weights(content, ema=ema)
     narrow = {v.dtype for v in state.values()} & {torch.float16, torch.bfloat16}
     if narrow:
@@ -159,6 +162,12 @@ def fit(model: torch.nn.Module, content: dict, where: str, say: Callable, *, ema
     if adapt is not None:
         adapt(model, state, content, say)
     own = model.state_dict()
+    fresh = {k: v for k, v in own.items() if k.startswith(HEADS)}
+    if new_head and fresh and not any(k.startswith(HEADS) for k in state):
+        unused = sorted(state.keys() - own.keys())
+        told = f"; {len(unused)} keys not used: {', '.join(unused[:5])}" if unused else ""
+        say(f"new head: the checkpoint has none{told}")
+        state = {k: v for k, v in state.items() if k in own} | fresh
     heads = [k for k in own if k in state and k.startswith(HEADS) and state[k].shape != own[k].shape]
     if heads:
         numbers = f"{len(state[heads[0]])} classes, the data {len(own[heads[0]])}"

@@ -19,9 +19,10 @@ from common.run import Run
 
 
 def from_checkpoint(content: dict, where: str, img_size: tuple[int, int], say: Callable, *, name: str | None = None,
-                    ema: bool = False) -> nn.Module:
+                    ema: bool = False, headless: bool = False) -> nn.Module:
     """The model of a script's checkpoint (ema: its averaged weights), or SCRIPT/MODEL `name` with weights that do not
-    name it (official ones), for `img_size`. Some scripts have options_of, for their recipe, and fit_resolution."""
+    name it (official ones), for `img_size`; headless: a file without the classifier gets a fresh one. Some scripts have
+    options_of, for their recipe, and fit_resolution."""
     method, _, model_name = (name or f"{content['method']}/{content['model_name']}").partition("/")
     if not method.isidentifier() or not Path(__file__).parents[1].joinpath(f"{method}.py").is_file():
         raise UserError(f"{f'--model {name}' if name else where}: needs {method}.py, which is not beside common/")
@@ -36,7 +37,8 @@ def from_checkpoint(content: dict, where: str, img_size: tuple[int, int], say: C
         raise UserError(f"{where}: was written by another version of {method}.py ({error})") from None
     args = argparse.Namespace(model=model_name, grad_checkpoint=False)
     model = built(script.make_model, args, recipe, len(checkpoint.classes_of(content)) or 1000)
-    checkpoint.fit(model, content, where, say, ema=ema, adapt=getattr(script, "fit_resolution", None))
+    adapt = getattr(script, "fit_resolution", None)
+    checkpoint.fit(model, content, where, say, ema=ema, adapt=adapt, new_head=headless)
     return model
 
 

@@ -17,8 +17,8 @@ SCALE_GROWTH_STEPS = 2000  # steps without overflow after which fp16's loss scal
 class Precision:
     """Optimizer steps of `accumulation` micro-batches; the gradient is the mean over the global batch. A step with loss
     or gradient not finite on any rank changes no parameter and no optimizer state on any rank; in fp32 and bf16 all
-    later ones are withheld too, because the run is about to be stopped; in fp16 the loss scale is halved and BatchNorm's
-    statistics become what they were."""
+    later ones are withheld too, because the run is about to be stopped; in fp16 the loss scale is halved, and
+    BatchNorm's statistics become what they were."""
 
     def __init__(self, amp: str, device: torch.device, *, accumulation: int = 1, clip_grad: float | None = None):
         self.amp, self.device, self.accumulation, self.clip_grad = amp, device, accumulation, clip_grad

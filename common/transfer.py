@@ -255,7 +255,8 @@ def load_network(args, say) -> tuple[torch.nn.Module, str, float | None]:
     elif content is None:
         raise UserError(f"--model {name}: needs --weights")
     else:
-        model = from_checkpoint(content, where, args.img_size, say, name=None if own else name, ema=args.use_ema)
+        options = dict(name=None if own else name, ema=args.use_ema, headless=True)
+        model = from_checkpoint(content, where, args.img_size, say, **options)
     measured = ((content or {}).get("record") or {}).get("val_ema_top1" if args.use_ema else "val_top1")
     return model.eval().requires_grad_(False), name, args.top1 or measured
 

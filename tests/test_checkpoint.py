@@ -1,6 +1,7 @@
 """Writing and reading checkpoints: rows C and D of the fault list."""
 
 import argparse
+import datetime
 import errno
 import os
 import pickle
@@ -191,7 +192,11 @@ def test_D3_a_malicious_file_runs_nothing(tmp_path, zipped):
     ).stdout
 
 
-@pytest.mark.parametrize("value, kind", [(np.float64(1), r"numpy\S+scalar"), (Path("/data"), r"pathlib\S*Path")])
+@pytest.mark.parametrize("value, kind", [
+    (np.float64(1), r"numpy\S+scalar"), (Path("/data"), r"pathlib\S*Path"), (np.zeros(2), r"numpy\S+_reconstruct"),
+    (argparse.Namespace(lr=np.float32(1)), r"numpy\S+scalar"), (datetime.date(2020, 1, 1), "datetime.date"),
+    (Evil("/nowhere"), "posix.system")
+])
 def test_D3_what_is_refused_is_named(tmp_path, value, kind):
     torch.save({"model": {}, "args": value}, tmp_path / "x.pt")
     with pytest.raises(UserError, match=f"refused, holds a {kind}, which could run code; .*torch.save"):
