@@ -443,7 +443,7 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         from common.run import launch
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         print(f"error: {error}; needed: tqdm, and our common/, not another package named common", file=sys.stderr)
         sys.exit(2)
     launch(main)

@@ -89,16 +89,17 @@ def test_importing_a_script_runs_nothing_and_needs_only_torch_and_torchvision(fr
 
 def test_I3_a_foreign_common_package_fails_with_a_clear_line(fresh, tmp_path):
     (tmp_path / "common").mkdir()
-    (tmp_path / "common" / "__init__.py").write_text("")
     shutil.copy(ROOT / "deit3.py", tmp_path)
     # An editable install puts its own finder in front, which finds ours: take it away to see what happens without.
     code = (
         "import sys, runpy; sys.meta_path = [f for f in sys.meta_path if 'editable' not in str(f).lower()];"
         "sys.argv = ['deit3.py', '--help']; runpy.run_path('deit3.py', run_name='__main__')"
     )
-    result = fresh("-c", code, cwd=tmp_path)
-    assert result.status == 2 and len(result.err.strip().splitlines()) == 1, result
-    assert "another package named common" in result.err, result
+    for file in ("common/__init__.py", "common/run.py"):  # the second: it has modules of our names, too
+        (tmp_path / file).write_text("")
+        result = fresh("-c", code, cwd=tmp_path)
+        assert result.status == 2 and len(result.err.strip().splitlines()) == 1, result
+        assert "another package named common" in result.err, result
     result = fresh("deit3.py", "--help", cwd=tmp_path)
     assert result.status == 0 or "another package named common" in result.err, result
 
