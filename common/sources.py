@@ -19,6 +19,7 @@ import pickle
 import re
 import shutil
 import tarfile
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,10 +37,11 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", 
 JUNK = re.compile(r"(^|/)(\.|(__MACOSX|@eaDir|lost\+found|Thumbs\.db|desktop\.ini)(/|\Z))")  # as a part of a path
 MAX_FILE_BYTES = 1 << 30
 TREE = "expected FOLDER/train/CLASS/IMAGE and FOLDER/val/CLASS/IMAGE, or a .tar holding the same"
-FLAT = ("move each into a folder of its class: an image without a class folder has no label; those of ImageNet's"
-        " validation images are in ILSVRC2012_validation_ground_truth.txt and meta.mat of its devkit")
+DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
+FLAT = ("an image without a class folder has no label; move each into one, or if they are ImageNet's validation images"
+        f" put its {DEVKIT} beside them")
 COG_LEVELS, COG_SPLITS = "cog_levels_mapping_file.pkl", "cog_concepts_split_file.pkl"
-FORMAT = 4  # of an index in the cache; those of another one are made anew
+FORMAT = 5  # of an index in the cache; those of another one are made anew
 CACHE_BYTES = 100e9  # that the cache may hold, or a tenth of its disk
 Labels = tuple[list[str], np.ndarray]  # class names in label order, labels int64 (N,)
 
@@ -242,8 +244,10 @@ def open_images(path: str, flag: str, classes: list[str] | None = None, say: Cal
     if split == "val" and splits and "" in index:
         raise UserError(f"{flag}: the archive has no val/; give --val-data PATH (none: train without)")
     found = index.get("") or index[split]
+    if found["flat"] and found["classes"] == [""] and (devkit := Path(listed).with_name(DEVKIT)).is_file():
+        found |= _by_devkit(found["names"], devkit)
     folders = folders or found["classes"]
-    if not folders:
+    if folders in ([], [""]):
         why = f"{found['flat']} images but no class folders; {FLAT}" if found["flat"] else f"no class folders; {TREE}"
         raise UserError(f"{flag}: {where} holds {why}")
     if empty := sorted(set(folders) - set(found["classes"])):
@@ -254,6 +258,21 @@ def open_images(path: str, flag: str, classes: list[str] | None = None, say: Cal
     if tar:
         return TarMembers(path, [*key, split], [found[name] for name in ("names", "offsets", "sizes")], classes, labels)
     return Files(where, found["names"], classes, labels)
+
+
+def _by_devkit(names: np.ndarray, devkit: Path) -> dict:
+    """Classes and labels of ImageNet's validation images, by the numbers in their names, from the devkit's archive."""
+    numbers = [re.search(r"ILSVRC2012_val_(\d{8})\.", os.fsdecode(name)) for name in names.tolist()]
+    try:
+        with tempfile.TemporaryDirectory() as place:  # torchvision writes what it reads
+            datasets.imagenet.parse_devkit_archive(place, os.path.abspath(devkit))
+            _, of_number = datasets.imagenet.load_meta_file(place)
+        classes, labels = np.unique([of_number[int(n[1]) - 1] for n in numbers], return_inverse=True)
+    except ImportError as error:
+        raise UserError(f"{devkit}: to read it torchvision needs {error.name}; pip install {error.name}") from None
+    except (LookupError, RuntimeError, TypeError, ValueError) as error:  # TypeError: a name without a number
+        raise UserError(f"{devkit}: does not give the labels of these images ({one_line(error, 300)})") from None
+    return {"classes": classes.tolist(), "labels": labels}
 
 
 def _fit_classes(found: dict, folders: list[str], classes: list[str] | None, where: str, say: Callable) -> Labels:
@@ -435,8 +454,8 @@ def _index(path: str, scan: Callable[[str], Iterator], splits: bool, say: Callab
 def _by_class(rows: list[tuple], split: str) -> dict:
     """Of rows (name, ...) the images in class folders (of `split`, if it is named), by class and name: "classes",
     "labels", "names" and, in an archive, "offsets" and "sizes"; how many other files there are "ignored", and how many
-    images in no class folder, "flat"."""
-    deep, found, counts = len(split) > 0, [], {"ignored": 0, "flat": 0}
+    images in no class folder, "flat": where there are no others, all of class ""."""
+    deep, found, flat, counts = len(split) > 0, [], [], {"ignored": 0, "flat": 0}
     for row in rows:
         folders, name = row[0].split(b"/")[:-1], os.fsdecode(row[0])
         inside, image = len(folders) > deep, name.lower().endswith(EXTENSIONS)
@@ -446,7 +465,8 @@ def _by_class(rows: list[tuple], split: str) -> dict:
             found.append((folders[deep], *row))
         else:
             counts["flat" if image else "ignored"] += inside or image
-    found.sort()
+            flat += [(b"", *row)] * image
+    found = sorted(found or flat)
     columns = dict(zip(("labels", "names", "offsets", "sizes"), map(np.array, zip(*found))))
     classes, columns["labels"] = np.unique(columns.get("labels", []), return_inverse=True)
     return {"classes": [os.fsdecode(c) for c in classes.tolist()], **columns, **counts}

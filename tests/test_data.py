@@ -21,6 +21,7 @@ from conftest import SCRIPTS, encoded, picture, reference, write_folder, write_t
 from PIL import Image
 from torch import nn
 from torch.utils._pytree import tree_leaves
+from torchvision import datasets
 
 import deit3
 from common import checkpoint, evaluate, images, progress, shapes, sources
@@ -386,8 +387,44 @@ def test_B5_a_flat_validation_folder_is_explained(tmp_path):
     shutil.rmtree(tmp_path / "val")
     (tmp_path / "val").mkdir()
     (tmp_path / "val" / "ILSVRC2012_val_00000001.JPEG").write_bytes(encoded(picture(0, 0)))
-    with pytest.raises(UserError, match="1 images but no class folders; move each .*validation_ground_truth.txt"):
+    with pytest.raises(UserError, match="1 images but no class folders; .*move each .*_devkit_t12.tar.gz"):
         open_data(str(tmp_path))
+
+
+@pytest.mark.parametrize("form", ["folder", "tar", "val of --data"])
+def test_B5_imagenets_flat_validation_images_are_labelled_by_its_devkit(tmp_path, monkeypatch, form):
+    """By numbers of its own, which its meta.mat translates; inner nodes of WordNet are in it, too."""
+    import scipy.io as scipy_io
+
+    names, numbers = ["n03", "n01", "n02", "n00"], [2, 1, 1, 3]  # of class 1, 2, ... and of image 1, 2, ...
+    kit = tmp_path / "kit/ILSVRC2012_devkit_t12/data"
+    kit.mkdir(parents=True)
+    fields = [("ILSVRC2012_ID", int), ("WNID", object), ("words", object), ("gloss", object), ("num_children", int)]
+    rows = [(i + 1, name, f"thing {name}, x", "", int(name == "n00")) for i, name in enumerate(names)]
+    scipy_io.savemat(kit / "meta.mat", {"synsets": np.array(rows, dtype=fields)})
+    (kit / "ILSVRC2012_validation_ground_truth.txt").write_text("".join(f"{n}\n" for n in numbers))
+    images = {f"ILSVRC2012_val_{i + 1:08d}.JPEG": encoded(picture(n, i)) for i, n in enumerate(numbers)}
+    place = tmp_path / ("val" if form != "tar" else "val.tar")
+    write_folder(tmp_path, train=1, val=0, classes=("n01", "n02", "n03"))
+    if form == "tar":
+        write_tar(place, images)
+    else:
+        shutil.rmtree(place)
+        place.mkdir()
+        for name, content in images.items():
+            (place / name).write_bytes(content)
+    opened = (lambda: open_data(str(tmp_path))["val"]) if "--data" in form else (
+        lambda: open_data(str(tmp_path), val_data=str(place))["val"])
+    with pytest.raises(UserError, match="4 images but no class folders"):
+        opened()
+    with tarfile.open(tmp_path / "ILSVRC2012_devkit_t12.tar.gz", "w:gz") as tar:
+        tar.add(tmp_path / "kit/ILSVRC2012_devkit_t12", "ILSVRC2012_devkit_t12")
+    with pytest.raises(UserError, match="devkit_t12.tar.gz: does not give the labels .*corrupted"):
+        opened()
+    monkeypatch.setattr(datasets.imagenet, "_verify_archive", lambda *_: None)
+    source = opened()
+    assert [source.classes[label] for label in source.labels] == ["n01", "n03", "n03", "n02"]
+    assert source.read(0).shape == (3, 36, 36) and source.name(0).endswith("ILSVRC2012_val_00000001.JPEG")
 
 
 def test_B6_numeric_class_names_warn_about_their_order(tmp_path):
@@ -581,7 +618,7 @@ def test_B23_broken_tars_are_named_by_member(tmp_path):
     with pytest.raises(UserError, match="huge.jpg has 10737418240 bytes"):
         open_data(str(tmp_path / "h.tar"))
     write_tar(tmp_path / "flat.tar", {"a.jpg": b"x"})
-    with pytest.raises(UserError, match="without a class folder .*validation_ground_truth.txt"):
+    with pytest.raises(UserError, match="without a class folder .*devkit_t12.tar.gz beside"):
         open_images(str(tmp_path / "flat.tar"), "--val-data")
 
 
