@@ -9,9 +9,9 @@ import time
 import pytest
 import torch
 from conftest import TINY
-from test_run import at_steps, child, ranks, status_of
+from test_run import at_steps, child, free_port, ranks, start_ranks, status_of
 
-from common import data
+from common import checkpoint, data
 from common.errors import RunError, UserError
 
 ENDS = {  # what is raised in the middle of a step: (exit status, what standard error says)
@@ -59,6 +59,31 @@ def test_J1_of_two_ranks_with_workers_both_are_gone(folder, tmp_path, end):
     assert ranks(2, flags, tmp_path, patch=raising(error, rank="1"), timeout=40) == [1, status]
     assert time.time() - begin < 35 and said.removeprefix("error: ") in (tmp_path / "rank1.log").read_text()
     assert "lost contact" in (tmp_path / "rank0.log").read_text()
+
+
+@pytest.mark.parametrize("world, end", [
+    *((1, end) for end in ("a mistake of ours", "the GPU", "the host's memory", "the disk")), (2, "a mistake of ours"),
+])  # fmt: skip
+def test_J1_a_save_that_fails_in_an_unforeseen_way_ends_the_run_in_ten_seconds(folder, tmp_path, world, end):
+    error, status, said = ENDS[end]
+
+    def patch():
+        def save(*_, **__):
+            (tmp_path / "raised").touch()
+            raise error
+
+        checkpoint.save = save
+
+    flags = [*TINY, "--data", folder, "--out", tmp_path / "o", "--workers", 2 // world, "--timeout", 20]
+    pids = start_ranks(world, flags, tmp_path, free_port(), patch)
+    assert [status_of(pid, 40) for pid in pids] == [status] + [1] * (world - 1)
+    assert time.time() - (tmp_path / "raised").stat().st_mtime < 10
+    assert said in (tmp_path / "rank0.log").read_text()
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            for _ in range(100):
+                os.killpg(pid, 0)
+                time.sleep(0.05)
 
 
 def test_a_signal_while_a_failure_is_reported_changes_nothing(folder, tmp_path):
