@@ -244,10 +244,11 @@ def open_images(path: str, flag: str, classes: list[str] | None = None, say: Cal
     if split == "val" and splits and "" in index:
         raise UserError(f"{flag}: the archive has no val/; give --val-data PATH (none: train without)")
     found = index.get("") or index[split]
-    if found["flat"] and found["classes"] == [""] and (devkit := Path(listed).with_name(DEVKIT)).is_file():
-        found |= _by_devkit(found["names"], devkit)
+    if found["classes"] == [""]:
+        devkit = Path(listed).with_name(DEVKIT)
+        found |= _by_devkit(found["names"], devkit) if devkit.is_file() else {"classes": []}
     folders = folders or found["classes"]
-    if folders in ([], [""]):
+    if not folders:
         why = f"{found['flat']} images but no class folders; {FLAT}" if found["flat"] else f"no class folders; {TREE}"
         raise UserError(f"{flag}: {where} holds {why}")
     if empty := sorted(set(folders) - set(found["classes"])):
