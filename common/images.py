@@ -12,7 +12,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torchvision.transforms.v2.functional import center_crop
+from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, to_pil_image
+
+to_pil, from_pil = to_pil_image, pil_to_tensor  # uint8 (3, H, W) -> PIL RGB image, and back
 
 
 @functools.cache
@@ -36,14 +38,13 @@ def decode(data: bytes) -> torch.Tensor:
             whole = image.format in ("JPEG", "MPO") and data.rstrip(b"\0").endswith(b"\xff\xd9")
             if whole and image.mode in ("RGB", "L") and (decode_jpeg := jpeg_decoder()):
                 exif = image.info.get("exif", b"")[:14]  # its head: torchcodec would apply the orientation
-                whole = bytearray(data.replace(exif, bytes(len(exif))))
                 with contextlib.suppress(RuntimeError):  # Pillow decides
-                    return decode_jpeg(torch.frombuffer(whole, dtype=torch.uint8))
+                    return decode_jpeg(torch.frombuffer(data.replace(exif, bytes(len(exif))), dtype=torch.uint8))
             if image.mode.startswith("I;16"):  # convert("RGB") would clip 16-bit values to white, not scale them
                 image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
             if image.mode in ("I", "F"):
                 raise ValueError(f"image of mode {image.mode} (32 bits per channel): no defined conversion to 8 bits")
-            return from_pil(image)
+            return from_pil(image.convert("RGB"))
         except (OSError, ValueError):
             raise
         except Exception as error:  # a bomb, and whatever else a format's decoder raises on what is damaged
@@ -53,16 +54,6 @@ def decode(data: bytes) -> torch.Tensor:
 def from_numpy(array: np.ndarray) -> torch.Tensor:
     """uint8 (H, W, 3) -> the (3, H, W) view of the same memory."""
     return torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1)
-
-
-def from_pil(image: Image.Image) -> torch.Tensor:
-    """PIL image of any 8-bit mode -> uint8 (3, H, W)."""
-    return from_numpy(np.array(image.convert("RGB")))
-
-
-def to_pil(image: torch.Tensor) -> Image.Image:
-    """uint8 (3, H, W) -> PIL RGB image."""
-    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
 
 
 def resize(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

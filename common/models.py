@@ -59,7 +59,7 @@ def load(method: str, source: str, device: str = "cpu") -> tuple[nn.Module, list
         classes = torchvision.models.ResNet50_Weights.DEFAULT.meta["categories"]
 
     def transform(image: Image.Image | str | Path) -> torch.Tensor:
-        pixels = from_pil(image) if isinstance(image, Image.Image) else evaluate.read_file(image, "transform")
+        pixels = from_pil(image.convert("RGB")) if hasattr(image, "convert") else evaluate.read_file(image, "transform")
         return evaluate.normalize(eval_transform(pixels, size, ratio)[None])[0]
 
     return model, classes, transform

@@ -57,7 +57,7 @@ def decoder(request, monkeypatch):
 
     def decode_jpeg(data, *, mode):
         assert mode == "RGB" and data.dtype == torch.uint8
-        calls.append(request.param)
+        calls.append((request.param, data.data_ptr()))
         turned = ImageOps.exif_transpose(Image.open(io.BytesIO(data.numpy().tobytes())))
         return from_numpy(np.array(turned.convert("RGB")))
 
@@ -65,7 +65,7 @@ def decoder(request, monkeypatch):
     if request.param == "torchvision":
         monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
         monkeypatch.setattr(torchvision.io, "decode_jpeg", lambda data, mode, real=torchvision.io.decode_jpeg: (
-            calls.append(request.param) or real(data, mode)))
+            calls.append((request.param, data.data_ptr())) or real(data, mode)))
     else:
         monkeypatch.setitem(sys.modules, "torchcodec.decoders", fake if request.param == "torchcodec" else None)
         monkeypatch.delattr(torchvision.io, "decode_jpeg")
@@ -85,7 +85,14 @@ def test_J5_every_decoder_gives_the_same_pixels_without_a_warning(decoder, mode)
         warnings.simplefilter("error")
         found = pixels(out.getvalue())
     assert found.shape == expected.shape and psnr(found, expected) > 50
-    assert calls == ([] if name == "Pillow" else [name])
+    assert [called for called, _ in calls] == ([] if name == "Pillow" else [name])
+
+
+def test_a_jpeg_is_decoded_where_it_was_read(decoder):
+    """Without EXIF there is nothing to change in it, hence nothing to copy."""
+    data, (name, calls) = encoded(COLOURS), decoder
+    decode(data)
+    assert calls == ([] if name == "Pillow" else [(name, np.frombuffer(data, np.uint8).ctypes.data)])
 
 
 def test_J5_scripts_start_without_torchvisions_decoders(fresh):
