@@ -40,8 +40,11 @@ def _mean_and_scale(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 def normalize(images: torch.Tensor) -> torch.Tensor:
     """(B, 3, H, W) with values 0..255 -> float32, ImageNet mean and deviation removed."""
     mean, scale = _mean_and_scale(images.device)
-    # Colour planes, as the networks read them, in place: three times faster than on interleaved colours.
-    return images.to(torch.float32, memory_format=torch.contiguous_format, copy=True).sub_(mean).mul_(scale)
+    out = torch.empty(images.shape, device=images.device)  # colour planes, as the networks read them
+    chunk = len(images) if images.is_cuda else max(1, 2**18 // images[0].numel())  # what fits a core's cache
+    for part, pixels in zip(out.split(chunk), images.split(chunk)):
+        part.copy_(pixels).sub_(mean).mul_(scale)  # in place: three times faster than on interleaved colours
+    return out
 
 
 def denormalize(images: torch.Tensor) -> torch.Tensor:

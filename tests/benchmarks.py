@@ -3,16 +3,18 @@
     python tests/benchmarks.py [loader FOLDER_OF_JPEGS] [optimizers] [drop_path] [talking_heads] [cross_patch] [column]
         [memory] [index] [neighbours] [retrieval] [growth]
 
-A ratio (above 1: ours is faster) is the median over rounds in which both are run in turn; `memory`, the second part of
-`index` and `growth` print sizes and seconds.
+A ratio (above 1: ours is faster) is the median over rounds in which both are run in turn, of the CPU time, which the
+machine's other work disturbs least; `memory`, the second part of `index` and `growth` print sizes and seconds.
 FOLDER_OF_JPEGS holds photographs at any depth, about ImageNet's size. The baselines are the official pipelines, built
 here from torchvision, PIL and plain torch.
 """
 
+import collections
 import contextlib
 import functools
 import importlib
 import io
+import itertools
 import json
 import math
 import os
@@ -58,13 +60,89 @@ def compare(title: str, baseline, ours, *, rounds: int = 7) -> None:
     for _ in range(rounds):
         times = []
         for run in (baseline, ours):
-            start = time.perf_counter()
+            start = time.process_time()
             run()
-            times.append(time.perf_counter() - start)
+            times.append(time.process_time() - start)
         pairs.append(times)
     ratio = statistics.median(a / b for a, b in pairs)
     one, two = (statistics.median(p[i] for p in pairs) * 1e3 for i in (0, 1))
     print(f"{title:64s} {one:9.2f} ms {two:9.2f} ms   ratio {ratio:5.2f}", flush=True)
+
+
+class Memory(sources.Source):
+    """Files in memory."""
+
+    def __init__(self, files: list[bytes]):
+        super().__init__(["x"], np.zeros(len(files)))
+        self.files = files
+
+    def read(self, index):
+        return images.decode(self.files[index])
+
+
+def in_full(batch: tuple) -> torch.Tensor:
+    """What the loop of DeiT makes of a loader's batch."""
+    return deit.erase(evaluate.normalize(batch[0]), batch[1])
+
+
+def stages(files: list[bytes], pieces: dict) -> None:
+    """Prints where DeiT's pipeline spends its CPU time: the official pieces, ours, and the least that the same pixels
+    leave, per stage what cannot be left out. decoding: the decoder alone, which must read every bit; crop: ours,
+    torch's resize, the fastest known within 50 dB; RandAugment: ours, Pillow's operations, whose bytes the tests want;
+    torch and PIL: three quarters of ours, for a quarter of the images draws no operation; batch: fresh memory for the
+    float images, touched once and freed; erasing: ours, its noise; flip and rest, what lies between the stages: none.
+    Both pipelines draw the same operations."""
+    times, count, rounds, rng, augment = collections.Counter(), len(files), 15, random.Random(), deit.rand_augment
+    mine = {(images, "decode"): "decoding", (images, "resize"): "crop", (torch.Tensor, "flip"): "flip",
+            (deit, "rand_augment"): "RandAugment", (images, "to_pil"): "torch and PIL",
+            (images, "from_pil"): "torch and PIL", (torch, "stack"): "batch", (evaluate, "normalize"): "batch",
+            (deit, "erase"): "erasing"}
+
+    def timed(column: str, stage: str, action):
+        def run(*args):
+            start = time.process_time()
+            result = action(*args)
+            times[column, stage] += time.process_time() - start
+            return result
+
+        return run
+
+    pieces["RandAugment"] = lambda image, _=None: augment(image, rng)
+    steps = T.Compose([timed("official", stage, piece) for stage, piece in pieces.items()])
+    samples = data.Samples(Memory(files), deit.TrainTransform(deit.Recipe()), 0)
+    decoder, encoded = images.jpeg_decoder(), [torch.frombuffer(bytearray(f), dtype=torch.uint8) for f in files]
+
+    def official() -> None:  # as `ours`, frees its batch within the time that is measured
+        timed("official", "batch", torch.stack)([steps(f) for f in files])
+
+    def ours() -> None:
+        in_full(samples.__getitems__([(number, i, 0) for i in range(count)]))
+
+    for number in range(rounds + 1):
+        if number == 1:  # the first round warms up
+            times.clear()
+        rng.seed(number)
+        timed("official", "all", official)()
+        with contextlib.ExitStack() as patches:
+            for (owner, name), stage in mine.items():
+                action = pieces["RandAugment"] if stage == "RandAugment" else getattr(owner, name)
+                patches.enter_context(mock.patch.object(owner, name, timed("ours", stage, action)))
+            rng.seed(number)
+            timed("ours", "all", ours)()
+        [timed("least", "decoding", decoder)(data) for data in encoded]
+        timed("least", "batch", lambda: torch.ones(count, 3, 224, 224).shape)()
+    for stage, share in {"crop": 1, "RandAugment": 1, "torch and PIL": 3 / 4, "erasing": 1}.items():
+        times["least", stage] = times["ours", stage] * share
+    columns = ("official", "ours", "least")
+    rows = {stage: np.array([times[c, stage] for c in columns]) * 1e3 / rounds / count for stage in (*pieces, "all")}
+    rows["all"][2] = sum(row[2] for row in rows.values())
+    rows["rest"] = 2 * rows["all"] - sum(rows.values())
+    rows["all, three repeats share a decode"] = rows["all"] - rows["decoding"] * (0, 2 / 3, 2 / 3)
+    print(f"{'DeiT, ms of CPU time per photograph':40s}" + "".join(f"{column:>9s}" for column in columns))
+    for stage in (*pieces, "rest", "all", "all, three repeats share a decode"):
+        row = rows[stage]
+        ratios = f"   ratio {row[0] / row[1]:5.2f}, at most {row[0] / row[2]:5.2f}" if stage.startswith("all") else ""
+        print(f"{stage:40s}" + "".join(f"{value:9.3f}" for value in row) + ratios, flush=True)
 
 
 def loader(folder: str) -> None:
@@ -96,16 +174,12 @@ def loader(folder: str) -> None:
     def official(transform):
         return lambda: torch.stack([transform(Image.open(io.BytesIO(f)).convert("RGB")) for f in files])
 
-    class Memory(sources.Source):
-        def read(self, index):
-            return images.decode(files[index])
-
-    source = Memory(["x"], np.zeros(len(files)))
+    source = Memory(files)
 
     def ours(transform, repeats=1):
-        samples = data.Samples(source, transform, 0)
-        keys = [(0, i, r) for i in range(len(files)) for r in range(repeats)][: len(files)]
-        return lambda: samples.__getitems__(keys)
+        samples, epochs = data.Samples(source, transform, 0), itertools.count()  # new draws each time, as officially
+        places = [(i, r) for i in range(len(files)) for r in range(repeats)][: len(files)]
+        return lambda: samples.__getitems__([(epoch, *place) for epoch in (next(epochs),) for place in places])
 
     def rand(image):
         return deit.rand_augment(image, random)  # PIL throughout, as timm's
@@ -122,29 +196,15 @@ def loader(folder: str) -> None:
     )
 
     def finished(batches):
-        def run():
-            batch = batches()
-            return deit.erase(evaluate.normalize(batch[0]), batch[1])
-
-        return run
+        return lambda: in_full(batches())
 
     nine = deit.TrainTransform(deit.Recipe())
     compare("RandAugment, erasing: official / worker's side", official(randaugment), ours(nine))
     compare("RandAugment, erasing: official / finished float batch", official(randaugment), finished(ours(nine)))
     compare("RandAugment, erasing: three repeats, finished float batch", official(randaugment), finished(ours(nine, 3)))
-    pictures = [crop(Image.open(io.BytesIO(f)).convert("RGB")) for f in files]
-
-    def least(decoded):
-        """What exactly the same pixels cost whatever is done about the rest: no crop, no resizing, no conversion, no
-        normalisation; the decoder, Pillow's operations, and a batch's worth of fresh memory."""
-        return lambda: (
-            [images.decode(f) for f in decoded], [rand(picture) for picture in pictures],
-            torch.ones(len(files), 3, 224, 224)
-        )
-
-    title = "RandAugment, erasing: official / decoding, Pillow's part, memory"
-    compare(title, official(randaugment), least(files))
-    compare(f"{title}, a third", official(randaugment), least(files[: -(-len(files) // 3)]))
+    stages(files, {"decoding": lambda f: Image.open(io.BytesIO(f)).convert("RGB"), "crop": crop,
+                   "flip": T.RandomHorizontalFlip(), "RandAugment": None, "torch and PIL": T.ToTensor(),
+                   "batch": normalize, "erasing": erasing})
 
     def nine_times(file):
         crops = []

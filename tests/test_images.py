@@ -13,6 +13,7 @@ import torchvision
 from conftest import ROOT, encoded, psnr, reference, triangle_image
 from PIL import Image, ImageOps
 
+from common.evaluate import normalize
 from common.images import decode, eval_transform, from_numpy, jpeg_decoder
 
 EVAL = reference("eval")
@@ -103,6 +104,16 @@ def test_J5_scripts_start_without_torchvisions_decoders(fresh):
     )
     result = fresh("-c", code, cwd=ROOT)
     assert result.status == 0 and result.out.strip() == "None", result
+
+
+@pytest.mark.parametrize("count", [1, 40])
+def test_normalisation_piece_by_piece(count):
+    """40 of these images are more than the 2^18 numbers of a piece; their memory is interleaved, as the loader's is."""
+    images = torch.from_numpy(RNG.integers(0, 256, (count, 61, 83, 3), dtype=np.uint8)).permute(0, 3, 1, 2)
+    out = normalize(images)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    assert out.dtype == torch.float32 and out.is_contiguous()
+    torch.testing.assert_close(out, (images / 255 - mean) / std, atol=1e-5, rtol=1e-5)
 
 
 def test_evaluation_of_non_square_sizes_keeps_the_aspect_ratio():
