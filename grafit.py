@@ -23,11 +23,11 @@ Where the thesis is silent or contradicts itself:
   gives the 32.9 M parameters of Table 2.7; its 23.8 M for Grafit FC would need a projection to 128, the text says 256;
 - RandAugment and erasing: as in the thesis' next chapter (Table 3.9); weight decay 1e-4 and 5 epochs of warm-up: Goyal
   et al. (arXiv:1706.02677), whose learning rate the thesis follows;
-- the memory starts at 0, so that its first update stores the direction of the image's first embedding;
 - transfer: the trunk "remains fixed" (2.4.6), yet the same paragraph and 2.5.4 fine-tune it, and 92.5 on Cars is out of
   reach of frozen features: all of it is trained (--trainable classifier: it is not);
-- p_c of Eq. 2.5: with ce and ce_instance the softmax (2.2.1), with the others, instance too, Eq. 2.3's sum (2.3.1);
-- CIFAR's ResNet: torchvision's with a 3 x 3 stem of stride 1 and no pooling after it.
+- p_c of Eq. 2.5: with a classifier (ce, ...) its softmax (2.2.1), with the others, instance too, Eq. 2.3's sum (2.3.1);
+- the triplet loss of section 2.2: of the trunk's normalised features of two views of an image and of a random other
+  one, with a margin of 0.2 between the distances (FaceNet's, arXiv:1503.03832, is one between their squares).
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ from torchvision.models.regnet import BlockParams, RegNet
 
 # ---- Recipe: thesis sections 2.4.3 and 2.5.1 -------------------------------------------------------------------------
 
-METHODS = {  # rows of Table 2.7: supervised loss, instance loss, projector; tested is the projection if L_knn trains it
-    "ce": ("ce", False, None), "instance": (None, True, "mlp"), "ce_instance": ("ce", True, "mlp"),
-    "snca_fc": ("knn", False, "linear"), "snca": ("knn", False, "mlp"),
-    "grafit_fc": ("knn", True, "linear"), "grafit": ("knn", True, "mlp"),
+METHODS = {  # Tables 2.2, 2.7: supervised loss, instance loss, projector; tested is the projection if L_knn trains it
+    "ce": ("ce", None, None), "triplet": (None, "triplet", None), "ce_triplet": ("ce", "triplet", None),
+    "instance": (None, "byol", "mlp"), "ce_instance": ("ce", "byol", "mlp"), "snca_fc": ("knn", None, "linear"),
+    "snca": ("knn", None, "mlp"), "grafit_fc": ("knn", "byol", "linear"), "grafit": ("knn", "byol", "mlp"),
 }
 
 
@@ -70,7 +70,7 @@ class Recipe:
     warmup_epochs: Annotated[int, "epochs of linear warm-up", "0 or more"] = 5
     weight_decay: Annotated[float, "not on biases and BatchNorm", "0 or more"] = 1e-4
     clip_grad: Annotated[float | None, "largest norm of the whole gradient; none: no clipping", "above 0"] = None
-    method: Annotated[str, f"row of Table 2.7: {', '.join(METHODS)}", tuple(METHODS)] = "grafit"
+    method: Annotated[str, f"row of Tables 2.2, 2.7: {', '.join(METHODS)}", tuple(METHODS)] = "grafit"
     views: Annotated[int, "augmentations T of an image in the instance loss; the other sees the first", "2 or more"] = 4
     sigma: Annotated[float, "temperature of the kNN loss and of the kNN classifier (Eq. 2.2, 2.6)", "above 0"] = 0.05
     instance_weight: Annotated[float, "weight lambda of the instance loss (Table 2.11; Eq. 2.4: 1)", "0 or more"] = 1.0
@@ -82,7 +82,7 @@ class Recipe:
     augment: Annotated[str, "rand (RandAugment), crop (and flip) or test (FixRes)", ("rand", "crop", "test")] = "rand"
     erasing: Annotated[float, "probability of random erasing", "in [0, 1]"] = 0.25
     cutmix: Annotated[float, "alpha of cutmix's Beta law, with the method ce; 0: off", "0 or more"] = 0.0
-    mix_group: Annotated[int, "images that share one cutmix draw; 1 without", "1 or more"] = 64
+    mix_group: Annotated[int, "images that share a cutmix draw, or among which triplets are made", "1 or more"] = 64
     classifier: Annotated[str, "linear or mlp (Tables 2.15, 2.16), with ce, ce_instance", ("linear", "mlp")] = "linear"
     trainable: Annotated[str, "all, or trunk frozen (but its norms)", ("all", "classifier", "classifier+norm")] = "all"
     eval_crop_ratio: Annotated[float, "share of the resized image that the test crop keeps", "in (0, 1]"] = 0.875
@@ -107,18 +107,17 @@ RECIPES = {
         augment="crop", erasing=0.0, mix_group=8, eval_crop_ratio=1.0,
     ),
 }
-TRANSFER = {"flowers102": dict(epochs=1000), "cars": dict(epochs=1000)}  # data set: what `transfer_full` changes for it
 
 
 def paper_recipe(name: str, data: str = "") -> Recipe:
-    """The recipe's row, completed for a data set."""
-    changes = TRANSFER.get(data.split(":")[0].split("@")[0], {}) if name == "transfer_full" else {}
-    return dataclasses.replace(RECIPES[name], **changes)
+    """The recipe's row; on Flowers and Cars `transfer_full` takes 1000 epochs."""
+    longer = name == "transfer_full" and data.split(":")[0].split("@")[0] in ("flowers102", "cars")
+    return dataclasses.replace(RECIPES[name], epochs=1000) if longer else RECIPES[name]
 
 
 # ---- Architecture: thesis section 2.3.1 ------------------------------------------------------------------------------
 
-MODELS = {  # trunks of torchvision's, with the width of their features; NAME_cifar: 3 x 3 stem of stride 1, no pooling
+MODELS = {  # torchvision's, with the width of their features; NAME_cifar (ours): 3 x 3 stem of stride 1, no pooling
     "resnet18": 512, "resnet34": 512, "resnet50": 2048, "resnet101": 2048, "resnext50_32x4d": 2048,
     "regnet_y_4gf": 1088, "regnet_y_8gf": 2016, "resnet18_cifar": 512, "resnet50_cifar": 2048,
     "regnet_nano": 128,  # not in the thesis: three blocks, for small images, the built-in data set and tests
@@ -150,7 +149,7 @@ class Grafit(nn.Module):
     """Trunk f, projector P, predictor q and the target network, an average of trunk and projector (Figure 2.2).
     In eval mode images (B, 3, H, W) -> embeddings (B, D), L2-normalised: g = P(f) after training with the kNN loss, the
     trunk's features otherwise. In training mode a list of T views (B, 3, H, W) -> (class logits (B, K) of the first
-    view, its embedding g (B, D), T predictions q(g) (B, D)); what the method does not have is None."""
+    view, its embedding g (B, D), T predictions q(g) (B, D), or features for triplets); what it has not is None."""
 
     def __init__(self, name: str, method: str, num_classes: int = 0, proj_dim: int = 256, classifier: str = "linear"):
         super().__init__()
@@ -160,7 +159,8 @@ class Grafit(nn.Module):
         if projector is not None:
             self.projector = mlp(dim, 2 * dim, proj_dim) if projector == "mlp" else nn.Linear(dim, proj_dim)
         if instance:
-            self.predictor = mlp(proj_dim, 2 * dim, proj_dim)
+            self.predictor = mlp(proj_dim, 2 * dim, proj_dim) if projector else nn.Identity()
+        if instance == "byol":
             averaged = nn.ModuleDict({"trunk": self.trunk, "projector": self.projector})
             self.target = copy.deepcopy(averaged).requires_grad_(False)
         if supervised == "ce":
@@ -181,7 +181,7 @@ class Grafit(nn.Module):
             return F.normalize((self.projector(features) if self.embeds == "projection" else features).float(), dim=1)
         features, B = self.trunk(torch.cat(views)), len(views[0])
         logits = self.fc(features[:B]) if hasattr(self, "fc") else None
-        projections = self.projector(features) if hasattr(self, "projector") else None
+        projections = self.projector(features) if hasattr(self, "projector") else features
         predictions = list(self.predictor(projections).chunk(len(views))) if hasattr(self, "predictor") else None
         return logits, projections[:B] if self.embeds == "projection" else None, predictions
 
@@ -268,7 +268,7 @@ def knn_loss(
 
 
 class Memory(nn.Module):
-    """M: one embedding per training image (section 2.3.1), 0 before the image is seen."""
+    """M: one embedding per training image (2.3.1); from 0 (ours): the first update stores the first one's direction."""
 
     def __init__(self, images: int, dim: int, dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -285,6 +285,22 @@ class Memory(nn.Module):
         old = self.embeddings[indices]
         new = ((old.to(g.dtype) + g) / 2).to(old.dtype)
         self.embeddings[indices] = new if skip is None else torch.where(skip > 0, old, new)
+
+
+def total_loss(recipe: Recipe, model: Grafit, views: list, outputs: tuple, labels, neighbours: tuple, groups: int):
+    """Eq. 2.4, or those terms that the method has, of the model's training outputs for views. labels: (B,), mixed (B,
+    K); neighbours: what knn_loss takes between labels and sigma; groups: the batch is cut into so many, in which the
+    next image is a triplet's other one."""
+    (logits, g, predictions), (supervised, instance, _) = outputs, METHODS[recipe.method]
+    loss = F.cross_entropy(logits, labels) if supervised == "ce" else 0.0
+    if supervised == "knn":
+        loss = loss + knn_loss(g, labels, *neighbours, recipe.sigma)
+    if instance == "byol":
+        loss = loss + recipe.instance_weight * instance_loss(predictions, model.targets(views))
+    if instance == "triplet":
+        anchor, positive = (unit(view).unflatten(0, (groups, -1)) for view in predictions[:2])
+        loss = loss + recipe.instance_weight * F.triplet_margin_loss(anchor, positive, positive.roll(1, 1), margin=0.2)
+    return loss
 
 
 # ---- Augmentation: thesis section 2.4.3 ------------------------------------------------------------------------------
@@ -498,11 +514,10 @@ METRICS = {"knn": "kNN, top-1 %", "map": "mAP %", "map_conditional": "mAP %, con
 
 def matrices(results: dict[str, dict[str, dict[str, float]]]) -> str:
     """Tables as 2.5, 2.6 and 2.14 of {column, a trained network: {row, a test level: metrics}}, one per metric."""
-    lines, tests = [], list(next(iter(results.values())))
-    width = max(12, *(len(c) + 2 for c in results))
+    lines, width = [], max(12, *(len(c) + 2 for c in results))
     for metric, title in METRICS.items():
         lines.append(f"{title:30s}" + "".join(f"{column:>{width}s}" for column in results))
-        for level in tests:
+        for level in next(iter(results.values())):
             lines.append(f"  test {level:23s}" + "".join(f"{r[level][metric]:{width}.2f}" for r in results.values()))
     return "\n".join(lines)
 
@@ -553,8 +568,7 @@ def class_logits(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tens
 
 def trained_models(run) -> tuple:
     """(training Source, validation Source, [(file, model, recipe, classes), ...] of --weights and --also)."""
-    from common import evaluate
-    from common.errors import UserError
+    from common import cli, evaluate
     from common.sources import open_data
 
     args, found = run.args, []
@@ -564,7 +578,7 @@ def trained_models(run) -> tuple:
         args.weights = file
         model, recipe, names = evaluate.trained_model(run, make_model)
         if level_trained(sources["train"], names) is None:
-            raise UserError(f"{file}: trained on {len(names)} classes, which no label level of --data {args.data} has")
+            raise cli.UserError(f"{file}: is of {len(names)} classes, which no label level of --data {args.data} has")
         found.append((file, model, recipe, names))
     return sources["train"], sources["val"], found
 
@@ -601,15 +615,14 @@ def predict_by_neighbours(run) -> None:
 def retrieve(run) -> None:
     """--retrieve: each query and its nearest training images by each network (Figures 2.6 to 2.9), framed in the colour
     of the finest level at which they have the query's label."""
-    from common import evaluate, images, report
-    from common.errors import UserError
+    from common import cli, evaluate, images, report
 
     source, val, found = trained_models(run)
     files, queries = {str(Path(val.name(i)).resolve()): i for i in range(len(val))}, []
     for name in run.args.retrieve:
         number = int(name) if name.isdigit() else files.get(str(Path(name).resolve()))
         if number is not None and number >= len(val):
-            raise UserError(f"--retrieve {name}: there are {len(val)} validation images, numbered from 0")
+            raise cli.UserError(f"--retrieve {name}: there are {len(val)} validation images, numbered from 0")
         image = val.named(val.read, number) if name.isdigit() else evaluate.read_file(name, "--retrieve")
         queries.append((name, number, image))
     own_levels, val_levels, wrong, unknown = levels(source), levels(val), (200, 30, 30), (150, 150, 150)
@@ -621,7 +634,6 @@ def retrieve(run) -> None:
 
     rows = []
     for file, model, recipe, classes in found:
-        level = level_trained(source, classes)
         gallery = embed(run, model, recipe, source, "training images")
         for title, number, image in queries:
             seen = images.eval_transform(image, recipe.img_size, recipe.eval_crop_ratio)
@@ -632,12 +644,11 @@ def retrieve(run) -> None:
             for i in order[0].tolist():
                 right = [colours[name] for name, label in labels.items() if own_levels[name][1][i] == label]
                 framed.append(picture(source.named(source.read, i), [wrong if labels else unknown, *right][-1]))
-            title = f"{title}: {recipe.method}, trained on {level} labels ({file})"
+            title = f"{title}: {recipe.method}, trained on {level_trained(source, classes)} labels ({file})"
             rows.append((title, [picture(image, (0, 0, 0)), *framed]))
     legend = {f"right at: {name}": colour for name, colour in colours.items()} | {"at none": wrong, "unknown": unknown}
     rows += [(title, [Image.new("RGB", (40, 10), colour)]) for title, colour in legend.items()]
-    if run.rank == 0:
-        report.save_sheet(run.out / "retrieved.png", rows)
+    run.on_rank_0(lambda: report.save_sheet(run.out / "retrieved.png", rows))
     run.say(f"wrote {run.out / 'retrieved.png'}")
 
 
@@ -656,14 +667,15 @@ def parse_args(argv: list[str] | None = None):
     paper = paper_recipe(args.recipe, args.data or "")
     recipe = cli.override(paper, args)
     supervised, instance, projector = METHODS[recipe.method]
-    if not recipe.cutmix:  # what is not mixed does not bind the batch size
+    if not recipe.cutmix and instance != "triplet":  # what is alone does not bind the batch size
         recipe, paper = (dataclasses.replace(r, mix_group=1) for r in (recipe, paper))
     if recipe.method != "ce":
         cli.refuse(args, ("cutmix",), f"mixes labels, which only the method ce can take, not {recipe.method}")
     for part, has, flags in (
         ("classifier", supervised == "ce", ("classifier", "trainable")), ("projector", projector, ("proj_dim",)),
-        ("instance loss", instance, ("views", "instance_weight", "target_decay")),
-        ("memory", supervised == "knn", ("memory_dtype",)),
+        ("instance loss", instance, ("views", "instance_weight")), ("memory", supervised == "knn", ("memory_dtype",)),
+        ("target network", instance == "byol", ("target_decay",)),
+        ("negative", instance != "triplet" or recipe.batch_size > 1 < recipe.mix_group, ("mix_group", "batch_size")),
     ):
         cli.refuse(args, () if has else flags, f"the method {recipe.method} has no {part}")
     if args.retrieve:
@@ -701,8 +713,7 @@ def load_model(source: str, device: str = "cpu") -> tuple:
 
 def train(run) -> None:
     """The loop; what it starts from (data, network, what was saved) is common.script.set_up's."""
-    from common import evaluate, script
-    from common.errors import UserError
+    from common import cli, evaluate, script
     from common.optim import cosine_lr
 
     recipe = run.recipe
@@ -718,8 +729,8 @@ def train(run) -> None:
 
     options = dict(adapt=take_trunk, extra=make_memory)
     data, model, wrapped, optimizer, precision, *_ = script.set_up(run, TrainTransform(recipe), make_model, **options)
-    if not (run.args.weights or run.epoch or run.step) and ("transfer" in run.args.recipe or recipe.trainable != "all"):
-        raise UserError(f"--recipe {run.args.recipe} --trainable {recipe.trainable}: needs a trained trunk (--weights)")
+    if recipe.trainable != "all" and not (run.args.weights or run.epoch or run.step):
+        raise cli.UserError(f"--recipe {run.args.recipe}, --trainable {recipe.trainable}: needs a trunk (--weights)")
     memory, memory_labels = run.parts["memory"], torch.from_numpy(data.source.labels).to(run.device)
     for epoch in range(run.epoch, recipe.epochs):
         wrapped.train()
@@ -734,18 +745,15 @@ def train(run) -> None:
                     rngs, labels = [run.rng("mix", g) for g in batch.groups], F.one_hot(labels, run.num_classes).float()
                     views[0], labels = cutmix(views[0], labels, recipe.cutmix, rngs)
                 with precision.forward(wrapped):
-                    (logits, g, predictions), loss = wrapped(views), 0.0
-                    if supervised == "ce":
-                        loss = loss + F.cross_entropy(logits, labels)
-                    if supervised == "knn":
-                        loss = loss + knn_loss(g, labels, memory.embeddings, memory_labels, batch.indices, recipe.sigma)
-                        embeddings.append(unit(g.detach()))
-                    if instance:
-                        loss = loss + recipe.instance_weight * instance_loss(predictions, model.targets(views))
+                    known = (memory.embeddings, memory_labels, batch.indices) if memory else ()
+                    outputs = wrapped(views)
+                    loss = total_loss(recipe, model, views, outputs, labels, known, len(batch.groups))
+                if memory:
+                    embeddings.append(unit(outputs[1].detach()))
                 precision.backward(loss)
             lr = lr_at(epoch + step / data.steps)
             stats, skipped = precision.step(optimizer, lr, asked=run.asked())
-            if instance:
+            if instance == "byol":
                 model.average(recipe.target_decay)
             if memory:  # all ranks' images, on every rank
                 memory.update(run.gather(torch.cat(data.seen)), run.gather(torch.cat(embeddings)), skip=skipped)
@@ -763,17 +771,9 @@ def train(run) -> None:
 
 def benchmark_loss(recipe: Recipe, model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """What --benchmark trains by: the method's losses, all views alike, with a memory of 65,536 embeddings."""
-    supervised, instance, _ = METHODS[recipe.method]
-    views = [images] * (recipe.views if instance else 1)
-    (logits, g, predictions), loss = model(views), 0.0
-    if supervised == "ce":
-        loss = loss + F.cross_entropy(logits, labels)
-    if supervised == "knn":
-        memory, classes = images.new_ones(2**16, recipe.proj_dim), torch.arange(2**16, device=images.device) % 127
-        loss = loss + knn_loss(g, labels, memory, classes, labels, recipe.sigma)
-    if instance:
-        loss = loss + instance_loss(predictions, getattr(model, "module", model).targets(views))
-    return loss
+    views = [images] * (recipe.views if METHODS[recipe.method][1] else 1)
+    known = images.new_ones(2**16, recipe.proj_dim), torch.arange(2**16, device=images.device) % 127, labels
+    return total_loss(recipe, getattr(model, "module", model), views, model(views), labels, known, 1)
 
 
 def main() -> None:

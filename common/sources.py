@@ -6,7 +6,7 @@
     NAME:FOLDER     a set of NAMED below, in torchvision's layout; inat2018 and inat2019 in the competition's; cog1 to
                     cog5, ImageNet-CoG's levels: ImageNet-21k's folders and the two split files
     ...@LEVEL       other labels: cifar100@coarse:FOLDER, inat2018@genus:FOLDER, shapes@coarse, or FOLDER@coarse with
-                    --coarse-labels
+                    --coarse-labels; @none: one class for all images
 """
 
 from __future__ import annotations
@@ -208,6 +208,7 @@ def open_data(spec: str, *, val_data: str | None = None, coarse_labels: str | No
         order = order or source.classes
         if coarse_labels:
             source.levels["coarse"] = _coarse_level(coarse_labels, source)
+        source.levels |= {"none": (["any"], 0 * source.labels)} if level == "none" else {}  # thesis Table 2.5
         if level not in source.levels:
             hint = "; give --coarse-labels FILE" if level == "coarse" else ""
             raise UserError(f"--data: no label level {level!r} here, there is: {', '.join(source.levels)}{hint}")
@@ -520,8 +521,7 @@ def _inaturalist(name: str, folder: Path, split: str, year: int) -> Source:
     file_of = {image["id"]: image["file_name"] for image in listing["images"]}
     label_of = {category["id"]: label for label, category in enumerate(categories)}
     files = [file_of[a["image_id"]] for a in listing["annotations"]]
-    labels = np.array([label_of[a["category_id"]] for a in listing["annotations"]])
-    levels = {}
+    labels, levels = np.array([label_of[a["category_id"]] for a in listing["annotations"]]), {}
     for level in ("kingdom", "phylum", "class", "order", "family", "genus", "name"):  # thesis section 2.4.1
         if all(level in c for c in categories):
             values, to_level = np.unique([str(c[level]) for c in categories], return_inverse=True)

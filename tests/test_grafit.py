@@ -153,6 +153,25 @@ def test_an_image_that_occurs_twice_counts_once_in_any_order(dtype):
     assert not one.embeddings[2].any() and not one.embeddings[4].any()
 
 
+@pytest.mark.parametrize("method, groups", [("triplet", 1), ("ce_triplet", 3)])
+def test_the_triplet_loss_is_torchs_with_another_image_of_the_group(method, groups):
+    """Section 2.2, by its triplets one after the other; the sum of the two losses of ce_triplet is plain."""
+    torch.manual_seed(0)
+    views, logits = [torch.randn(12, 8, requires_grad=True) for _ in range(3)], torch.randn(12, 5)
+    labels, recipe = torch.arange(12) % 5, grafit.Recipe(method=method, instance_weight=0.7)
+    outputs = (logits if method == "ce_triplet" else None), None, views
+    loss = grafit.total_loss(recipe, None, views, outputs, labels, (), groups)
+    loss.backward()
+    a, p = (F.normalize(view.detach(), dim=1) for view in views[:2])
+    size, expected = 12 // groups, []
+    for i in range(12):
+        other = p[i - 1 if i % size else i + size - 1]
+        expected.append(max(0.0, ((a[i] - p[i]).norm() - (a[i] - other).norm() + 0.2).item()))
+    expected = 0.7 * np.mean(expected) + (F.cross_entropy(logits, labels).item() if method == "ce_triplet" else 0)
+    assert loss.item() == pytest.approx(expected, abs=1e-5)
+    assert all(view.grad.any() for view in views[:2]) and views[2].grad is None
+
+
 # ---- Retrieval and classification ------------------------------------------------------------------------------------
 
 
@@ -422,12 +441,13 @@ def test_every_method_has_what_its_row_of_table_2_7_says_and_nothing_else(method
     model = grafit.Grafit("regnet_nano", method, num_classes=5, proj_dim=16)
     parts = {name.split(".")[0] for name in model.state_dict()}
     wanted = {"trunk": True, "fc": supervised == "ce", "projector": projector}
-    wanted |= {"predictor": instance, "target": instance}
+    wanted |= {"predictor": instance == "byol", "target": instance == "byol"}
     assert parts == {name for name, has in wanted.items() if has}
     width = 16 if supervised == "knn" else 128
     assert model.eval()(torch.randn(2, 3, 32, 32)).shape == (2, width)
     logits, g, predictions = model.train()([torch.randn(2, 3, 32, 32)] * (2 if instance else 1))
     assert (logits is None, g is None, predictions is None) == (supervised != "ce", supervised != "knn", not instance)
+    assert not instance or [p.shape for p in predictions] == 2 * [(2, 128 if instance == "triplet" else 16)]
 
 
 def test_views_are_random_and_repeat_exactly():
@@ -580,7 +600,7 @@ def test_levels_are_named_once_from_the_coarsest_and_known_by_their_classes():
     assert grafit.level_trained(Data, ["x"]) is None
 
 
-@pytest.mark.parametrize("method", ["ce", "instance", "ce_instance", "snca_fc", "grafit_fc"])
+@pytest.mark.parametrize("method", ["ce", "instance", "ce_instance", "snca_fc", "grafit_fc", "triplet", "ce_triplet"])
 def test_every_other_method_trains(here, folder, coarse, tmp_path, method):
     flags = ["--method", method, "--data", f"{folder}@coarse", "--coarse-labels", coarse, "--epochs", 6]
     result = here("grafit", *SMALL, *flags, "--out", tmp_path / "o")
@@ -589,6 +609,22 @@ def test_every_other_method_trains(here, folder, coarse, tmp_path, method):
     assert losses[-1] < losses[0]
     metrics = json.loads((tmp_path / "o/results.json").read_text())["coarse"]["fine"]
     assert all(0 <= metrics[key] <= 100 for key in grafit.METRICS)
+
+
+@pytest.mark.parametrize("method", ["grafit", "snca", "ce"])
+def test_without_labels_only_the_instance_loss_teaches(here, folder, coarse, tmp_path, method):
+    """The columns of Tables 2.5, 2.6 and 2.14 for one class: "the baseline reduces to a random network"."""
+    flags = ["--method", method, "--data", f"{folder}@none", "--coarse-labels", coarse, "--epochs", 2]
+    result = here("grafit", *SMALL, *flags, "--weight-decay", 0, "--out", tmp_path / "o")
+    assert result.status == 0, result
+    losses = [r["train_loss"] for r in log_of(tmp_path / "o") if "train_loss" in r]
+    assert losses[1] < losses[0] if method == "grafit" else losses == [0, 0]
+    found = json.loads((tmp_path / "o/results.json").read_text())
+    assert list(found) == ["none"] and list(found["none"]) == ["none", "coarse", "fine"]
+    assert found["none"]["none"]["knn"] == found["none"]["none"]["map"] == 100
+    flags = ["--model", "regnet_nano", "--weights", tmp_path / "o/last.pt", "--coarse-labels", coarse, "--workers", 0]
+    again = here("grafit", "--eval", *flags, "--data", f"{folder}@none", "--device", "cpu", "--out", tmp_path / "e")
+    assert again.status == 0 and json.loads((tmp_path / "e/matrix.json").read_text()) == found, again
 
 
 def test_cross_entropys_conditional_ranking_is_by_its_softmax(here, folder, coarse, tmp_path):
@@ -658,10 +694,13 @@ def test_groups_bind_the_batch_size_only_where_images_are_mixed():
     _, recipe, paper = grafit.parse_args([*flags, "--cutmix", "1.0", "--mix-group", "50"])
     assert (recipe.mix_group, paper.mix_group) == (50, 64)
     assert grafit.parse_args(["--recipe", "transfer_full", "--data", "cars:/x"])[1].mix_group == 64
+    assert grafit.parse_args(["--recipe", "grafit", "--method", "triplet"])[1].mix_group == 64
 
 
 def test_wrong_use_is_refused(here, folder, trained, tmp_path):
-    refused(here("grafit", "--method", "triplet"), "--method triplet", "grafit_fc")
+    refused(here("grafit", "--method", "triple"), "--method triple", "grafit_fc")
+    refused(here("grafit", "--method", "triplet", "--mix-group", 1), "--mix-group", "no negative")
+    refused(here("grafit", "--method", "ce_triplet", "--target-decay", 0.9), "--target-decay", "no target network")
     refused(here("grafit", "--method", "ce", "--views", 4), "--views", "no instance loss")
     refused(here("grafit", "--cutmix", 1.0), "--cutmix", "method ce")
     refused(here("grafit", "--classifier", "mlp"), "--classifier", "no classifier")
