@@ -128,6 +128,8 @@ MODELS = {
     "cait_s24": dict(dim=384, depth=24, heads=8, patch=16, drop_path=0.1),
     "cait_s36": dict(dim=384, depth=36, heads=8, patch=16, drop_path=0.2),
     "cait_s48": dict(dim=384, depth=48, heads=8, patch=16, drop_path=0.3),
+    # 100.0 M but for the classifier and 18.2 GMACs (Table 6.13, on deit3.py); its drop rate is not given, here ViT-B's.
+    "cait_b12": dict(dim=768, depth=12, heads=16, patch=16, drop_path=0.1),
     "cait_m24": dict(dim=768, depth=24, heads=16, patch=16, drop_path=0.2),
     "cait_m36": dict(dim=768, depth=36, heads=16, patch=16, drop_path=0.3),
     "cait_m48": dict(dim=768, depth=48, heads=16, patch=16, drop_path=0.4),
@@ -386,11 +388,9 @@ def build_model(
     name: str, num_classes: int = 1000, img_size: int | tuple[int, int] | None = None, drop_path: float | None = None,
     **options,
 ) -> CaiT:
-    """A fresh model, a row of MODELS; KeyError for an unknown name, ValueError for what does not fit.
-
-    img_size: pixels, S or (H, W), multiples of the patch (None: 224); drop_path None: Table 3.16's; options: CaiT's, by
-    the names of Recipe's fields; left out, or None (but for insert_class): the row's.
-    """
+    """A fresh model, a row of MODELS; KeyError for an unknown name, ValueError for what does not fit. img_size: pixels,
+    S or (H, W), multiples of the patch (None: 224); drop_path None: Table 3.16's; options: CaiT's, by the names of
+    Recipe's fields; left out, or None (but for insert_class): the row's."""
     options = {k: v for k, v in {**options, "drop_path": drop_path}.items() if v is not None or k == "insert_class"}
     size = whole_patches(img_size or 224, MODELS[name]["patch"], name)
     return CaiT(**{**MODELS[name], **options}, num_classes=num_classes, img_size=size)

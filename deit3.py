@@ -308,10 +308,9 @@ def build_model(
     for a size that does not fit."""
     if name.startswith("torchvision/"):
         return torchvision.models.get_model(name.removeprefix("torchvision/"), weights=None, num_classes=num_classes)
-    config = MODELS[name]
-    size = whole_patches(img_size or 224, config["patch"], name)
+    size = whole_patches(img_size or 224, MODELS[name]["patch"], name)
     drop_path = DROP_PATH[name][0] if drop_path is None else drop_path
-    return ViT(**config, num_classes=num_classes, img_size=size, layer_scale=layer_scale, drop_path=drop_path)
+    return ViT(**MODELS[name], num_classes=num_classes, img_size=size, layer_scale=layer_scale, drop_path=drop_path)
 
 
 # Copied from deit.py
@@ -404,23 +403,21 @@ class TrainTransform:
     blur radius, factors of brightness, contrast and saturation, index into ORDERS)."""
 
     def __init__(self, recipe: Recipe):
-        self.size, self.crop = recipe.img_size, recipe.crop
-        self.jitter, self.policy = recipe.color_jitter, recipe.augment
-        names = "+".join(CHOICES) if self.policy == "3-augment" else self.policy
-        self.choices = [CHOICES.index(n) + 1 for n in names.split("+") if n in CHOICES]
+        self.recipe, self.jitter, policy = recipe, recipe.color_jitter, recipe.augment
+        self.choices = [i for i, name in enumerate(CHOICES, 1) if policy == "3-augment" or name in policy.split("+")]
         how = dict(interpolation=v2.InterpolationMode.BICUBIC, fill=FILL)  # as officially
-        self.learned = {"auto": v2.AutoAugment(**how), "trivial": v2.TrivialAugmentWide(**how)}.get(self.policy)
+        self.learned = {"auto": v2.AutoAugment(**how), "trivial": v2.TrivialAugmentWide(**how)}.get(policy)
 
     def __call__(self, image: torch.Tensor, rng: random.Random) -> tuple[torch.Tensor, tuple[float, ...]]:
         from common import images
 
-        if self.crop == "rrc":
+        if self.recipe.crop == "rrc":
             top, left, height, width = random_resized_crop(*image.shape[1:], rng)
-            image = images.resize(image[:, top : top + height, left : left + width], self.size)
+            image = images.resize(image[:, top : top + height, left : left + width], self.recipe.img_size)
         else:
-            image = simple_random_crop(image, self.size, rng)
+            image = simple_random_crop(image, self.recipe.img_size, rng)
         flip, choice, radius, factors, order = float(rng.random() < 0.5), 0, 0.0, (1.0, 1.0, 1.0), 0
-        if self.policy == "rand":
+        if self.recipe.augment == "rand":
             image = images.from_pil(rand_augment(images.to_pil(image), rng))
         elif self.learned:  # torchvision's policies draw from torch's global generator: seed it for this image
             with torch.random.fork_rng(devices=[]):
@@ -428,7 +425,7 @@ class TrainTransform:
                 image = images.from_pil(self.learned(images.to_pil(image)))
         elif self.choices:
             choice, radius = rng.choice(self.choices), rng.uniform(0.1, 2.0)
-        if self.jitter and not (self.learned or self.policy == "rand"):  # none on top of these, as officially
+        if self.jitter and not (self.learned or self.recipe.augment == "rand"):  # none on top of these, as officially
             factors = tuple(rng.uniform(1 - self.jitter, 1 + self.jitter) for _ in range(3))
             order = rng.randrange(len(ORDERS))
         return image, (flip, choice, radius, *factors, order)
@@ -458,8 +455,7 @@ def augment(images: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
         blur = gaussian_blur if images.is_cuda else gaussian_blur_by_pil
         x = x.index_copy(0, where, blur(x[where], radius[blurred]))
     if (parameters[:, 3:6] != 1).any():
-        order = moved(torch.tensor(ORDERS)[parameters[:, 6].long()], device)
-        x = color_jitter(x, on_device[:, 3:6], order)
+        x = color_jitter(x, on_device[:, 3:6], moved(torch.tensor(ORDERS)[parameters[:, 6].long()], device))
     return x
 
 
@@ -629,7 +625,7 @@ def parse_args(argv: list[str] | None = None):
     from common import cli
 
     parser = cli.make_parser("deit3", __doc__, Recipe, RECIPES, model="vit_b", recipe="in1k", grad_checkpoint=True)
-    args = cli.parse(parser, argv, [*MODELS, "torchvision/NAME"], RECIPES)
+    args = cli.parse(parser, argv, [*MODELS, "torchvision/NAME", "SCRIPT/NAME"], RECIPES)
     known = dict(data=args.data or "", size=max(args.img_size or (224,)), before=epochs_of(args.weights))
     paper = paper_recipe(args.recipe, args.model, epochs=args.epochs or 0, **known)
     recipe = cli.override(paper, args)
@@ -638,12 +634,16 @@ def parse_args(argv: list[str] | None = None):
     if recipe.loss == "bce" and recipe.smoothing:
         raise cli.UserError("--smoothing: would switch on every class of --loss bce; use --smoothing 0 or --loss ce")
     if args.model not in MODELS:
-        cli.refuse(args, ("drop_path", "layer_scale", "trainable", "grad_checkpoint"), "not for torchvision's models")
+        cli.check_choice("--model", args.model.split("/")[0], ("torchvision", "deit", "cait", "resmlp", "patchconvnet"))
+        cli.refuse(args, ("drop_path", "layer_scale", "trainable", "grad_checkpoint"), "not for others' models")
     return args, recipe, paper
 
 
 def make_model(args, recipe: Recipe, num_classes: int) -> nn.Module:
-    """build_model for a command line."""
+    """build_model for a command line; SCRIPT/MODEL (Table 6.13) is built as by that script's."""
+    if "/" in args.model and not args.model.startswith("torchvision/"):
+        from common.models import from_checkpoint
+        return from_checkpoint({}, "", recipe.img_size, print, name=args.model, classes=num_classes)
     model = build_model(args.model, num_classes, recipe.img_size, recipe.drop_path, recipe.layer_scale)
     model.grad_checkpoint = args.grad_checkpoint
     if recipe.trainable == "attention":

@@ -118,11 +118,11 @@ def converter(kind):
 
 
 def parse(parser: Parser, argv: list[str] | None, models, recipes) -> argparse.Namespace:
-    """The arguments; UserError unless model and recipe are known ("torchvision/NAME": all classifiers there)."""
+    """The arguments; UserError unless model and recipe are known (torchvision/NAME: one there; SCRIPT/NAME: later)."""
     args = parser.parse_args(argv)
     if args.model.startswith("torchvision/") and "torchvision/NAME" in models:
         check_torchvision("--model torchvision/", args.model.removeprefix("torchvision/"))
-    else:
+    elif "/" not in args.model or "SCRIPT/NAME" not in models:
         check_choice("--model", args.model, models)
     others = args.eval_data or args.predict or args.benchmark or args.list_models or args.export
     if args.data is None and not others:
@@ -197,7 +197,7 @@ def built(make_model, args: argparse.Namespace, recipe, num_classes: int):
     """make_model(args, recipe, num_classes); a size or an option that does not fit its model is the user's mistake."""
     try:
         model = make_model(args, recipe, num_classes)
-        if args.model.startswith("torchvision/"):  # they tell when they are used; on the meta device: in training
+        if "/" in args.model:  # not the script's own: they tell when they are used; on the meta device: in training
             device = next(model.parameters()).device
             with torch.no_grad():
                 answer = model.train(device.type == "meta")(torch.zeros(2, 3, *recipe.img_size, device=device))
@@ -206,7 +206,7 @@ def built(make_model, args: argparse.Namespace, recipe, num_classes: int):
         return model
     except NotImplementedError:  # on the meta device: see models.on_meta
         raise
-    except (ValueError, RuntimeError, AssertionError) as error:
+    except (ValueError, RuntimeError, AssertionError, TypeError) as error:
         raise UserError(f"--model {args.model} (--img-size, ...): {one_line(error, 300)}") from None
 
 

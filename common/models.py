@@ -19,10 +19,10 @@ from common.run import Run
 
 
 def from_checkpoint(content: dict, where: str, img_size: tuple[int, int], say: Callable, *, name: str | None = None,
-                    ema: bool = False, headless: bool = False) -> nn.Module:
+                    ema: bool = False, headless: bool = False, classes: int = 0) -> nn.Module:
     """The model of a script's checkpoint (ema: its averaged weights), or SCRIPT/MODEL `name` with weights that do not
-    name it (official ones), for `img_size`; headless: a file without the classifier gets a fresh one. Some scripts have
-    options_of, for their recipe, and fit_resolution."""
+    name it (official ones; {}: fresh, for so many classes), for `img_size`; headless: a file without the classifier
+    gets a new one. Some scripts have options_of, for their recipe, and fit_resolution."""
     method, _, model_name = (name or f"{content['method']}/{content['model_name']}").partition("/")
     if not method.isidentifier() or not Path(__file__).parents[1].joinpath(f"{method}.py").is_file():
         raise UserError(f"{f'--model {name}' if name else where}: needs {method}.py, which is not beside common/")
@@ -35,10 +35,10 @@ def from_checkpoint(content: dict, where: str, img_size: tuple[int, int], say: C
         recipe = script.Recipe(**{**recipe, "img_size": tuple(img_size)})
     except TypeError as error:
         raise UserError(f"{where}: was written by another version of {method}.py ({error})") from None
-    args = argparse.Namespace(model=model_name, grad_checkpoint=False)
-    model = built(script.make_model, args, recipe, len(checkpoint.classes_of(content)) or 1000)
-    adapt = getattr(script, "fit_resolution", None)
-    checkpoint.fit(model, content, where, say, ema=ema, adapt=adapt, new_head=headless)
+    args, adapt = argparse.Namespace(model=model_name, grad_checkpoint=False), getattr(script, "fit_resolution", None)
+    model = built(script.make_model, args, recipe, classes or len(checkpoint.classes_of(content)) or 1000)
+    if content:
+        checkpoint.fit(model, content, where, say, ema=ema, adapt=adapt, new_head=headless)
     return model
 
 
@@ -50,8 +50,7 @@ def load(method: str, source: str, device: str = "cpu") -> tuple[nn.Module, list
     if "method" not in content:
         if (row := checkpoint.OFFICIAL.get(method, {}).get(Path(address).stem)) is None:
             raise UserError(f"{where}: does not say which model it holds; official files keep their names")
-        options = {"img_size": (row[1], row[1]), **dict(*row[3:])}
-        content |= {"method": method, "model_name": row[0], "recipe": options}
+        content |= {"method": method, "model_name": row[0], "recipe": {"img_size": (row[1],) * 2, **dict(*row[3:])}}
     recipe = vars(importlib.import_module(method).Recipe()) | content["recipe"]
     classes, size, ratio = checkpoint.classes_of(content), recipe["img_size"], recipe["eval_crop_ratio"]
     model = from_checkpoint(content, where, size, print).to(device).eval()

@@ -8,23 +8,27 @@ import pytest
 import torch
 import torchvision
 from conftest import (
+    TINY,
     FixedDraws,
     check_architecture,
     check_distribution,
     check_logits,
     fill,
     filled_images,
+    log_of,
     psnr,
     reference,
     sine,
     triangle_image,
 )
 from PIL import Image, ImageFilter
+from test_cli import refused
 from torchvision import transforms
 
 import deit3
 from common.images import from_numpy, resize
 from common.optim import param_groups
+from common.report import count
 
 MODELS = reference("deit3")
 AUGMENT = reference("augment")
@@ -157,6 +161,36 @@ def test_non_square_images_and_sizes_that_do_not_fit():
 
 def test_torchvision_models_train_under_the_same_recipe():
     assert deit3.build_model("torchvision/resnet18", 5).fc.out_features == 5
+
+
+@pytest.mark.parametrize("model", ["cait/cait_nano", "resmlp/resmlp_nano", "patchconvnet/patchconvnet_nano"])
+def test_other_scripts_models_train_under_the_same_recipe(deit3_here, folder, tmp_path, model):
+    """Table 6.13; what it leaves is evaluated and loaded like any other checkpoint."""
+    flags = [*TINY, "--model", model, "--data", folder, "--out", tmp_path / "o", "--epochs", 2, "--layer-scale"]
+    refused(deit3_here(*flags, 0.1), "--layer-scale", "not for others' models")
+    result = deit3_here(*flags[:-1])
+    assert result.status == 0 and "lamb" in result.out, result
+    top1 = [r["val_top1"] for r in log_of(tmp_path / "o") if "val_top1" in r][-1]
+    again = deit3_here(*flags[:-1], "--eval")
+    assert again.status == 0 and f"top1 {top1:.5g}" in again.out, again
+    network, classes, _ = deit3.load_model(str(tmp_path / "o/last.pt"))
+    assert type(network).__module__ == model.partition("/")[0] and classes == ["ant", "bee", "cat", "dog"]
+    assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 4)
+
+
+def test_cait_b12_has_the_size_of_table_6_13_which_leaves_out_the_classifier():
+    args, recipe, _ = deit3.parse_args(["--model", "cait/cait_b12", "--data", "/imagenet"])
+    parameters, gmacs = count(lambda: deit3.make_model(args, recipe, 1000), (224, 224))
+    assert round((parameters - 1000 * 769) / 1e6, 1) == 100.0 and round(gmacs, 1) == 18.2
+    assert (recipe.optimizer, recipe.epochs, recipe.loss) == ("lamb", 400, "bce")
+
+
+@pytest.mark.parametrize("model, words", [
+    ("cait/cait_b13", ["cait_b12"]), ("cat/cait_b12", ["--model cat", "cait"]), ("trex/resnet50", ["--model trex"]),
+    ("deit/deit_nano_distilled", ["--model deit/deit_nano_distilled", "auxiliary"]), ("cait", ["--model cait: "]),
+])
+def test_what_cannot_be_trained_under_this_recipe_is_refused(deit3_here, folder, tmp_path, model, words):
+    refused(deit3_here(*TINY, "--model", model, "--data", folder, "--out", tmp_path / "o"), *words)
 
 
 # ---- Recipe ----------------------------------------------------------------------------------------------------------
