@@ -99,7 +99,8 @@ RECIPES = {
     # (Cars, Flowers, iNaturalist) or / 100 (CIFAR), 1000 epochs (360 on iNaturalist). At 320: --img-size 320.
     "transfer": Recipe(epochs=1000, lr=3e-4, min_lr=1e-6, repeats=1),
     # Sections 5.3.4 (resnet50_attention) and 6.3.4 (torchvision/resnet50): procedure A2 of Wightman et al. [215], 300
-    # epochs, by their column of Table 6.1 (its mixup is 0.2; arXiv:2110.00476 has 0.1). No branch is dropped here.
+    # epochs, by their column of Table 6.1, which mixes A2 (weight decay 0.02, no smoothing) with A1's mixup, 0.2 (A2's:
+    # 0.1, arXiv:2110.00476). Of the stochastic depth that it ticks it gives no rate (there 0.05): no branch is dropped.
     "a2": Recipe(
         epochs=300, lr=5e-3, weight_decay=0.02, clip_grad=1.0, mixup=0.2, loss="bce", smoothing=0.0,
         eval_crop_ratio=0.95,
