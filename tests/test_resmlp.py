@@ -245,6 +245,29 @@ def test_distillation_on_the_one_head(here, folder, tmp_path):
     assert result.status == 0 and "teacher  resmlp resmlp_nano" in result.out, result
 
 
+def test_dinos_files_without_a_classifier_are_judged_and_fine_tuned(here, folder, tmp_path):
+    """Tables 4.2 and 4.3: a bare state dict with the official keys but the head's, here of the smallest model."""
+    from common import transfer
+
+    state = resmlp.build_model(NANO["resmlp"], img_size=32).state_dict()
+    body = {k: v for k, v in state.items() if not k.startswith("head.")}
+    assert state.keys() - body.keys() == {"head.weight", "head.bias"}
+    torch.save(body, tmp_path / "resmlp_12_dino.pth")
+    flags = ["--weights", tmp_path / "resmlp_12_dino.pth", "--data", folder]
+    result = here("resmlp", "--model", NANO["resmlp"], *SMALL, *flags, "--out", tmp_path / "o", "--epochs", 1,
+                  "--warmup-epochs", 0, "--lr", 1e-9, "--min-lr", 0, "--warmup-lr", 0)
+    assert result.status == 0 and "new head: the checkpoint has none\n" in result.out, result
+    tuned = load(tmp_path / "o/last.pt")["model"]
+    assert all(torch.allclose(tuned[k], v, atol=1e-6) for k, v in body.items()) and len(tuned["head.weight"]) == 4
+    refused(here("resmlp", "--model", NANO["resmlp"], *SMALL, *flags, "--eval"), "keys missing", "head.weight")
+
+    asked = ["features", "--model", f"resmlp/{NANO['resmlp']}", *flags[:2], "--sets", folder, "--img-size", 32]
+    asked += ["--seeds", 1, "--workers", 0, "--device", "cpu", "--out", tmp_path / "features.json"]
+    transfer.features(transfer.parse_args(list(map(str, asked))))
+    found = json.loads((tmp_path / "features.json").read_text())["sets"][str(folder)]
+    assert found["accuracy"] > 25 and found["knn"] > 25
+
+
 # ---- Pictures --------------------------------------------------------------------------------------------------------
 
 
