@@ -529,13 +529,13 @@ def _inaturalist(name: str, folder: Path, split: str, year: int) -> Source:
     return Files(folder, files, [str(c.get("name", c["id"])) for c in categories], labels, levels)
 
 
-def _eurosat(name: str, folder: Path, split: str) -> Source:
-    """EuroSAT (arXiv:1709.00029) as torchvision lays it out: eurosat/2750/CLASS/*.jpg."""
-    # There is no official split: t-ReX's 810 test images of each class, drawn once and for all; of a smaller copy 30%.
-    whole, chosen = open_images(str(folder / "eurosat" / "2750"), f"--data {name}:{folder}"), []
+def _drawn(name: str, folder: Path, split: str, place: str, tested: int) -> Source:
+    """torchvision's eurosat/2750/CLASS/*.jpg or caltech101/101_ObjectCategories/CLASS/*.jpg."""
+    # No official split: so many test images of each class, or all but so many, drawn for good; of a smaller copy 30%.
+    whole, chosen = open_images(str(folder / place), f"--data {name}:{folder}"), []
     for label in range(len(whole.classes)):
         mine = np.random.RandomState(label).permutation(np.flatnonzero(whole.labels == label))  # the same for ever
-        test = 810 if len(mine) >= 2000 else int(round(0.3 * len(mine)))  # the smallest class has 2,000
+        test = tested if len(mine) > abs(tested) else round(0.3 * len(mine))
         chosen += sorted(mine[test:] if split == "train" else mine[:test])
     return Files(whole.title, whole.names[chosen], whole.classes, whole.labels[chosen])
 
@@ -579,6 +579,7 @@ NAMED: dict[str, tuple] = {  # reader and its options, of torchvision's sets the
     "cars": (_torchvision, datasets.StanfordCars, "train"), "food101": (_torchvision, datasets.Food101, "train"),
     "aircraft": (_torchvision, datasets.FGVCAircraft, "trainval"),
     "dtd": (_torchvision, datasets.DTD, "train", "val"), "pets": (_torchvision, datasets.OxfordIIITPet, "trainval"),
-    "inat2018": (_inaturalist, 2018), "inat2019": (_inaturalist, 2019), "eurosat": (_eurosat,), "sun397": (_sun397,),
+    "inat2018": (_inaturalist, 2018), "inat2019": (_inaturalist, 2019), "sun397": (_sun397,),
+    "eurosat": (_drawn, "eurosat/2750", 810), "caltech101": (_drawn, "caltech101/101_ObjectCategories", -30),
     **{f"cog{level}": (_cog, level) for level in range(1, 6)},
 }

@@ -46,11 +46,12 @@ from common.sources import Source, cache_file, keep, open_data
 
 TREX = [*(f"cog{level}" for level in range(1, 6)), "aircraft", "cars", "dtd", "eurosat", "flowers102", "pets",
         "food101", "sun397"]  # of t-ReX's page
+KORNBLITH = [*(s for s in TREX[5:] if s != "eurosat"), "cifar10", "cifar100", "caltech101"]  # of their 12; see README
 THESIS = ["cifar10", "cifar100", "flowers102", "cars", "inat2018", "inat2019"]  # of Tables 3.7, 5.5, 6.11
-SETS = dict.fromkeys([*TREX, *THESIS, "imagenet"], "top-1")  # the benchmark's metric; README says whose that is
-SETS |= dict.fromkeys(("aircraft", "flowers102", "pets"), "per-class")
+SETS = dict.fromkeys([*TREX, *THESIS, *KORNBLITH, "imagenet"], "top-1")  # the benchmark's metric; whose: README
+SETS |= dict.fromkeys(("aircraft", "flowers102", "pets", "caltech101"), "per-class")
 SGD = {"imagenet", *TREX[:5], "inat2018", "inat2019"}  # whose linear classifier is fitted by SGD
-GROUPS = {"trex": TREX, "thesis": THESIS, "all": [s for s in SETS if s != "imagenet"]}  # which is no transfer
+GROUPS = {"trex": TREX, "thesis": THESIS, "kornblith": KORNBLITH, "all": [s for s in SETS if s != "imagenet"]}
 
 
 def chosen_sets(names: list[str], root: str | None) -> dict[str, str]:
@@ -377,9 +378,8 @@ def compare(args) -> None:
         for (name, r), v, a, error in zip(results.items(), values, adjusted, errors.tolist())
     }
     x, y = np.array([log_odds(r["pretraining_top1"] / 100) for r in results.values()]), adjusted.mean(1)
-    correlation = {f.__name__: {"value": f(x, y)} for f in (pearson, spearman)}
     summary = {"networks": networks, "top1": axis, "sets": everywhere, "left_out": sorted({*named} - {*everywhere}),
-               "correlation": {"mean": correlation}}
+               "correlation": {"mean": {f.__name__: {"value": f(x, y)} for f in (pearson, spearman)}}}
     out, text = Path(args.out), comparison_table(summary)
     write(out / "compare.json", summary, text)
     points = {name: (at, n["mean_log_odds"], n["standard_error"]) for (name, n), at in zip(networks.items(), x)}

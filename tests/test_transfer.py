@@ -342,6 +342,13 @@ def make_eurosat(root):
     return 2, 14, 6
 
 
+def make_caltech101(root):
+    for label, name in enumerate(("BACKGROUND_Google", "Faces")):
+        for i in range(34):
+            write(root / f"caltech101/101_ObjectCategories/{name}/image_{i + 1:04}.jpg", image(label, i))
+    return 2, 60, 8
+
+
 def make_sun397(root):
     classes = ("/a/abbey", "/a/apartment_building/outdoor", "/b/bar")
     write(root / "SUN397/ClassName.txt", "".join(f"{c}\n" for c in classes))
@@ -463,6 +470,7 @@ LAYOUTS = {
     "cars": make_cars,
     "dtd": make_dtd,
     "eurosat": make_eurosat,
+    "caltech101": make_caltech101,
     "flowers102": make_flowers,
     "pets": make_pets,
     "food101": make_food101,
@@ -489,13 +497,14 @@ def test_each_data_set_is_read_from_its_real_layout(name, tmp_path, monkeypatch)
 
 
 def test_the_names_of_both_benchmarks():
-    assert {name: len(sets) for name, sets in transfer.GROUPS.items()} == {"trex": 13, "thesis": 6, "all": 17}
+    sizes = {"trex": 13, "thesis": 6, "kornblith": 10, "all": 18}
+    assert {name: len(sets) for name, sets in transfer.GROUPS.items()} == sizes
     assert set(LAYOUTS) | {"cifar10", "cifar100", "imagenet"} == set(transfer.SETS)
     assert set(transfer.GROUPS["all"]) <= set(sources.NAMED) and "imagenet" not in transfer.GROUPS["all"]
-    small = {"aircraft", "cars", "dtd", "eurosat", "flowers102", "pets", "food101", "sun397", "cifar10", "cifar100"}
-    assert set(transfer.SETS) - transfer.SGD == small
+    small = {"aircraft", "cars", "dtd", "flowers102", "pets", "food101", "sun397", "cifar10", "cifar100", "caltech101"}
+    assert set(transfer.KORNBLITH) == small and set(transfer.SETS) - transfer.SGD == small | {"eurosat"}
     per_class = [name for name, metric in transfer.SETS.items() if metric == "per-class"]
-    assert per_class == ["aircraft", "flowers102", "pets"]
+    assert per_class == ["aircraft", "flowers102", "pets", "caltech101"]
 
 
 def test_eurosats_split_is_fixed_and_sun397s_is_the_first_partition(tmp_path, monkeypatch):
