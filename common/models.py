@@ -82,7 +82,7 @@ def export(run: Run, make_model: Callable, adapt: Callable | None) -> None:
             torch.onnx.export(program, f=file, dynamo=True, external_data=large, verbose=False)
     except (ImportError, OSError, RuntimeError) as error:
         hint = "; pip install onnx onnxscript" if isinstance(error, ImportError) else ""
-        raise UserError(f"--export {file}: cannot be written ({one_line(error)}{hint})") from None
+        raise UserError(f"--export {file}: cannot be written ({one_line(error.__cause__ or error)}{hint})") from None
     run.say(f"wrote {file}: images (batch, 3, {images.shape[2]}, {images.shape[3]}), normalised as by load_model")
 
 
