@@ -62,10 +62,10 @@ def save(checkpoint: dict, path: Path, *, keep: Path | None = None) -> None:
 
 def official_address(method: str, asked: str, model: str | None = None, size: int | None = None) -> str:
     """Of "official" (for this model and size) or "official:NAME" (a file, or a model: its first one); or UserError."""
-    files, name = OFFICIAL.get(method, {}), asked.partition(":")[2] or model
+    files, name, at = OFFICIAL.get(method, {}), asked.partition(":")[2] or model, f" at {size}" if size else ""
     fit = [file for file, row in files.items() if file == name or (row[0] == name and size in (None, row[1]))]
     if not fit:
-        raise UserError(f"{asked}: no official file of {name}{f' at {size}' if size else ''}; all: {', '.join(files)}")
+        raise UserError(f"{asked}: no official file of {name}{at}; all: {', '.join(files) or 'none'}")
     return f"{OFFICIAL_FILES}/{fit[0]}.pth"
 
 

@@ -161,9 +161,9 @@ def override(paper, args: argparse.Namespace):
     return recipe
 
 
-def differences(recipe, paper) -> list[str]:
+def differences(recipe, paper, whose: str = "paper") -> list[str]:
     """["batch_size 1024 (paper: 2048)", ...]"""
-    return [f"{k} {v} (paper: {getattr(paper, k)})" for k, v in vars(recipe).items() if v != getattr(paper, k)]
+    return [f"{k} {v} ({whose}: {getattr(paper, k)})" for k, v in vars(recipe).items() if v != getattr(paper, k)]
 
 
 RULES = {  # in a Recipe field's annotation: which numbers it may have

@@ -82,7 +82,8 @@ def describe(run: Run, build: Callable[[], torch.nn.Module], data: TrainingData)
     cost = f"{parameters / 1e6:.2f} M parameters, {gmacs:.3f} GMACs at {size[0]} x {size[1]}"
     images = f"{len(data.source)} training images, {'no' if data.val is None else len(data.val)} validation images"
     batch = f"{run.world} ranks x {data.micro_batch} x {data.accumulation} accumulation, {run.amp} on {run.device.type}"
-    ours = " (but this recipe is none of the paper's)" if args.recipe in ("own", "shapes") else ""
+    ours = "this recipe is none of the paper's; from the recipe: " if args.recipe in ("own", "shapes") else ""
+    differ = "; ".join(differences(recipe, run.paper, "recipe" if ours else "paper")) or "nothing"
     scaled = f"the recipe's {run.paper.lr:g} at batch {run.paper.batch_size}, in proportion to the batch"
     return (
         f"model    {args.model}, {cost}, {len(data.classes)} classes\n"
@@ -91,7 +92,7 @@ def describe(run: Run, build: Callable[[], torch.nn.Module], data: TrainingData)
         f"steps    {recipe.epochs} epochs x {data.steps}\n"
         f"rate     {recipe.lr:g} at its peak: {scaled if args.lr is None else 'given by --lr'}\n"
         f"recipe   {args.recipe}: {', '.join(f'{name} {value}' for name, value in vars(recipe).items())}\n"
-        f"differs from the paper: {'; '.join(differences(recipe, run.paper)) or 'nothing'}{ours}"
+        f"differs from the paper: {ours}{differ}"
     )
 
 

@@ -59,15 +59,14 @@ def fit_own(run: Run) -> None:
     power of two per rank), epochs for 1,000 steps (at most 300, at least the recipe's), a twentieth of them warm-up.
     The recipe's rates are those at 256 images, with others they follow the root. Of no paper; tried: see README.
     Weights without --recipe (args.fallback is `own` then) keep the paper's recipe if it has ten steps an epoch here."""
-    args = run.args
+    args, paper = run.args, run.args.fallback or run.paper
     options = dict(splits=("train",), coarse_labels=args.coarse_labels, say=lambda line: None)
     images = len(run.first(lambda: open_data(args.data, **options))["train"])
     if args.fallback:
         if images >= 10 * run.recipe.batch_size:
             return
         run.say(f"--recipe own, as for few images: the paper's, --recipe {args.recipe}, is made for more than {images}")
-        args.recipe, run.paper = "own", args.fallback
-    paper = run.paper
+        args.recipe = "own"
     share = min(max(16, images // 8), images, 256) // run.world
     fitted = 2 ** max(1, share.bit_length() - 1) * run.world
     batch = args.batch_size or fitted

@@ -303,3 +303,5 @@ def test_official_weights_come_by_name_are_checked_and_kept(served, here, monkey
     with pytest.raises(UserError, match="does not say which model"):
         (root / "other.pth").write_bytes(saved(model))
         deit.load_model(f"{address}/other.pth")
+    with pytest.raises(UserError, match="no official file of resnet50; all: none"):
+        importlib.import_module("grafit").load_model("official:resnet50")
