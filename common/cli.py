@@ -149,7 +149,7 @@ def override(paper, args: argparse.Namespace):
     for name, hint in typing.get_type_hints(type(recipe), include_extras=True).items():
         for rule in typing.get_args(hint)[2:]:
             check_rule(name, getattr(recipe, name), rule)
-    if recipe.warmup_epochs >= recipe.epochs:
+    if recipe.warmup_epochs >= recipe.epochs and not getattr(args, "fallback", None):  # else fit_own asks
         raise UserError(f"--warmup-epochs {recipe.warmup_epochs}: must be less than --epochs {recipe.epochs}")
     for flag, low in (("--min-lr", recipe.min_lr), ("--warmup-lr", recipe.warmup_lr)):
         if low > recipe.lr:

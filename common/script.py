@@ -59,22 +59,21 @@ def fit_own(run: Run) -> None:
     power of two per rank), epochs for 1,000 steps (at most 300, at least the recipe's), a twentieth of them warm-up.
     The recipe's rates are those at 256 images, with others they follow the root. Of no paper; tried: see README.
     Weights without --recipe (args.fallback is `own` then) keep the paper's recipe if it has ten steps an epoch here."""
-    args, paper = run.args, run.args.fallback or run.paper
+    args, fallback = run.args, run.args.fallback
     options = dict(splits=("train",), coarse_labels=args.coarse_labels, say=lambda line: None)
-    images = len(run.first(lambda: open_data(args.data, **options))["train"])
-    if args.fallback:
-        if images >= 10 * run.recipe.batch_size:
-            return
+    images, args.fallback = len(run.first(lambda: open_data(args.data, **options))["train"]), None
+    if fallback and images < 10 * run.recipe.batch_size:
         run.say(f"--recipe own, as for few images: the paper's, --recipe {args.recipe}, is made for more than {images}")
-        args.recipe = "own"
-    share = min(max(16, images // 8), images, 256) // run.world
-    fitted = 2 ** max(1, share.bit_length() - 1) * run.world
-    batch = args.batch_size or fitted
-    epochs = args.epochs or max(paper.epochs, min(300, 1000 * batch // images))
-    changes = {name: getattr(paper, name) * math.sqrt(fitted / 256) for name in ("lr", "min_lr", "warmup_lr")}
-    if hasattr(paper, "mix_group"):
-        changes["mix_group"] = math.gcd(paper.mix_group, batch // run.world)
-    run.paper = dataclasses.replace(paper, batch_size=fitted, epochs=epochs, warmup_epochs=epochs // 20, **changes)
+        args.recipe, run.paper = "own", fallback
+    if args.recipe == "own":
+        share = min(max(16, images // 8), images, 256) // run.world
+        fitted = 2 ** max(1, share.bit_length() - 1) * run.world
+        batch, paper = args.batch_size or fitted, run.paper
+        epochs = args.epochs or max(paper.epochs, min(300, 1000 * batch // images))
+        changes = {name: getattr(paper, name) * math.sqrt(fitted / 256) for name in ("lr", "min_lr", "warmup_lr")}
+        if hasattr(paper, "mix_group"):
+            changes["mix_group"] = math.gcd(paper.mix_group, batch // run.world)
+        run.paper = dataclasses.replace(paper, batch_size=fitted, epochs=epochs, warmup_epochs=epochs // 20, **changes)
     run.recipe = override(run.paper, args)
 
 

@@ -190,10 +190,22 @@ def test_J6_a_small_data_set_of_ones_own_needs_no_flag_but_weights(tmp_path):
     quick = ["--model", "vit_nano", "--img-size", 32, "--device", "cpu", "--workers", 0]
     flags = ["--data", tmp_path / "d", "--weights", tmp_path / "w.pth", "--out", tmp_path / "o", *quick]
     stop = at_steps(lambda: os.kill(os.getpid(), signal.SIGTERM), [8])  # however many there are
-    assert status_of(child(flags, patch=stop, log=tmp_path / "log")) == 143, (tmp_path / "log").read_text()
-    text = (tmp_path / "log").read_text()
-    said = [line for line in text.splitlines() if not line.startswith("recipe ")]
-    assert "--recipe own" in said[0] and not re.search("warmup|must be|warning", "".join(said))
+    for more in ([], ["--epochs", 4]):  # fewer than the paper's warm-up
+        log, out = tmp_path / f"log{len(more)}", tmp_path / f"o{len(more)}"
+        assert status_of(child([*flags, "--out", out, *more], patch=stop, log=log)) == 143, log.read_text()
+        said = [line for line in log.read_text().splitlines() if not line.startswith("recipe ")]
+        assert "--recipe own" in said[0] and not re.search("warmup|must be|warning", "".join(said))
+
+
+@pytest.mark.parametrize("images", [60, 200])  # the recipe own, the paper's
+def test_a_warm_up_longer_than_the_run_is_refused_once_the_images_are_counted(images, here, tmp_path):
+    write_folder(tmp_path / "d", train=images // 2, val=2, classes=("ant", "bee"))
+    torch.save(deit3.build_model("vit_nano", 1000, 32).state_dict(), tmp_path / "w.pth")
+    flags = ["--model", "vit_nano", "--img-size", 32, "--batch-size", 16, "--mix-group", 4, "--epochs", 2]
+    flags += ["--warmup-epochs", 2, "--data", tmp_path / "d", "--weights", tmp_path / "w.pth", "--workers", 0]
+    result = here("deit3", *flags, "--out", tmp_path / "o")
+    assert result.status == 2 and "--warmup-epochs 2: must be less than --epochs 2" in result.err, result
+    assert ("--recipe own" in result.out) == (images < 160)
 
 
 def foreign(form: str, state: dict):
