@@ -149,12 +149,12 @@ def new_figure(path: str | Path, width: float, height: float, say: Callable[[str
     except ImportError:
         say(f'{path}: not drawn, that needs matplotlib: pip install -e ".[plots]"')
         return None
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     return matplotlib.figure.Figure((width, height), dpi=100, layout="constrained")
 
 
 def save_plot(path: str | Path, panels: list[dict[str, list]], x_label: str, y_labels=None, say=print) -> bool:
-    """PNG with one panel per dictionary, the name of a curve to its points (x, y), x whole. Whether it is drawn."""
+    """PNG with one panel per dictionary, the name of a curve to its points (x, y), x whole. Whether it is drawn;
+    UserError if it cannot be written."""
     if figure := new_figure(path, 4.2 * len(panels), 2.6, say):
         row = figure.subplots(1, len(panels), squeeze=False)[0]
         for axes, curves, y_label in zip(row, panels, y_labels or [""] * len(panels)):
@@ -165,5 +165,5 @@ def save_plot(path: str | Path, panels: list[dict[str, list]], x_label: str, y_l
                 if points:
                     axes.plot(*zip(*points), ".-" if len(points) < 50 else "-", label=name)
                     axes.legend(fontsize="small")
-        figure.savefig(path)
+        save_file(path, figure.savefig)
     return bool(figure)

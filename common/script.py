@@ -139,4 +139,7 @@ def finish(run: Run, losses: list[str], accuracies: list[str]) -> None:
         rows, curves = [r for r in report.read_log(run.out / "log.jsonl") if "epoch" in r and "status" not in r], []
         for keys in panels.values():
             curves.append({k: [(r["epoch"], r[k]) for r in rows if isinstance(r.get(k), (int, float))] for k in keys})
-        report.save_plot(run.out / "curves.png", curves, "epoch", list(panels), run.say)
+        try:
+            report.save_plot(run.out / "curves.png", curves, "epoch", list(panels), run.say)
+        except UserError as error:
+            run.say(f"warning: {error}")

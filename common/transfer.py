@@ -397,7 +397,7 @@ def save_scatter(path: str | Path, points: dict[str, tuple], x_label: str, y_lab
             marker, size, colour = ("*", 14, "#c8551b") if tuple(point) in best else ("o", 7, "#1f5fa8")
             axes.errorbar(*point, error, fmt=marker, markersize=size, color=colour, elinewidth=1)
             axes.annotate(name, point, (6, 6), textcoords="offset points", fontsize="small", parse_math=False)
-        figure.savefig(path)
+        evaluate.save_file(path, figure.savefig)
 
 
 def upper_right_hull(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -145,7 +145,7 @@ def draw(args, panels: list[tuple[str, str, list[tuple]]]) -> None:
                     axes.plot(x, y, style, label=name)
             if any(name for name, *_ in curves) and len(curves) <= 20:
                 axes.legend(fontsize="small")
-        figure.savefig(file)
+        evaluate.save_file(file, figure.savefig)
 
 
 # ---- Runs ------------------------------------------------------------------------------------------------------------

@@ -100,6 +100,13 @@ def test_a_signal_while_a_failure_is_reported_changes_nothing(folder, tmp_path):
     assert status_of(child(flags, patch=patch, log=tmp_path / "log"), timeout=30) == 1
 
 
+def test_curves_that_cannot_be_written_do_not_fail_what_is_trained(folder, tmp_path):
+    (tmp_path / "o/curves.png").mkdir(parents=True)
+    assert status_of(child([*TINY, "--data", folder, "--out", tmp_path / "o"], log=tmp_path / "log")) == 0
+    assert f"warning: {tmp_path / 'o/curves.png'}: cannot be written (Is a dir" in (tmp_path / "log").read_text()
+    assert json.loads((tmp_path / "o/log.jsonl").read_text().splitlines()[-1])["status"] == "completed"
+
+
 def test_a_worker_killed_when_all_is_trained_is_not_missed(folder, tmp_path):
     def patch():
         from common import report
