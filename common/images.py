@@ -11,7 +11,7 @@ import warnings
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, to_pil_image
 
 to_pil, from_pil = to_pil_image, pil_to_tensor  # uint8 (3, H, W) -> PIL RGB image, and back
@@ -45,6 +45,8 @@ def decode(data: bytes) -> torch.Tensor:
             if image.mode in ("I", "F"):
                 raise ValueError(f"image of mode {image.mode} (32 bits per channel): no defined conversion to 8 bits")
             return from_pil(image.convert("RGB"))
+        except UnidentifiedImageError:  # its own words name an object in memory
+            raise ValueError("not an image of a known format") from None
         except (OSError, ValueError):
             raise
         except Exception as error:  # a bomb, and whatever else a format's decoder raises on what is damaged
