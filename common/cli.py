@@ -197,7 +197,7 @@ def built(make_model, args: argparse.Namespace, recipe, num_classes: int):
     """make_model(args, recipe, num_classes); a size or an option that does not fit its model is the user's mistake."""
     try:
         model = make_model(args, recipe, num_classes)
-        if "/" in args.model:  # not the script's own: they tell when they are used; on the meta device: in training
+        if "/" in args.model and not hasattr(args, "task"):  # others, which tell when used; on meta: training
             device = next(model.parameters()).device
             with torch.no_grad():
                 answer = model.train(device.type == "meta")(torch.zeros(2, 3, *recipe.img_size, device=device))

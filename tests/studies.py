@@ -675,7 +675,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             one.add_argument(flag, **FLAGS[flag])
         where = f"results/{name}" + ".json" * (action not in (grid, clusterfit))
         one.add_argument("--out", default=where, metavar="PATH", help=f"default: {where}")
-        one.add_argument("--debug", action="store_true", help="show tracebacks of expected errors")
         one.set_defaults(action=action, timeout=600, workers=None)
     args = parser.parse_args(argv)
     for rule, names in RULES.items():
