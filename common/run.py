@@ -53,6 +53,8 @@ def launch(main: Callable[[], None]) -> None:
     status = 1
     try:
         status = outcome(main)
+    except SystemExit as end:  # a signal, while it was told how main ended
+        status = outcome(lambda: sys.exit(end.code))
     finally:
         _quit(status)
 
@@ -559,7 +561,7 @@ class Run:
         self.stop_signal = int(number)
         with contextlib.suppress(OSError):  # a step can be long
             os.write(2, f"signal {number}: ends after this step\n".encode() * (self.rank == 0 and self.started))
-        if not self.started:  # nothing to save yet, or ever
+        if not self.started and self in _CURRENT:  # nothing to save yet, or ever; not while it is closed
             raise SystemExit(128 + number)
 
     def _stop(self) -> None:

@@ -143,6 +143,37 @@ def test_a_worker_whose_parent_was_killed_before_it_began_ends(tmp_path, monkeyp
     assert not (tmp_path / "alive").exists()
 
 
+def test_a_signal_while_a_run_ends_that_has_not_begun(folder, tmp_path):
+    """SIGTERM when it is closed, which changes nothing, and when its mistake is told."""
+    flags = [*TINY, "--data", folder, "--out", tmp_path / "o"]
+    assert status_of(child(flags, log=tmp_path / "log")) == 0
+
+    def signalled_in_close():
+        from common.run import Run
+
+        close = Run.close
+        Run.close = lambda self, status: (os.kill(os.getpid(), signal.SIGTERM), close(self, status))
+
+    assert status_of(child([*flags, "--resume", "auto"], patch=signalled_in_close, log=tmp_path / "log")) == 0
+    assert not (tmp_path / "o/lock").exists()
+
+    def signalled_in_the_message():
+        from common.run import Run
+
+        class Mistake(UserError):
+            def __str__(self):
+                os.kill(os.getpid(), signal.SIGTERM)
+                return "told"
+
+        def start(self, *_, **parts):
+            raise Mistake
+
+        Run.start = start
+
+    assert status_of(child([*flags, "--resume", "auto"], patch=signalled_in_the_message, log=tmp_path / "log")) == 143
+    assert not (tmp_path / "o/lock").exists()
+
+
 def test_ranks_do_not_decide_by_their_own_view_of_the_folder_whether_to_save(folder, tmp_path):
     """A run stopped in its last evaluation goes on where one rank does not see last.pt yet, as over a network."""
     flags = [*TINY, "--data", folder, "--out", tmp_path / "o"]
