@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import errno
 import fcntl
+import functools
 import importlib.util
 import json
 import math
@@ -54,7 +55,7 @@ def launch(main: Callable[[], None]) -> None:
     try:
         status = outcome(main)
     except SystemExit as end:  # a signal, while it was told how main ended
-        status = outcome(lambda: sys.exit(end.code))
+        status = outcome(functools.partial(sys.exit, end.code))
     finally:
         _quit(status)
 

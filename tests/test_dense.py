@@ -650,7 +650,7 @@ def test_miou_and_pixel_accuracy_by_hand(suite, tmp_path, monkeypatch):
 
 def test_the_module_stays_short():
     """The issue asks for 550 lines: what is above them is named there too."""
-    assert len((ROOT / "common/dense.py").read_text().splitlines()) <= 595
+    assert len((ROOT / "common/dense.py").read_text().splitlines()) <= 550
 
 
 def test_readmes_commands_are_accepted():
