@@ -535,6 +535,7 @@ def write_maps(run) -> None:
         titles = [f"map of {name}" for name in likely] if model.per_class else ["pooling: " + "; ".join(likely)]
         maps = list(zip(titles, attention_maps(model, x, best).split(1, dim=1)))
         if vit is not None:
+            x = evaluate.normalize(image[None].to(run.device), images.pixels_of(content))  # as it was trained
             maps.append(("a ViT's class token, last block", vit_attention_map(vit, x)[:, None]))
         grey, rows = (torch.tensor([0.299, 0.587, 0.114]) @ image.float().flatten(1) / 255).view(size), []
         for title, of_patches in maps:

@@ -16,6 +16,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from common.errors import RunError, UserError, one_line
+from common.images import use_pixels
 from common.progress import watched
 
 FORMAT = 1
@@ -187,6 +188,7 @@ def of_run(run) -> dict:
     content = run.read(args.weights, "--weights")
     if isinstance(held := content.get("model_name"), str) and held != args.model:
         raise UserError(f"--weights {args.weights}: holds {content.get('method')} {held}, you asked for {args.model}")
+    use_pixels(args, content)
     return content
 
 

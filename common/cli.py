@@ -62,20 +62,29 @@ def make_parser(method: str, doc: str, recipe_class: type, recipes, *, model: st
     return parser
 
 
+def add_network_flags(flag) -> None:
+    """Of every command that feeds a network images."""
+    flag("--use-ema", action="store_true", help="evaluate, or start from, the averaged weights of --weights")
+    flag("--workers", type=int, metavar="N", help="loader processes per rank; default: its cores, at most 16")
+    flag("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
+    text = "of pixels in 0..1, that images are normalised by; default: as --weights of ours, else ImageNet's"
+    for name, what in (("--mean", "mean"), ("--std", "deviation")):
+        flag(name, nargs=3, type=float, metavar=tuple("RGB"), help=f"{what} {text}")
+
+
 def _add_run_flags(parser: Parser) -> None:
     flag = parser.add_argument_group("data").add_argument
     flag("--data", metavar="DATA", help="FOLDER, FILE.tar, NAME:FOLDER, shapes: README; default: $IMAGENET, shapes")
     flag("--val-data", metavar="PATH", help="validation images not in --data: folder or tar; none: train without")
     flag("--coarse-labels", metavar="FILE", help="JSON, class name to coarse class; trained on by --data DATA@coarse")
-    flag("--workers", type=int, metavar="N", help="loader processes per rank; default: its cores, at most 16")
     flag = parser.add_argument_group("run").add_argument
+    add_network_flags(flag)
     flag("--out", metavar="FOLDER", help="checkpoints and log go here; default: runs/METHOD_MODEL")
     flag("--resume", nargs="?", const="auto", metavar="FILE", help="checkpoint to go on from; no FILE: --out's newest")
     flag("--allow-changes", action="store_true", help="let --resume go on though recipe or data differ")
     flag("--weights", metavar="FILE", help="start from these weights (ours or official ones), with a fresh optimizer")
     flag("--save-steps", type=int, default=0, metavar="N", help="write last.pt every N steps and at epochs' ends")
     flag("--seed", type=int, default=0, metavar="N", help="of weights, order, augmentation and mixing; default: 0")
-    flag("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     flag("--amp", choices=("bf16", "fp16", "fp32"), help="precision; default: fp32, but bf16 to train on CUDA")
     flag("--micro-batch", type=int, metavar="N", help="images per rank and forward pass; default: at most 256")
     flag("--compile", action="store_true", help="torch.compile the model")
@@ -88,7 +97,6 @@ def _add_run_flags(parser: Parser) -> None:
     flag("--predict", nargs="+", metavar="PATH", help="print the classes of these images or folders by --weights")
     flag("--export", metavar="FILE", help="write --weights as a program for any batch: FILE.onnx or FILE.pt2")
     flag("--top", type=int, default=5, metavar="N", help="of --predict: how many classes; default: 5")
-    flag("--use-ema", action="store_true", help="evaluate, or start from, the averaged weights of --weights")
 
 
 def _add_recipe_flags(parser: Parser, recipe_class: type) -> None:
@@ -180,13 +188,13 @@ RULES = {  # in a Recipe field's annotation: which numbers it may have
 
 
 RUN_RULES = {"workers": "0 or more, at most 1024", "save_steps": "0 or more", "seed": "0 or more",
-             "micro_batch": "1 or more", "timeout": "1 or more", "top": "1 or more",
-             "seeds": "1 or more", "img_size": "1 or more", "eval_crop_ratio": "in (0, 1]"}
+             "micro_batch": "1 or more", "timeout": "1 or more", "top": "1 or more", "mean": "in [0, 1]",
+             "seeds": "1 or more", "img_size": "1 or more", "eval_crop_ratio": "in (0, 1]", "std": "in (0, 1]"}
 
 
 def check_rule(name: str, value, rule: str | tuple) -> None:
-    """UserError unless a flag's value (None: not given; of a size both sides) is in `rule` or obeys a key of RULES."""
-    flag, values = f"--{name.replace('_', '-')}", value if isinstance(value, tuple) else (value,)
+    """UserError unless a flag's value (None: not given; of several all) is in `rule` or obeys a key of RULES."""
+    flag, values = f"--{name.replace('_', '-')}", value if isinstance(value, tuple | list) else (value,)
     if isinstance(rule, tuple):
         check_choice(flag, value, rule)
     elif value is not None and not all(map(RULES[rule], values)):

@@ -181,11 +181,11 @@ def detector(trunk: nn.Module, classes: int, recipe: Recipe) -> MaskRCNN:
     if pyramid.one_size or pyramid.stride not in (8, 16):
         raise UserError("detect: needs a trunk for images of any size whose patches are 8 or 16 pixels wide")
     anchors = anchor_utils.AnchorGenerator([(pyramid.stride * 2**k,) for k in range(1, 6)], [(0.5, 1.0, 2.0)] * 5)
-    short, long = recipe.test_size  # in training images come resized
+    (short, long), (mean, std) = recipe.test_size, (images.IMAGENET | images.PIXELS).values()  # training's come resized
     return MaskRCNN(pyramid, min_size=short, max_size=long, _skip_resize=True, rpn_anchor_generator=anchors,
                     box_batch_size_per_image=recipe.rois, box_head=faster_rcnn.TwoMLPHead(49 * width, 4 * width),
-                    box_predictor=faster_rcnn.FastRCNNPredictor(4 * width, classes + 1),
-                    mask_head=mask_rcnn.MaskRCNNHeads(width, (width,) * 4, 1),
+                    box_predictor=faster_rcnn.FastRCNNPredictor(4 * width, classes + 1), image_mean=mean,
+                    mask_head=mask_rcnn.MaskRCNNHeads(width, (width,) * 4, 1), image_std=std,
                     mask_predictor=mask_rcnn.MaskRCNNPredictor(width, width, classes + 1))  # fmt: skip
 
 
@@ -437,9 +437,9 @@ def train(run: Run, content: dict) -> None:
     run.open_folder()
     size = sum(p.numel() for p in model.parameters()) / 1e6
     run.say(f"{args.model} from {args.weights or 'scratch'}, {size:.2f} M parameters, {len(found.classes)} classes; "
-            f"{len(found.source)} training, {len(found.val)} validation images; {recipe.epochs} epochs x {found.steps} "
-            f"steps of {recipe.batch_size} in {found.accumulation} x {run.world}, {run.amp} on {run.device.type}; "
-            f"unlike the paper: {', '.join(cli.differences(recipe, run.paper)) or 'nothing'}")
+            f"{len(found.source)} training, {len(found.val)} validation images{images.pixels_note()}; {recipe.epochs} "
+            f"epochs x {found.steps} steps of {recipe.batch_size} in {found.accumulation} x {run.world}, {run.amp} on "
+            f"{run.device.type}; unlike the paper: {', '.join(cli.differences(recipe, run.paper)) or 'nothing'}")
     wrapped = run.prepare(model, found.micro_batch)
     run.start(found.identity(), model=model, optimizer=optimizer, scaler=precision, ema=None)
     run.check_stop()
@@ -497,7 +497,7 @@ def main() -> None:
         raise UserError(f"{where}: holds {held}, no run of {args.task}")
     own = "" if content else "patchconvnet/patchconvnet_nano"  # weights that do not name their model need --model
     args.model = args.model or (name if args.eval else f"{held}/{name}" if held else own)
-    run = Run(args.task, args, recipe, paper)
+    run = Run(args.task, args, recipe, paper, content)
     if not args.eval:
         return train(run, content)
     as_trained = lambda args, recipe, count: build(args.task, recipe, args.model, count, recipe.img_size)  # noqa: E731

@@ -19,27 +19,26 @@ from common import checkpoint
 from common.cli import built
 from common.data import Samples, eval_batches, make_loader, moved, to_device
 from common.errors import RunError, UserError, one_line
-from common.images import decode, eval_transform
+from common.images import IMAGENET, PIXELS, decode, eval_transform, pixels_note
 from common.precision import Precision
 from common.progress import watched
 from common.run import Run
 from common.sources import EXTENSIONS, Files, Source, open_data, open_images
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in 0..1, RGB
 NEIGHBOURS = (10, 15, 20, 25, 30)  # k of the kNN classifier is chosen among these (thesis section 2.4.3)
 SCORES = 2**27  # of queries against a collection, computed at a time: half a GiB
 Predict = Callable[[torch.nn.Module, torch.Tensor], dict[str, torch.Tensor]]
 
 
 @functools.lru_cache  # kept on the device: making them anew would cost a synchronising copy per batch
-def _mean_and_scale(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    values = torch.tensor([[255 * m for m in MEAN], [1 / (255 * s) for s in STD]], device=device)
+def _mean_and_scale(device: torch.device, mean: tuple, std: tuple) -> tuple[torch.Tensor, torch.Tensor]:
+    values = torch.tensor([[255 * m for m in mean], [1 / (255 * s) for s in std]], device=device)
     return values.view(2, 1, 3, 1, 1).unbind()
 
 
-def normalize(images: torch.Tensor) -> torch.Tensor:
-    """(B, 3, H, W) with values 0..255 -> float32, ImageNet mean and deviation removed."""
-    mean, scale = _mean_and_scale(images.device)
+def normalize(images: torch.Tensor, pixels: dict[str, tuple] = PIXELS) -> torch.Tensor:
+    """(B, 3, H, W) with values 0..255 -> float32, mean and deviation removed: those in force, or others."""
+    mean, scale = _mean_and_scale(images.device, **IMAGENET | pixels)
     out = torch.empty(images.shape, device=images.device)  # colour planes, as the networks read them
     chunk = len(images) if images.is_cuda else max(1, 2**18 // images[0].numel())  # what fits a core's cache
     for part, pixels in zip(out.split(chunk), images.split(chunk)):
@@ -49,7 +48,7 @@ def normalize(images: torch.Tensor) -> torch.Tensor:
 
 def denormalize(images: torch.Tensor) -> torch.Tensor:
     """The inverse of normalize, for pictures."""
-    mean, scale = _mean_and_scale(images.device)
+    mean, scale = _mean_and_scale(images.device, **IMAGENET | PIXELS)
     return images / scale + mean
 
 
@@ -189,7 +188,7 @@ def evaluate_weights(run: Run, make_model: Callable, adapt: Callable | None, pre
         metrics = evaluate(run, model, recipe, source, predict, real=real if source is first else None)
         (height, width), ratio = recipe.img_size, recipe.eval_crop_ratio
         results[name] = {"weights": args.weights, "images": len(source), "img_size": [height, width], **metrics}
-        run.say(f"{name}: {len(source)} images at {height} x {width}, crop ratio {ratio:g}")
+        run.say(f"{name}: {len(source)} images at {height} x {width}, crop ratio {ratio:g}{pixels_note()}")
         for head in dict.fromkeys(k.partition("_")[2] for k in metrics):
             own = [f"{k.partition('_')[0]} {v:.5g}" for k, v in metrics.items() if k.partition("_")[2] == head]
             run.say("  ".join([head, *own] if head else own))

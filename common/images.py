@@ -15,6 +15,25 @@ from PIL import Image, UnidentifiedImageError
 from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, to_pil_image
 
 to_pil, from_pil = to_pil_image, pil_to_tensor  # uint8 (3, H, W) -> PIL RGB image, and back
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # of its pixels in 0..1, RGB
+PIXELS: dict[str, tuple] = {}  # what this process' network takes instead of those, see use_pixels
+
+
+def pixels_of(content: dict) -> dict[str, tuple]:
+    """The mean and deviation that a checkpoint of ours was trained with, where they are not ImageNet's."""
+    held = content.get("data") if "method" in content else None
+    return {k: tuple(held[k]) for k in IMAGENET if isinstance(held, dict) and k in held}
+
+
+def use_pixels(args, content: dict) -> None:
+    """normalize() takes from now on --mean and --std; where they are not given, those of the checkpoint."""
+    found = pixels_of(content) | {k: tuple(v) for k, v in vars(args).items() if k in IMAGENET and v}
+    PIXELS.clear()
+    PIXELS.update({k: v for k, v in found.items() if v != IMAGENET[k]})
+
+
+def pixels_note() -> str:
+    return "".join(f", {name} {value}" for name, value in PIXELS.items())
 
 
 @functools.cache

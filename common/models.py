@@ -14,7 +14,7 @@ from torch import nn
 from common import checkpoint, evaluate
 from common.cli import built, check_choice
 from common.errors import UserError, one_line
-from common.images import eval_transform, from_pil
+from common.images import PIXELS, eval_transform, from_pil, pixels_note, pixels_of
 from common.run import Run
 
 
@@ -59,7 +59,7 @@ def load(method: str, source: str, device: str = "cpu") -> tuple[nn.Module, list
 
     def transform(image: Image.Image | str | Path) -> torch.Tensor:
         pixels = from_pil(image.convert("RGB")) if hasattr(image, "convert") else evaluate.read_file(image, "transform")
-        return evaluate.normalize(eval_transform(pixels, size, ratio)[None])[0]
+        return evaluate.normalize(eval_transform(pixels, size, ratio)[None], pixels_of(content))[0]
 
     return model, classes, transform
 
@@ -83,7 +83,8 @@ def export(run: Run, make_model: Callable, adapt: Callable | None) -> None:
     except (ImportError, OSError, RuntimeError) as error:
         hint = "; pip install onnx onnxscript" if isinstance(error, ImportError) else ""
         raise UserError(f"--export {file}: cannot be written ({one_line(error.__cause__ or error)}{hint})") from None
-    run.say(f"wrote {file}: images (batch, 3, {images.shape[2]}, {images.shape[3]}), normalised as by load_model")
+    taken = f"images (batch, 3, {images.shape[2]}, {images.shape[3]}), normalised"
+    run.say(f"wrote {file}: {taken}{pixels_note() or ' as by load_model'}")
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -149,4 +150,7 @@ def load_teacher(args, content, default: str, size: tuple[int, int], classes: li
         why = f"cannot take images of --img-size {size[0]}x{size[1]} ({one_line(error)})"
         raise UserError(f"teacher {name}: {why}") from None
     model.identity = f"{name} {fingerprint(model)[:8]}"
+    own = pixels_of(content or {})  # what it was trained with; images come normalised for the student
+    model.register_forward_pre_hook(lambda _, inputs: None if own == PIXELS else
+                                    evaluate.normalize(evaluate.denormalize(inputs[0]), own))
     return model

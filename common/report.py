@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from common.cli import differences
 from common.data import TrainingData
 from common.evaluate import denormalize, save_file
-from common.images import to_pil
+from common.images import pixels_note, to_pil
 from common.models import on_meta
 from common.optim import make_optimizer
 from common.precision import Precision
@@ -87,7 +87,7 @@ def describe(run: Run, build: Callable[[], torch.nn.Module], data: TrainingData)
     scaled = f"the recipe's {run.paper.lr:g} at batch {run.paper.batch_size}, in proportion to the batch"
     return (
         f"model    {args.model}, {cost}, {len(data.classes)} classes\n"
-        f"data     {args.data}, {images}\n"
+        f"data     {args.data}, {images}{pixels_note()}\n"
         f"batch    {recipe.batch_size} = {batch}, {run.workers} workers per rank\n"
         f"steps    {recipe.epochs} epochs x {data.steps}\n"
         f"rate     {recipe.lr:g} at its peak: {scaled if args.lr is None else 'given by --lr'}\n"

@@ -34,6 +34,7 @@ from tqdm import tqdm
 from common import checkpoint
 from common.cli import differences
 from common.errors import RunError, UserError, one_line
+from common.images import IMAGENET, PIXELS, use_pixels
 from common.progress import terminal
 
 FLAG_LAG = 3  # steps after which the host reads a step's flags from a GPU: long done by then, so nothing waits
@@ -177,7 +178,8 @@ class SyncedBatchNorm(torch.nn.SyncBatchNorm):
 class Run:
     """State and bookkeeping of one training run. All its methods are called by all ranks alike."""
 
-    def __init__(self, method: str, args, recipe, paper):
+    def __init__(self, method: str, args, recipe, paper, content: dict | None = None):
+        use_pixels(args, content or {})
         self.method, self.args, self.recipe, self.paper = method, args, recipe, paper
         self.device, self.rank, self.world = connect(args.device, args.timeout)
         exact = args.amp or self.device.type == "cpu" or args.eval or args.eval_data or args.predict
@@ -358,7 +360,7 @@ class Run:
     def start(self, data: dict, **parts) -> None:
         """Registers what a checkpoint holds, resumes if asked to, and checks that all ranks hold the same weights.
         data: what may not change when the run goes on; parts: model, optimizer and what else has a state (or None)."""
-        self.parts, self.data_info, args = parts, data, self.args
+        self.parts, self.data_info, args = parts, data | PIXELS, self.args
         if args.resume:
             self._resume()
         self._check_same_weights()
@@ -375,7 +377,7 @@ class Run:
         self.log({"status": "started", "epoch": self.epoch, "step": self.step, "seed": args.seed,
                   "world_size": self.world, "recipe": dataclasses.asdict(self.recipe),
                   "differs_from_paper": differences(self.recipe, self.paper), "allowed_changes": args.allow_changes,
-                  **{k: v for k, v in data.items() if k not in ("classes", "digest")}})
+                  **{k: v for k, v in self.data_info.items() if k not in ("classes", "digest")}})
 
     def _newest_checkpoint(self) -> tuple[str, dict | None]:
         """(name, content) of what --resume asks for; no content if there is nothing."""
@@ -404,7 +406,7 @@ class Run:
         held, asked = (f"{state['method']} {state['model_name']}" for state in (saved, own))
         if held != asked:
             raise UserError(f"{flag}: holds {held}, you asked for {asked}")
-        then, now = ({**s["recipe"], "seed": s["seed"], **s["data"], "data": s["data"]["digest"],
+        then, now = ({**IMAGENET, **s["recipe"], "seed": s["seed"], **s["data"], "data": s["data"]["digest"],
                       "classes": len(s["data"]["classes"])} for s in (saved, own))
         differ = [k for k in {**then, **now} if then.get(k) != now.get(k) and k not in ("digest", "path", "val_images")]
         then["data"], now["data"] = then.get("path"), f"{now.get('path')} with other files or labels"

@@ -33,9 +33,10 @@ import torch.nn.functional as F
 import torchvision
 
 from common import checkpoint, evaluate
-from common.cli import Parser, check_choice, check_torchvision, converter
+from common.cli import Parser, add_network_flags, check_choice, check_torchvision, converter
 from common.errors import UserError
 from common.evaluate import extract, log_odds, logistic_regression, mean_average_precision, save_json
+from common.images import PIXELS, pixels_note, use_pixels
 from common.models import fingerprint, from_checkpoint, from_torchvision
 from common.progress import watched
 from common.report import new_figure, read_log
@@ -96,7 +97,7 @@ def cached_features(embed, identity: str, source: Source, size, ratio: float, ru
     if run.args.no_cache:
         return compute(title=title)
     key = [identity, source.content(run.args.check_bytes), tuple(size), ratio, run.amp, run.device.type]
-    file = cache_file([*key, str(torchvision.__version__)], ".npy", "features")
+    file = cache_file([*key, str(torchvision.__version__), *PIXELS.items()], ".npy", "features")
     with contextlib.suppress(OSError, ValueError, EOFError):  # absent, or cut short by a crash
         found = torch.from_numpy(np.load(file, allow_pickle=False))
         run.say(f"{title}: {len(source)} images, features from the cache")
@@ -244,6 +245,7 @@ def write(out: Path, content: dict, text: str) -> None:
 def load_network(args, say) -> tuple[torch.nn.Module, str, float | None]:
     """(network in eval mode, its name, its top-1 where it was trained, if it is known) as asked for."""
     content = checkpoint.load(args.weights, "--weights") if args.weights else None
+    use_pixels(args, content or {})
     own, where = content is not None and isinstance(content.get("method"), str), f"--weights {args.weights}"
     name = f"{content['method']}/{content['model_name']}" if own else args.model
     if args.model not in (None, name):
@@ -274,8 +276,8 @@ def features(args) -> None:
     result = {
         "model": args.name or name, "weights": args.weights, "fingerprint": identity, "img_size": list(size),
         "eval_crop_ratio": ratio, "pretraining_top1": top1, "seeds": args.seeds, "sets": {}, "missing": {},
-    }
-    run.say(f"{name} at {size[0]} x {size[1]}, crop ratio {ratio:g}; {len(asked)} data sets")
+    } | PIXELS
+    run.say(f"{name} at {size[0]} x {size[1]}, crop ratio {ratio:g}{pixels_note()}; {len(asked)} data sets")
     found, missing = {}, result["missing"]
     for title, spec in asked.items():  # all are looked for before the first is computed
         try:
@@ -432,15 +434,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag, sets = one.add_argument, f"groups {', '.join(GROUPS)}; sets {', '.join(SETS)}; shapes, or what --data takes"
     flag("--model", metavar="NAME", help="torchvision/NAME, or SCRIPT/NAME for weights that do not name their model")
     flag("--weights", metavar="FILE", help="of a script, official ones, or torchvision's; default: torchvision's own")
-    flag("--use-ema", action="store_true", help="the averaged weights of --weights")
     flag("--root", metavar="FOLDER", help="holds one folder per data set, named as in --sets")
     flag("--sets", nargs="+", default=["all"], metavar="NAME", help=f"{sets}; default: all")
     flag("--seeds", type=int, default=5, metavar="N", help="splits the cost is chosen on; default: 5")
     flag("--img-size", type=converter(tuple[int, int]), default=(224, 224), metavar="X", help="S or HxW; default: 224")
     flag("--eval-crop-ratio", type=float, default=1.0, metavar="X", help="share that the crop keeps; default: 1")
-    flag("--workers", type=int, metavar="N", help="loader processes; default: the cores, at most 16")
+    add_network_flags(flag)
     flag("--micro-batch", type=int, metavar="N", help="images per forward pass; default: 64")
-    flag("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     flag("--amp", choices=("bf16", "fp16", "fp32"), default="fp32", help="precision of the network; default: fp32")
     flag("--no-cache", action="store_true", help="compute all features, and keep none")
     flag("--check-bytes", action="store_true", help="know images again by all their bytes, not by name, size and time")
