@@ -27,9 +27,9 @@ def pixels_of(content: dict) -> dict[str, tuple]:
 
 def use_pixels(args, content: dict) -> None:
     """normalize() takes from now on --mean and --std; where they are not given, those of the checkpoint."""
-    found = pixels_of(content) | {k: tuple(v) for k, v in vars(args).items() if k in IMAGENET and v}
+    given = {k: tuple(v) for k, v in (("mean", args.mean), ("std", args.std)) if v}
     PIXELS.clear()
-    PIXELS.update({k: v for k, v in found.items() if v != IMAGENET[k]})
+    PIXELS.update({k: v for k, v in (pixels_of(content) | given).items() if v != IMAGENET[k]})
 
 
 def pixels_note() -> str:

@@ -40,6 +40,7 @@ import torch.nn.functional as F  # noqa: E402
 from common import checkpoint, evaluate, images, report, transfer  # noqa: E402
 from common.cli import Parser, built, check_choice, check_rule, check_torchvision, converter  # noqa: E402
 from common.errors import RunError, UserError  # noqa: E402
+from common.images import pixels_of  # noqa: E402
 from common.models import from_checkpoint, from_torchvision  # noqa: E402
 from common.precision import Precision  # noqa: E402
 from common.run import Run, launch  # noqa: E402
@@ -64,6 +65,8 @@ def load_network(spec: str, run: Run, size: tuple[int, int] | None = None) -> Si
             content |= {"method": script, "model_name": row[0], "recipe": options}
         if not match and "method" not in content:
             raise UserError(f"{spec}: does not name its model; write SCRIPT/MODEL={spec} or torchvision/NAME={spec}")
+    if pixels_of(content):
+        raise UserError(f"{spec}: was trained with a mean and deviation of its own; studies give all ImageNet's")
     own = "method" in content
     name, recipe = f"{content['method']}/{content['model_name']}" if own else asked, checkpoint.recipe_of(content)
     if match and name != asked:
@@ -675,7 +678,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             one.add_argument(flag, **FLAGS[flag])
         where = f"results/{name}" + ".json" * (action not in (grid, clusterfit))
         one.add_argument("--out", default=where, metavar="PATH", help=f"default: {where}")
-        one.set_defaults(action=action, timeout=600, workers=None)
+        one.set_defaults(action=action, timeout=600, workers=None, mean=None, std=None)
     args = parser.parse_args(argv)
     for rule, names in RULES.items():
         for name in names.split():

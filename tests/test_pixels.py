@@ -145,3 +145,10 @@ def test_dense_training_takes_them_from_its_trunk(launched, tmp_path, task):
     if task == "detect":
         built = dense.build_detector(f"{script}/{NANO[script]}", classes=3)
         assert tuple(built.transform.image_mean) == OWN["mean"] and tuple(built.transform.image_std) == OWN["std"]
+
+
+def test_studies_refuse_a_network_with_its_own(trained, here, launched, folder, tmp_path):
+    import studies
+
+    command = ["studies.py", "tsne", trained(here) / "last.pt", "--data", folder, "--out", tmp_path / "o.json"]
+    refused(launched(studies.main, command), "mean and deviation of its own")
