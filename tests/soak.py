@@ -128,7 +128,8 @@ class Trial:
         found, said = sorted(statuses.values()), "".join(p.read_text(errors="replace") for p in self.work.glob("*.log"))
         for log in self.work.glob("*.log"):
             log.unlink()
-        own = said.count("Traceback") > said.count("in _serve")  # multiprocessing's, in a worker without its parent
+        # multiprocessing's: in a worker without its parent, and in one whose memory the limit on files concerns too
+        own = said.count("Traceback") > said.count("in _serve") + said.count("in _feed")
         if left or own or not set(found) <= allowed | {0} or (any(found) and words not in said):
             self.faults.append(f"{what}: statuses {found}, {len(left)} processes left, said: {said[-1500:]}")
         return found == [0] * len(pids)
