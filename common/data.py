@@ -18,6 +18,8 @@ from common.errors import RunError, UserError, one_line
 from common.run import Run
 from common.sources import Source, open_data
 
+HUNG = 300.0  # seconds after which a loader worker that lives, but brings nothing, counts as hung
+
 
 def epoch_length(length: int, repeats: int) -> int:
     """Samples of an epoch. With repeats (repeated augmentation) still about as many as there are images, hence
@@ -118,7 +120,7 @@ def _worker_init(_: int) -> None:
 def make_loader(samples: Samples, batches, workers: int, device: torch.device, persistent: bool = True) -> DataLoader:
     """DataLoader over whole micro-batches, ready ahead of need; persistent workers live through all epochs."""
     return DataLoader(samples, batch_sampler=batches, num_workers=workers, worker_init_fn=_worker_init,
-                      persistent_workers=workers > 0 and persistent, timeout=300 if workers else 0,
+                      persistent_workers=workers > 0 and persistent, timeout=5 if workers else 0,
                       collate_fn=default_convert, pin_memory=device.type == "cuda")
 
 
@@ -206,10 +208,18 @@ def moved(batch: tuple | str, device: torch.device) -> tuple:
 
 def to_device(loader: DataLoader, device: torch.device) -> Iterator[tuple]:
     """The loader's batches, on `device` as `moved` says. RunError with the likely reason if a worker process died."""
-    try:
-        yield from (moved(batch, device) for batch in loader)
-    except RuntimeError as error:
-        if "DataLoader" not in str(error) or str(error).startswith("Caught"):  # what a worker raised
-            raise
-        hint = "if memory or /dev/shm ran out, lower --workers or --micro-batch"
-        raise RunError(f"a data loading worker died or hung ({one_line(error)}); {hint}") from None
+    batches, begin = iter(loader), time.monotonic()
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except (RuntimeError, OSError, EOFError) as error:  # the last two: it died while a batch was fetched from it
+            if "DataLoader timed out" in str(error) and time.monotonic() < begin + HUNG:
+                continue
+            if isinstance(error, RuntimeError) and ("DataLoader" not in str(error) or str(error).startswith("Caught")):
+                raise  # what a worker raised
+            hint = "if memory or /dev/shm ran out, lower --workers or --micro-batch"
+            raise RunError(f"a data loading worker died or hung ({one_line(error)}); {hint}") from None
+        yield moved(batch, device)
+        begin = time.monotonic()

@@ -39,7 +39,8 @@ from test_run import at_steps, child, free_port, ranks, start_ranks, status_of
 
 import deit3
 from common import checkpoint, sources, transfer
-from common.errors import UserError
+from common.data import make_loader, to_device
+from common.errors import RunError, UserError
 from common.models import on_meta
 from common.sources import open_data
 
@@ -85,6 +86,43 @@ def test_B24_a_worker_killed_as_by_the_memory_killer_is_told_in_one_line(folder,
     assert "Traceback" not in said and said.count("error") == 1, said
     assert "error: a data loading worker died" in said and "memory" in said, said
     assert world == 1 or "lost contact" in (tmp_path / "rank1.log").read_text()
+
+
+class Dies:
+    """Samples that are there, then kill the worker as soon as a file is."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __getitems__(self, keys):
+        if keys[0] > 0:
+            wait_until(self.file.exists)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return (torch.zeros(1),) * 4
+
+
+def test_B24_a_dead_worker_is_seen_where_the_signal_handlers_exception_is_lost(tmp_path):
+    """Python drops what is raised within a destructor, say."""
+    stream = to_device(make_loader(Dies(tmp_path / "now"), [[0], [1]], 1, torch.device("cpu")), torch.device("cpu"))
+    next(stream)
+    handler, begin = signal.signal(signal.SIGCHLD, signal.SIG_DFL), time.time()
+    (tmp_path / "now").touch()
+    try:
+        with pytest.raises(RunError, match="a data loading worker died or hung .* exited unexpectedly"):
+            next(stream)
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+    assert time.time() < begin + 30
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset by peer"), EOFError(), OSError("none")])
+def test_B24_a_worker_that_dies_while_a_batch_is_fetched_from_it(error):
+    def loader():
+        yield torch.zeros(1), torch.zeros(1), torch.zeros(1), torch.zeros(1)
+        raise error
+
+    with pytest.raises(RunError, match="a data loading worker died or hung"):
+        list(to_device(loader(), torch.device("cpu")))
 
 
 def test_J1_loader_workers_leave_no_temporary_folder(folder, tmp_path):
