@@ -120,7 +120,7 @@ def _worker_init(_: int) -> None:
 def make_loader(samples: Samples, batches, workers: int, device: torch.device, persistent: bool = True) -> DataLoader:
     """DataLoader over whole micro-batches, ready ahead of need; persistent workers live through all epochs."""
     return DataLoader(samples, batch_sampler=batches, num_workers=workers, worker_init_fn=_worker_init,
-                      persistent_workers=workers > 0 and persistent, timeout=5 if workers else 0,
+                      persistent_workers=workers > 0 and persistent, timeout=HUNG if workers else 0,
                       collate_fn=default_convert, pin_memory=device.type == "cuda")
 
 
@@ -208,18 +208,24 @@ def moved(batch: tuple | str, device: torch.device) -> tuple:
 
 def to_device(loader: DataLoader, device: torch.device) -> Iterator[tuple]:
     """The loader's batches, on `device` as `moved` says. RunError with the likely reason if a worker process died."""
-    batches, begin = iter(loader), time.monotonic()
+    batches, workers, begin = None, getattr(loader, "num_workers", 0), time.monotonic()
     while True:
         try:
+            batches = iter(loader) if batches is None else batches
+            if workers:
+                batches._timeout = 5  # torch looks only then for dead workers whose signal was lost
             batch = next(batches)
         except StopIteration:
             return
         except (RuntimeError, OSError, EOFError) as error:  # the last two: it died while a batch was fetched from it
-            if "DataLoader timed out" in str(error) and time.monotonic() < begin + HUNG:
+            if "DataLoader timed out" in str(error) and batches is not None and time.monotonic() < begin + HUNG:
                 continue
             if isinstance(error, RuntimeError) and ("DataLoader" not in str(error) or str(error).startswith("Caught")):
                 raise  # what a worker raised
             hint = "if memory or /dev/shm ran out, lower --workers or --micro-batch"
             raise RunError(f"a data loading worker died or hung ({one_line(error)}); {hint}") from None
+        finally:
+            if workers and batches is not None:
+                batches._timeout = HUNG  # for the next epoch's start, which cannot be tried again
         yield moved(batch, device)
         begin = time.monotonic()
