@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import signal
+import threading
 import time
 from collections import namedtuple
 from collections.abc import Callable, Iterator
@@ -211,7 +212,12 @@ def to_device(loader: DataLoader, device: torch.device) -> Iterator[tuple]:
     batches, workers, begin = None, getattr(loader, "num_workers", 0), time.monotonic()
     while True:
         try:
-            batches = iter(loader) if batches is None else batches
+            if batches is None:
+                if not all(worker.is_alive() for worker in getattr(getattr(loader, "_iterator", None), "_workers", ())):
+                    raise EOFError("between epochs")
+                batches = iter(loader)
+                if threading.current_thread() is threading.main_thread():  # torch's handler raises wherever we are,
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # also where it is lost or taken for a full disk
             if workers:
                 batches._timeout = 5  # torch looks only then for dead workers whose signal was lost
             batch = next(batches)
