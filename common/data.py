@@ -207,8 +207,8 @@ def moved(batch: tuple | str, device: torch.device) -> tuple:
     return images, parameters, *known
 
 
-def to_device(loader: DataLoader, device: torch.device) -> Iterator[tuple]:
-    """The loader's batches, on `device` as `moved` says. RunError with the likely reason if a worker process died."""
+def brought(loader: DataLoader) -> Iterator:
+    """The loader's batches. RunError with the likely reason if a worker process died."""
     batches, workers, begin = None, getattr(loader, "num_workers", 0), time.monotonic()
     while True:
         try:
@@ -233,5 +233,10 @@ def to_device(loader: DataLoader, device: torch.device) -> Iterator[tuple]:
         finally:
             if workers and batches is not None:
                 batches._timeout = HUNG  # for the next epoch's start, which cannot be tried again
-        yield moved(batch, device)
+        yield batch
         begin = time.monotonic()
+
+
+def to_device(loader: DataLoader, device: torch.device) -> Iterator[tuple]:
+    """The loader's batches, on `device` as `moved` says."""
+    return (moved(batch, device) for batch in brought(loader))

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from common import checkpoint
 from common.cli import built
-from common.data import Samples, eval_batches, make_loader, moved, to_device
+from common.data import Samples, brought, eval_batches, make_loader, moved, to_device
 from common.errors import RunError, UserError, one_line
 from common.images import IMAGENET, PIXELS, decode, eval_transform, pixels_note
 from common.precision import Precision
@@ -210,7 +210,7 @@ def predict_images(run: Run, make_model: Callable, adapt: Callable | None, predi
     source, size = Files("", files, classes, np.zeros(len(files))), args.micro_batch or 64
     autocast = Precision(run.amp, run.device).autocast
     loader, bad, records = eval_loader(source, recipe.img_size, recipe.eval_crop_ratio, size, run), 0, []
-    for keys, batch in zip(loader.batch_sampler, loader):
+    for keys, batch in zip(loader.batch_sampler, brought(loader)):
         for part in [loader.dataset.__getitems__([key]) for key in keys] if isinstance(batch, str) else [batch]:
             if isinstance(part, str):
                 bad += 1

@@ -86,8 +86,6 @@ def outcome(main: Callable[[], None]) -> int:
             where = "".join(f" at epoch {run.epoch}, step {run.step}" for run in _CURRENT if run.started)
             line = (f"lost contact with another rank{where}: it died or hangs (see its own message); "
                     "--resume auto goes on from the last checkpoint")
-        elif isinstance(error, RuntimeError) and "DataLoader worker" in str(error):  # torch raises it wherever we are
-            line = f"a data loading worker died ({one_line(error)}); if memory ran out, lower --workers, --micro-batch"
         else:
             traceback.print_exc()
     if line:

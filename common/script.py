@@ -4,9 +4,7 @@ import dataclasses
 import functools
 import importlib
 import math
-import signal
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -129,8 +127,6 @@ def set_up(
 
 def finish(run: Run, losses: list[str], accuracies: list[str]) -> None:
     """The end of training: curves.png shows these figures of the log over the epochs."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise that a worker was killed
     run.log({"status": "completed", "epochs": run.recipe.epochs, "best": run.best})
     panels = {"loss": losses, "accuracy, %": accuracies}
     if getattr(run.recipe, "loss", None) == "bce":  # validation has another loss
