@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import functools
 import importlib
 import itertools
 import json
@@ -41,7 +42,7 @@ from common import checkpoint, evaluate, images, report, transfer  # noqa: E402
 from common.cli import Parser, built, check_choice, check_rule, check_torchvision, converter  # noqa: E402
 from common.errors import RunError, UserError  # noqa: E402
 from common.images import pixels_of  # noqa: E402
-from common.models import from_checkpoint, from_torchvision  # noqa: E402
+from common.models import fingerprint, from_checkpoint, from_torchvision  # noqa: E402
 from common.precision import Precision  # noqa: E402
 from common.run import Run, launch  # noqa: E402
 from common.sources import Files, Source, open_data, open_images  # noqa: E402
@@ -308,6 +309,58 @@ def grid(args) -> None:
     evaluate.save_json(folder / "grid.json", what | {"points": points, "best": best})
     print(table(["lr", "decay", "val_top1"], [[f"{p['lr']:.4g}", p["decay"], p["val_top1"]] for p in points]))
     print("\n".join(missing or ["the best, on all training images:", best["command"]]))
+
+
+def choices(args) -> None:
+    """A ResNet with choices that make features worse (Kornblith), trained by deit3.py: no BatchNorm scale, dropout, ...
+
+    TRAINING is deit3.py and its flags without --out, and comes last; also under torchrun. --no-scale: BatchNorm's scale
+    stays 1; --dropout X before the classifier; --auxiliary X: a second classifier, over the mean of the last stage but
+    one, its loss with this weight (GoogLeNet's is 0.3); the fourth is deit3.py's own --smoothing. Leaves in OUT the
+    run, and torchvision's ResNet without the second classifier for the transfer suite, network.pt. The summary has no
+    numbers and no form of the second classifier."""
+    import deit3
+
+    sys.argv = [*args.training, "--out", args.out]
+    name = deit3.parse_args()[0].model if args.training[:1] == ["deit3.py"] else ""
+    if not name.startswith("torchvision/resn"):
+        raise UserError("TRAINING: end with deit3.py --model torchvision/resnet50 and its flags")
+    build, weight = deit3.build_model, args.auxiliary
+
+    def second(model, inputs, logits: torch.Tensor) -> torch.Tensor:
+        """Both classifiers' logits side by side in training."""
+        pooled = model.layer3.__dict__.pop("kept").mean((2, 3))
+        return torch.cat([logits, model.auxiliary(pooled)], dim=1) if model.training else logits
+
+    def changed(*arguments) -> torch.nn.Module:
+        model = build(*arguments)
+        for module in model.modules() if args.no_scale else ():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.weight.requires_grad_(False)
+        if args.dropout:
+            model.fc.register_forward_pre_hook(lambda fc, inputs: F.dropout(inputs[0], args.dropout, fc.training))
+        if weight:
+            model.auxiliary = torch.nn.Linear(model.fc.in_features // 2, model.fc.out_features)
+            model.layer3.register_forward_hook(lambda stage, _, output: stage.__dict__.update(kept=output))
+            model.register_forward_hook(second)
+        return model
+
+    def joint(loss: Callable) -> Callable:
+        def both(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            first, *others = logits.split(targets.shape[1], dim=1)
+            return loss(first, targets) + sum(weight * loss(other, targets) for other in others)
+
+        return both
+
+    deit3.build_model, deit3.bce_loss = changed, joint(deit3.bce_loss)
+    deit3.F = SimpleNamespace(**vars(F) | {"cross_entropy": joint(F.cross_entropy)})
+    deit3.main()
+    last, file = Path(args.out, "last.pt"), Path(args.out, "network.pt")
+    if last.exists() and int(os.environ.get("RANK", 0)) == 0:
+        state = checkpoint.weights(checkpoint.load(str(last), "--out"))
+        state = {key: value for key, value in state.items() if not key.startswith("auxiliary.")}
+        evaluate.save_file(file, functools.partial(torch.save, state))
+        print(f"wrote {file}; its features: python -m common.transfer features --model {name} --weights {file}")
 
 
 # ---- Weights ---------------------------------------------------------------------------------------------------------
@@ -626,6 +679,64 @@ def clusterfit(args) -> None:
           *(shlex.join(["python", *words]) for words in (train, judge)), sep="\n")
 
 
+def eleven_points(scores: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Average precision of scores (N,) for the images that are `wanted` (N,) as VOC2007 defines it: the mean over the
+    recalls 0, 0.1, ..., 1 of the best precision at that recall or a higher one. In 0..1."""
+    hits = wanted[scores.argsort(descending=True, stable=True)].double().cumsum(0)
+    precision = hits / torch.arange(1, len(hits) + 1, device=hits.device)
+    best = [precision[hits * 10 >= tenth * hits[-1]].max().item() for tenth in range(11)]
+    return sum(best) / 11
+
+
+def voc2007(args) -> None:
+    """VOC2007, one more of the sets of Kornblith: 11-point mAP of linear classifiers of features.
+
+    --data is the folder that holds VOCdevkit/VOC2007, training and test part. A classifier per class, one cost for all,
+    chosen on val of those fitted on train (the decades 1e-5 to 1e6), refitted on both; images in which a class is only
+    marked difficult count for neither side of it, as in the devkit. --into FILE, a result of `features` of the same
+    network: takes its size and crop ratio, and adds the row to it, where both means of log odds count this mAP."""
+    into, marks = {}, Path(args.data, "VOCdevkit/VOC2007/ImageSets/Main")
+    if args.into:
+        try:
+            into = json.loads(Path(args.into).read_text())
+            args.img_size, args.eval_crop_ratio = into["img_size"], into["eval_crop_ratio"]
+        except (OSError, ValueError, LookupError) as error:
+            raise UserError(f"--into {args.into}: no result of the suite's features ({error})") from None
+    run = Run("studies", args, None, None)
+    net, x, truth = load_network(args.network, run), {}, {}
+    if into and into["fingerprint"] != fingerprint(copy.deepcopy(net.model).cpu()):
+        raise UserError(f"--into {args.into}: is a result of another network than {args.network}")
+    try:
+        names = sorted(file.name.removesuffix("_train.txt") for file in marks.glob("*_train.txt"))
+        for split in ("train", "val", "test"):
+            columns = [(marks / f"{name}_{split}.txt").read_text().split() for name in names]
+            files = [f"{image}.jpg" for image in columns[0][::2]]
+            truth[split] = torch.tensor([[int(mark) for mark in column[1::2]] for column in columns]).to(run.device)
+            source = Files(marks.parents[1] / "JPEGImages", files, ["image"], [0] * len(files))
+            x[split] = features(net, source, run)
+    except (OSError, ValueError, LookupError) as error:
+        raise UserError(f"--data {args.data}: is no VOC2007 in torchvision's layout ({error})") from None
+
+    def mean_ap(fitted: tuple[str, ...], tested: str, cost: float) -> list[float]:
+        """Of every class, in percent; marks are 1, -1 and, difficult, 0."""
+        found, images = [], torch.cat([x[split] for split in fitted])
+        for marks, test in zip(torch.cat([truth[split] for split in fitted], dim=1), truth[tested]):
+            weight, bias = evaluate.logistic_regression(images[marks != 0], (marks[marks != 0] > 0).long(), 2, cost)
+            scores = x[tested] @ (weight[1] - weight[0]) + bias[1] - bias[0]
+            found.append(100 * eleven_points(scores[test != 0], test[test != 0] > 0))
+        return found
+
+    cost = max((10.0**e for e in range(-5, 7)), key=lambda cost: sum(mean_ap(("train",), "val", cost)))
+    each = mean_ap(("train", "val"), "test", cost)
+    row = {"metric": "11-point", "train_images": len(x["train"]) + len(x["val"]), "test_images": len(x["test"])}
+    row |= {"accuracy": statistics.mean(each), "top1": statistics.mean(each), "classifier": "lbfgs"}
+    row |= {"chosen": [{"C": cost}], "classes": dict(zip(names, each))}
+    if into:
+        into["sets"]["voc2007"] = row
+        transfer.write(Path(args.into), transfer.summarise(into), transfer.table(into))
+    finish(args, row, table(["class", "AP, %"], [*zip(names, each), ("mean", row["accuracy"])]))
+
+
 # ---- The program -----------------------------------------------------------------------------------------------------
 
 N, X, RUN = dict(type=int, metavar="N"), dict(type=float, metavar="X"), dict(metavar="RUN_FOLDER")
@@ -641,6 +752,8 @@ FLAGS = {
     "--decays": dict(nargs="+", default=[0.0, *(10 ** (-6 + i / 2) for i in range(7))], **X),
     "--sizes": dict(nargs="+", help="S or HxW", **SIZE), "--crop-ratios": dict(nargs="+", **X),
     "--eval-data": dict(nargs="+", metavar="PATH"), "--real-labels": dict(metavar="FILE"),
+    "--no-scale": dict(action="store_true"), "--dropout": dict(default=0.0, **X), "--auxiliary": dict(default=0.0, **X),
+    "--into": dict(metavar="FILE", help="a result of the transfer suite's `features` to add the row to"),
     "--x": dict(default="gmacs", metavar="KEY"), "--y": dict(default="top1", metavar="KEY"),
     "--by": dict(default="network", metavar="KEY"), "--fit": dict(action="store_true"),
     "--split": dict(choices=("train", "val"), default="val", help="default: val"),
@@ -653,13 +766,14 @@ FLAGS = {
     "--device": dict(choices=("cuda", "cpu"), help="default: cuda where there is one"),
     "--amp": dict(choices=("bf16", "fp16", "fp32"), default="fp32", help="default: fp32"),
 }
-RULES = {"1 or more": "steps batch sizes img_size clusters", "above 0": "lrs", "0 or more": "decays",
-         "in (0, 1]": "crop_ratios eval_crop_ratio"}
+RULES = {"1 or more": "steps batch sizes img_size clusters", "above 0": "lrs", "0 or more": "decays auxiliary",
+         "in [0, 1)": "dropout", "in (0, 1]": "crop_ratios eval_crop_ratio"}
 DEVICE = " --device --amp"
 IMAGES = " --data --val-data --coarse-labels --img-size --eval-crop-ratio --micro-batch --workers" + DEVICE
 COMMANDS = {
     seeds: "runs --metric --reference", speedup: "finetuned scratch --metric",
     grid: "training --data --val-data --coarse-labels --steps --batch --lrs --decays",
+    choices: "training --no-scale --dropout --auxiliary", voc2007: "network --into" + IMAGES,
     disagreement: "networks" + IMAGES, tokens: "network" + IMAGES,
     throughput: "models --sizes --batch" + DEVICE,
     sweep: "networks --sizes --crop-ratios --eval-data --real-labels" + IMAGES, plot: "files --x --y --by --fit",
@@ -676,7 +790,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         one = commands.add_parser(name, help=text.splitlines()[0], description=text)
         for flag in names.split():
             one.add_argument(flag, **FLAGS[flag])
-        where = f"results/{name}" + ".json" * (action not in (grid, clusterfit))
+        where = f"results/{name}" + ".json" * (action not in (grid, choices, clusterfit))
         one.add_argument("--out", default=where, metavar="PATH", help=f"default: {where}")
         one.set_defaults(action=action, timeout=600, workers=None, mean=None, std=None)
     args = parser.parse_args(argv)
@@ -690,7 +804,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and args.action is not choices:
         raise UserError(f"{args.command}: runs as one process; start it with plain python")
     args.action(args)
 

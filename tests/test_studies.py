@@ -4,8 +4,10 @@ import contextlib
 import dataclasses
 import importlib
 import json
+import math
 import re
 import shlex
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -15,6 +17,7 @@ import studies
 import torch
 import torch.nn.functional as F
 import torch.utils.benchmark
+import torchvision
 from conftest import NANO, ROOT, fewer_shapes, write_tar
 from fake_cuda import FakeCuda
 from PIL import Image
@@ -22,9 +25,12 @@ from scipy import stats
 from sklearn.cluster import KMeans
 from sklearn.datasets import make_blobs
 from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import precision_recall_curve
 from test_cli import refused
 
-from common import checkpoint, evaluate, report
+import deit3
+from common import checkpoint, evaluate, report, transfer
 from common.errors import RunError
 from common.sources import open_data
 
@@ -37,7 +43,7 @@ def study(launched, tmp_path):
     """study(COMMAND, ...): that command in this process, with --out tmp_path/out.json: (result, what it wrote)."""
 
     def run(command, *arguments, out="out.json"):
-        before = [] if command in ("plot", "seeds", "speedup", "grid") else CPU[: 2 if command == "throughput" else 4]
+        before = CPU[: {"plot": 0, "seeds": 0, "speedup": 0, "grid": 0, "choices": 0, "throughput": 2}.get(command, 4)]
         result = launched(studies.main, ["studies.py", command, *before, "--out", tmp_path / out, *arguments])
         file = tmp_path / out
         return result, json.loads(file.read_text()) if file.is_file() else None
@@ -400,13 +406,180 @@ def test_images_of_archives_and_pixels_are_written_as_they_are(folder, tmp_path)
     assert (np.array(Image.open(next((tmp_path / "b/x").iterdir()))) == shapes.stored(5)).all()
 
 
+# ---- Kornblith -------------------------------------------------------------------------------------------------------
+
+RESNET = ["deit3.py", "--model", "torchvision/resnet18", "--data", "shapes", "--recipe", "shapes", "--img-size", 32]
+RESNET += ["--batch-size", 16, "--epochs", 2, "--warmup-epochs", 0, "--workers", 0]
+
+
+@pytest.fixture
+def choices(study, monkeypatch):
+    """choices(ARGUMENTS, out=): that command on deit3.py as it is, which it changes for its own process."""
+    originals = {name: getattr(deit3, name) for name in ("build_model", "bce_loss", "F")}
+
+    def run(*arguments, out="out"):
+        for name, original in originals.items():
+            monkeypatch.setattr(deit3, name, original)
+        return study("choices", *arguments, out=out)[0]
+
+    return run
+
+
+def network_of(folder):
+    return torch.load(folder / "network.pt")
+
+
+def test_a_resnet_without_choices_is_the_scripts_own(choices, here, tmp_path):
+    with fewer_shapes(32, 8):
+        assert choices(*RESNET, out="a").status == 0
+        assert here("deit3", *RESNET[1:], "--out", tmp_path / "b").status == 0
+    own, found = torch.load(tmp_path / "b/last.pt")["model"], network_of(tmp_path / "a")
+    assert own.keys() == found.keys() and all(torch.equal(found[key], own[key]) for key in own)
+
+
+def test_a_resnet_with_all_choices_trains_goes_on_and_gives_torchvisions_weights(choices, tmp_path):
+    """The second classifier is in last.pt, not in network.pt."""
+    line = ["--no-scale", "--dropout", 0.2, "--auxiliary", 0.3, *RESNET, "--smoothing", 0.1]
+    with fewer_shapes(32, 8):
+        result = choices(*line, "--epochs", 1, out="a")
+        resumed = choices(*line, "--resume", "auto", "--allow-changes", out="a")
+    assert result.status == resumed.status == 0 and "network.pt" in resumed.out, (result, resumed)
+    last, found = torch.load(tmp_path / "a/last.pt")["model"], network_of(tmp_path / "a")
+    assert last.keys() - found.keys() == {"auxiliary.weight", "auxiliary.bias"}
+    assert last["auxiliary.bias"].abs().max() > 0
+    torchvision.models.resnet18(num_classes=12).load_state_dict(found)
+    scales = {key for key, value in found.items() if value.ndim == 1 and key.endswith("weight")}
+    assert len(scales) == 20 and all((found[key] == 1).all() for key in scales)
+    assert (found["layer4.1.bn2.bias"] != 0).any()
+
+
+def test_dropout_and_the_second_classifier_act_in_training_alone(choices, monkeypatch):
+    """Logits and loss by hand, from the trunk's stages."""
+    seen = {}
+
+    def main():
+        torch.manual_seed(0)
+        model, x, targets = deit3.build_model("torchvision/resnet18", 4), torch.randn(8, 3, 32, 32), torch.rand(8, 4)
+        model.layer3.register_forward_hook(lambda stage, _, output: seen.update(third=output))
+        model.avgpool.register_forward_hook(lambda stage, _, output: seen.update(pooled=output.flatten(1)))
+        model.fc.register_forward_hook(lambda fc, inputs, _: seen.update(dropped=inputs[0]))
+        both = model.train()(x)
+        share = (seen["dropped"] == 0).float().mean() - (seen["pooled"] == 0).float().mean()
+        second = model.auxiliary(seen["third"].mean((2, 3)))
+        assert both.shape == (8, 8) and torch.equal(both[:, 4:], second) and 0.2 < share < 0.3
+        for loss, plain in ((deit3.F.cross_entropy, F.cross_entropy), (deit3.bce_loss, bce)):
+            expected = plain(both[:, :4], targets) + 0.4 * plain(second, targets)
+            assert torch.equal(loss(both, targets), expected)
+            assert torch.equal(loss(second, targets), plain(second, targets))
+        alone = model.eval()(x)
+        assert alone.shape == (8, 4) and torch.equal(seen["dropped"], seen["pooled"])
+        seen["done"] = True
+
+    bce = deit3.bce_loss
+    monkeypatch.setattr(deit3, "main", main)
+    assert choices("--dropout", 0.25, "--auxiliary", 0.4, *RESNET).status == 0 and seen["done"]
+
+
+@pytest.mark.parametrize("training", ([], ["deit.py"], ["deit3.py", "--model", "vit_nano"]))
+def test_choices_are_those_of_a_resnet(choices, training):
+    refused(choices(*training), "TRAINING: end with deit3.py --model torchvision/resnet50")
+
+
+def test_eleven_points_are_the_best_precisions_from_each_recall_on():
+    """Right answers at ranks 1, 3 and 4 of 5 of three: 1 up to recall 1/3, then 3/4 at recalls to 1."""
+    scores, wanted = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5]), torch.tensor([True, False, True, True, False])
+    assert studies.eleven_points(scores, wanted) == pytest.approx((4 * 1 + 7 * 0.75) / 11)
+    rng = np.random.RandomState(0)
+    for _ in range(50):
+        scores, wanted = rng.permutation(30).astype("f"), rng.rand(30) < 0.3
+        wanted[0] = True
+        precision, recall, _ = precision_recall_curve(wanted, scores)
+        expected = np.mean([precision[:-1][recall[:-1] >= t / 10 - 1e-12].max() for t in range(11)])
+        assert studies.eleven_points(torch.tensor(scores), torch.tensor(wanted)) == pytest.approx(expected)
+
+
+@pytest.fixture
+def voc(tmp_path):
+    """A VOC2007 of two classes in torchvision's layout: an image's red and green say whether it has the first, second;
+    some images have it marked as difficult."""
+    root, rng, marks = tmp_path / "voc/VOCdevkit/VOC2007", np.random.RandomState(0), {}
+    for folder in ("JPEGImages", "ImageSets/Main"):
+        (root / folder).mkdir(parents=True)
+    for split, count in (("train", 16), ("val", 12), ("test", 20)):
+        marks[split] = rng.choice([-1, 1, 0], (count, 2), p=[0.45, 0.45, 0.1])
+        names = [f"{split}{i:03}" for i in range(count)]
+        for name, (first, second) in zip(names, marks[split]):
+            noise = rng.randint(0, 120, (32, 32, 3)) + [9 * (first > 0), 9 * (second > 0), 0]
+            Image.fromarray(noise.astype("u1")).save(root / f"JPEGImages/{name}.jpg", quality=95)
+        for column, name in enumerate(("bird", "car")):
+            lines = [f"{image} {mark:2d}\n" for image, mark in zip(names, marks[split][:, column])]
+            (root / f"ImageSets/Main/{name}_{split}.txt").write_text("".join(lines))
+    return tmp_path / "voc", marks
+
+
+def test_voc2007_is_scikit_learns_and_joins_the_suites_result(study, launched, coarse, folder, voc, tmp_path):
+    data, marks = voc
+    suite = ["transfer", "features", "--weights", coarse, "--sets", folder, "--img-size", 32, "--eval-crop-ratio", 1]
+    assert launched(transfer.main, [*suite, *CPU, "--out", tmp_path / "suite.json"]).status == 0
+    result, found = study("voc2007", coarse, "--data", data, "--into", tmp_path / "suite.json")
+    assert result.status == 0, result
+    model, _, _ = importlib.import_module("grafit").load_model(str(coarse))
+    x = {}
+    for split in marks:
+        files = sorted((data / "VOCdevkit/VOC2007/JPEGImages").glob(f"{split}*"))
+        images = torch.stack([torch.tensor(np.array(Image.open(file))).permute(2, 0, 1) for file in files])
+        with torch.no_grad():
+            x[split] = model.trunk(evaluate.normalize(images)).numpy()
+    cost, fitted = 2 * found["chosen"][0]["C"], np.concatenate([x["train"], x["val"]])  # of two rows of weights: twice
+    truth, expected = np.concatenate([marks["train"], marks["val"]]), []
+    for column in range(2):
+        known, tested = truth[:, column] != 0, marks["test"][:, column] != 0
+        classifier = LogisticRegression(C=cost, max_iter=10_000, tol=1e-8).fit(fitted[known], truth[known, column])
+        precision, recall, _ = precision_recall_curve(
+            marks["test"][tested, column] > 0, classifier.decision_function(x["test"][tested])
+        )
+        expected.append(100 * np.mean([precision[:-1][recall[:-1] >= t / 10 - 1e-12].max() for t in range(11)]))
+    assert list(found["classes"].values()) == pytest.approx(expected, abs=1e-3), found
+    assert found["accuracy"] == pytest.approx(np.mean(expected), abs=1e-3)
+    assert (found["train_images"], found["test_images"]) == (28, 20)
+    suite = json.loads((tmp_path / "suite.json").read_text())
+    own = math.log(found["accuracy"] / (100 - found["accuracy"]))
+    assert suite["sets"]["voc2007"]["log_odds"] == pytest.approx(own) and suite["measured"] == 2
+    assert "voc2007" in (tmp_path / "suite.txt").read_text()
+
+
+def test_voc2007_for_another_network_or_of_another_layout_is_told(study, distilled, coarse, folder, voc, tmp_path):
+    (tmp_path / "other.json").write_text(json.dumps({"fingerprint": "x", "img_size": [32, 32], "eval_crop_ratio": 1}))
+    refused(study("voc2007", coarse, "--data", voc[0], "--into", tmp_path / "other.json")[0], "of another network")
+    refused(study("voc2007", coarse, "--data", folder)[0], "is no VOC2007")
+    (voc[0] / "VOCdevkit/VOC2007/ImageSets/Main/bird_test.txt").unlink()
+    refused(study("voc2007", coarse, "--data", voc[0])[0], "bird_test.txt")
+    refused(study("voc2007", coarse, "--data", voc[0], "--into", tmp_path / "none")[0], "--into")
+
+
+def test_readmes_line_makes_birdsnap_folders_that_the_suite_takes(tmp_path):
+    """test_images.txt's images, as far as they could be downloaded, are val/; the others train/."""
+    (line,) = re.findall(r"^\(cd /data/birdsnap .*$", (ROOT / "README.md").read_text(), re.M)
+    names = {"Blue_Jay": ["1.jpg", "2.jpg", "3.jpg"], "Anna's_Wren": ["4.jpg", "5.jpg"]}
+    for species, files in names.items():
+        (tmp_path / "download/images" / species).mkdir(parents=True)
+        for file in files:
+            Image.new("RGB", (8, 8)).save(tmp_path / "download/images" / species / file)
+    (tmp_path / "test_images.txt").write_text("path\nBlue_Jay/2.jpg\nBlue_Jay/gone.jpg\nAnna's_Wren/5.jpg\n")
+    subprocess.run(["bash", "-ec", line.replace("/data/birdsnap", shlex.quote(str(tmp_path)))], check=True)
+    splits = open_data(str(tmp_path))
+    found = {split: sorted(source.name(i) for i in range(len(source))) for split, source in splits.items()}
+    assert [len(found["train"]), len(found["val"])] == [3, 2] and splits["val"].classes == sorted(names)
+    assert all(name.endswith(("2.jpg", "5.jpg")) for name in found["val"])
+
+
 # ---- The program -----------------------------------------------------------------------------------------------------
 
 
 def test_readme_has_every_command_and_they_are_accepted():
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)).splitlines()
-    lines = [line.split("#")[0] for line in blocks if line.startswith("python tests/studies.py")]
-    used = [studies.parse_args(shlex.split(line)[2:]).action for line in lines]
+    lines = [line.split("#")[0].partition("tests/studies.py ") for line in blocks]
+    used = [studies.parse_args(shlex.split(line)).action for _, found, line in lines if found]
     assert set(used) == set(studies.COMMANDS)
     for action in studies.COMMANDS:
         assert action.__doc__.splitlines()[0].endswith(".") and re.search(r"T:\d+|Kornblith|Figures", action.__doc__)
