@@ -23,7 +23,7 @@ from common.images import IMAGENET, PIXELS, decode, eval_transform, pixels_note
 from common.precision import Precision
 from common.progress import watched
 from common.run import Run
-from common.sources import EXTENSIONS, Files, Source, open_data, open_images
+from common.sources import EXTENSIONS, Files, Source, open_data, open_images, opening
 
 NEIGHBOURS = (10, 15, 20, 25, 30)  # k of the kNN classifier is chosen among these (thesis section 2.4.3)
 SCORES = 2**27  # of queries against a collection, computed at a time: half a GiB
@@ -196,9 +196,10 @@ def evaluate_weights(run: Run, make_model: Callable, adapt: Callable | None, pre
         save_json(run.out / "eval.json", results)
 
 
+@opening()
 def predict_images(run: Run, make_model: Callable, adapt: Callable | None, predict: Predict = logits_of) -> None:
     """--predict: a line per image, in --out a JSON line too; RunError at the end if some could not be read."""
-    args, files = run.args, []
+    args, files, records, bad = run.args, [], [], 0
     if run.world > 1:
         raise UserError("--predict: for one process; start it without torchrun")
     for path in map(Path, args.predict):
@@ -207,9 +208,8 @@ def predict_images(run: Run, make_model: Callable, adapt: Callable | None, predi
             raise UserError(f"--predict {path}: " + ("holds no images" if path.exists() else "no such file or folder"))
         files += map(str, inside)
     model, recipe, classes = trained_model(run, make_model, adapt)
-    source, size = Files("", files, classes, np.zeros(len(files))), args.micro_batch or 64
-    autocast = Precision(run.amp, run.device).autocast
-    loader, bad, records = eval_loader(source, recipe.img_size, recipe.eval_crop_ratio, size, run), 0, []
+    source, autocast = Files("", files, classes, np.zeros(len(files))), Precision(run.amp, run.device).autocast
+    loader = eval_loader(source, recipe.img_size, recipe.eval_crop_ratio, args.micro_batch or 64, run)
     for keys, batch in zip(loader.batch_sampler, brought(loader)):
         for part in [loader.dataset.__getitems__([key]) for key in keys] if isinstance(batch, str) else [batch]:
             if isinstance(part, str):

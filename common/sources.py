@@ -170,7 +170,7 @@ class TarMembers(Source):
 
 
 @contextlib.contextmanager
-def _opening() -> Iterator[None]:
+def opening() -> Iterator[None]:
     """What cannot be listed or read for want of permission, or of a working disk, is one line."""
     try:
         yield
@@ -178,7 +178,7 @@ def _opening() -> Iterator[None]:
         raise UserError(f"{error.filename or 'the images'}: cannot be read ({error.strerror})") from None
 
 
-@_opening()
+@opening()
 def open_data(spec: str, *, val_data: str | None = None, coarse_labels: str | None = None, say: Callable = print,
               classes: list[str] | None = None, splits: tuple[str, ...] = ("train", "val")) -> dict[str, Source]:
     """The splits of a `--data` value (see the module docstring), labels of every split in the order of train's classes,
@@ -189,15 +189,15 @@ def open_data(spec: str, *, val_data: str | None = None, coarse_labels: str | No
     name, _, folder = spec.partition(":")
     path, order, found = Path(spec), classes, {}
     for split in splits:
-        if spec == "shapes":
-            source = Shapes(split)
-        elif folder and name in NAMED:
-            source = _open_named(name, folder, split)
-        elif not path.exists():
+        if not (spec == "shapes" or folder and name in NAMED or path.exists()):
             known = f"; known data sets: shapes, {', '.join(f'{n}:FOLDER' for n in NAMED)}" if "/" not in spec else ""
             raise UserError(f"--data {spec}: no such file or folder ({TREE}){known}")
         elif split == "val" and val_data:
             source = open_images(val_data, "--val-data", order, say)
+        elif spec == "shapes":
+            source = Shapes(split)
+        elif folder and name in NAMED:
+            source = _open_named(name, folder, split)
         elif path.is_dir() and not (path / split).is_dir():
             hint = " (or give --val-data PATH, or train without validation by --val-data none)"
             raise UserError(f"--data {spec}: no folder {split}/ in it; {TREE}{hint if split == 'val' else ''}")
@@ -230,7 +230,7 @@ def _coarse_level(file: str, source: Source) -> Labels:
     return coarse.tolist(), _relabelled(source.labels, to_coarse)
 
 
-@_opening()
+@opening()
 def open_images(path: str, flag: str, classes: list[str] | None = None, say: Callable = print, split="") -> Source:
     """A folder of class folders, or a tar of class folders or class tars, or `split`/ in one. `classes` fixes the
     labels; folders named 0, 1, 2, ... that are not among them are label numbers (ImageNet-V2's)."""

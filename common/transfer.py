@@ -64,7 +64,7 @@ def chosen_sets(names: list[str], root: str | None) -> dict[str, str]:
                 raise UserError(f"--sets {one}: needs --root, the folder that holds the data sets' folders")
             place = Path(root or "", one)
             found[one] = one if one not in SETS else str(place) if one == "imagenet" else f"{one}:{place}"
-            if one not in SETS and one != "shapes" and ":" not in one and not Path(one).exists():
+            if one not in SETS and one != "shapes" and ":" not in one and not os.path.exists(one):
                 check_choice("--sets", one, [*GROUPS, *SETS, "shapes"])
     return found
 
@@ -460,7 +460,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.command != "compare":
         if args.top1 is not None and not 0 < args.top1 < 100:
             raise UserError(f"--top1 {args.top1}: must lie between 0 and 100")
-        if Path(args.out).is_dir():
+        if os.path.isdir(args.out):
             raise UserError(f"--out {args.out}: is a folder; name the result's file")
     return args
 

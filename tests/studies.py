@@ -54,7 +54,7 @@ def load_network(spec: str, run: Run, size: tuple[int, int] | None = None) -> Si
     """A NETWORK in eval mode for images of `size` (None: --img-size, else its recipe's): title (as asked for), name
     (SCRIPT/MODEL), model, size, crop_ratio, epochs (of its training, or None), classes, named (whether it knows their
     names), predict(model, images) -> {head: logits} (None: it has no classifier). UserError if it cannot be had."""
-    match = None if Path(spec).exists() else re.fullmatch(r"(\w+)/(\w+)(?:=(.+))?", spec)
+    match = None if os.path.exists(spec) else re.fullmatch(r"(\w+)/(\w+)(?:=(.+))?", spec)
     script, model_name, file = match.groups() if match else (None, None, spec)
     asked, content, size = f"{script}/{model_name}", {}, size or getattr(run.args, "img_size", None)
     if file and file.partition(":")[0] == "official":

@@ -354,6 +354,32 @@ def test_J9_names_of_255_bytes_work(tmp_path, deit3_here):
     assert load(tmp_path / "o/last.pt")["data"]["classes"] == list(long.values())
 
 
+@pytest.mark.parametrize("line", [
+    "--weights W --predict LONG", "--weights W --export LONG", "--weights W --eval --data D --out LONG",
+    "--weights W --eval --data D --real-labels LONG", "--weights W --eval --eval-data LONG", "--weights LONG --eval",
+    "--data LONG", "--data D --val-data LONG", "--data shapes --val-data LONG", "--data D --coarse-labels LONG",
+    "--out LONG --data shapes", "--resume LONG --data shapes", "--show-batch LONG.png --data shapes --img-size 32",
+    "transfer features --weights W --sets LONG --out r.json", "transfer features --weights W --sets D --out LONG",
+    "transfer features --weights W --sets cifar10 --root LONG --out r.json", "transfer compare LONG D D --out r",
+    "transfer finetuned a=LONG --out r.json",
+])  # fmt: skip
+def test_J9_a_name_longer_than_the_system_allows_is_told_in_one_line(line, here, launched, tmp_path, folder):
+    """Whatever flag it comes by; it used to be a traceback for three of them."""
+    network = deit3.build_model(NANO["deit3"], 4, (32, 32))
+    content = {"method": "deit3", "model_name": NANO["deit3"], "model": network.state_dict()}
+    recipe = vars(deit3.RECIPES["shapes"]) | {"img_size": (32, 32)}
+    classes = {"classes": open_data(str(folder))["train"].classes}
+    checkpoint.save(content | {"recipe": recipe, "data": classes}, tmp_path / "w.pt")
+    name = f"{tmp_path}/{300 * 'n'}"
+    words = [{"LONG": name, "W": tmp_path / "w.pt", "D": folder, "a=LONG": f"a={name}"}.get(w, w) for w in line.split()]
+    words = [name + ".png" if w == "LONG.png" else tmp_path / w if w in ("r", "r.json") else w for w in words]
+    if words[0] == "transfer":
+        result = launched(transfer.main, [*words, "--workers", 0][: None if words[1] == "features" else -2])
+    else:
+        result = here("deit3", "--model", NANO["deit3"], "--recipe", "shapes", "--workers", 0, *words)
+    refused(result, 300 * "n")
+
+
 def test_J9_a_hundred_thousand_classes(tmp_path):
     """As an archive whose every member is empty: images are not read here."""
     member = tarfile.TarInfo("train/c000000/0.jpg").tobuf(tarfile.USTAR_FORMAT)
