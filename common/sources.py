@@ -186,18 +186,19 @@ def open_data(spec: str, *, val_data: str | None = None, coarse_labels: str | No
     level, match = "fine", re.fullmatch(r"(.+?)@([a-z]+)(:.+)?", spec)  # NAME@LEVEL:FOLDER, shapes@LEVEL, FOLDER@LEVEL
     if match and (match[1] in NAMED or not match[3]) and not Path(spec).exists():
         spec, level = match[1] + (match[3] or ""), match[2]
-    name, _, folder = spec.partition(":")
-    path, order, found = Path(spec), classes, {}
+    (name, _, folder), path, order, found = spec.partition(":"), Path(spec), classes, {}
     for split in splits:
-        if not (spec == "shapes" or folder and name in NAMED or path.exists()):
-            known = f"; known data sets: shapes, {', '.join(f'{n}:FOLDER' for n in NAMED)}" if "/" not in spec else ""
-            raise UserError(f"--data {spec}: no such file or folder ({TREE}){known}")
-        elif split == "val" and val_data:
-            source = open_images(val_data, "--val-data", order, say)
+        if val_data and split == "val" and (spec == "shapes" or folder and name in NAMED):
+            raise UserError(f"--val-data: {spec} has validation images of its own; leave it out")
         elif spec == "shapes":
             source = Shapes(split)
         elif folder and name in NAMED:
             source = _open_named(name, folder, split)
+        elif not path.exists():
+            known = f"; known data sets: shapes, {', '.join(f'{n}:FOLDER' for n in NAMED)}" if "/" not in spec else ""
+            raise UserError(f"--data {spec}: no such file or folder ({TREE}){known}")
+        elif split == "val" and val_data:
+            source = open_images(val_data, "--val-data", order, say)
         elif path.is_dir() and not (path / split).is_dir():
             hint = " (or give --val-data PATH, or train without validation by --val-data none)"
             raise UserError(f"--data {spec}: no folder {split}/ in it; {TREE}{hint if split == 'val' else ''}")
@@ -223,8 +224,7 @@ def _coarse_level(file: str, source: Source) -> Labels:
         mapping = json.loads(Path(file).read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"--coarse-labels {file}: {error}") from None
-    lost = [c for c in source.classes if not isinstance(mapping, dict) or c not in mapping]
-    if lost:
+    if lost := [c for c in source.classes if not isinstance(mapping, dict) or c not in mapping]:
         raise UserError(f"--coarse-labels {file}: no coarse class for {len(lost)} classes, e.g. {', '.join(lost[:5])}")
     coarse, to_coarse = np.unique([str(mapping[c]) for c in source.classes], return_inverse=True)
     return coarse.tolist(), _relabelled(source.labels, to_coarse)

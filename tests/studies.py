@@ -4,11 +4,11 @@
     python tests/studies.py disagreement torchvision/regnet_y_16gf runs/deit_b/last.pt --data /imagenet
     python tests/studies.py COMMAND --help
 
-A NETWORK is FILE, a checkpoint of a script here; SCRIPT/MODEL=FILE, weights that do not name their model, or
-SCRIPT/MODEL=official; torchvision/NAME with torchvision's own weights, or torchvision/NAME=FILE. It sees images of its
-recipe's size and crop ratio, unless flags say otherwise. Figures go to --out as JSON, a table to standard output,
-curves to a picture beside --out (by matplotlib, if installed). T:n is line n of the thesis' text; Kornblith:
-arXiv:1805.08974, by its summary.
+A NETWORK is FILE, a checkpoint of a script here; SCRIPT/MODEL=FILE, weights that do not name their model,
+SCRIPT/MODEL=official, or =random, untrained; torchvision/NAME with torchvision's own weights, or torchvision/NAME=FILE.
+It sees images of its recipe's size and crop ratio, unless flags say otherwise. Figures go to --out as JSON, a table to
+standard output, curves to a picture beside --out (by matplotlib, if installed). T:n is line n of the thesis' text;
+Kornblith: arXiv:1805.08974, by its summary.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+import torchvision  # noqa: E402
 
 from common import checkpoint, evaluate, images, report, transfer  # noqa: E402
 from common.cli import Parser, built, check_choice, check_rule, check_torchvision, converter  # noqa: E402
@@ -59,7 +60,9 @@ def load_network(spec: str, run: Run, size: tuple[int, int] | None = None) -> Si
     asked, content, size = f"{script}/{model_name}", {}, size or getattr(run.args, "img_size", None)
     if file and file.partition(":")[0] == "official":
         file = checkpoint.official_address(script, file, model_name, size and min(size))
-    if file:
+    if file == "random":
+        torch.manual_seed(getattr(run.args, "seed", 0))
+    elif file:
         content = checkpoint.load(file, "network")
         if (row := checkpoint.OFFICIAL.get(script, {}).get(Path(file).stem)) and "method" not in content:
             options = {"img_size": (row[1], row[1]), **dict(*row[3:])}
@@ -77,7 +80,7 @@ def load_network(spec: str, run: Run, size: tuple[int, int] | None = None) -> Si
         check_torchvision("torchvision/", model_name)
         model = from_torchvision(model_name, content or None, spec, f"{name}= and a")
     elif not file:
-        raise UserError(f"{spec}: no such file; of a model of a script write {spec}=FILE or {spec}=official")
+        raise UserError(f"{spec}: no such file; of a model of a script write {spec}=FILE, =official or =random")
     else:
         size = size or recipe.get("img_size")
         model = from_checkpoint(content, spec, size or (224, 224), run.say, name=None if own else name)
@@ -89,6 +92,8 @@ def load_network(spec: str, run: Run, size: tuple[int, int] | None = None) -> Si
     model.to(run.device, memory_format=run.layout).eval().requires_grad_(False)
     ratio = getattr(run.args, "eval_crop_ratio", None) or recipe.get("eval_crop_ratio", 0.875)
     classes, named = checkpoint.classes_of(content) or [str(i) for i in range(1000)], "data" in content
+    if file == "random":
+        classes, predict = [], None
     return SimpleNamespace(title=spec, name=name, model=model, size=tuple(size or (224, 224)), crop_ratio=ratio,
                            epochs=recipe.get("epochs"), classes=classes, named=named, predict=predict)
 
@@ -264,6 +269,16 @@ def speedup(args) -> None:
     finish(args, rows, table(list(rows[0]), [[f"{row['accuracy']:.2f}", *list(row.values())[1:]] for row in rows]))
 
 
+def training_of(args, *own: str) -> list[str]:
+    """TRAINING, a script's command line without the flags that the study gives itself."""
+    if not args.training or not (ROOT / args.training[0]).is_file():
+        raise UserError("TRAINING: end with the command of a script, say grafit.py --model resnet50 --recipe transfer")
+    for word in args.training:
+        if word.partition("=")[0] in own:
+            raise UserError(f"{word}: not in TRAINING; {args.command} gives it itself, or starts anew")
+    return args.training
+
+
 def grid(args) -> None:
     """Kornblith's fine-tuning: learning rates x weight decays, chosen on a held-out part of the training set.
 
@@ -274,9 +289,8 @@ def grid(args) -> None:
     mean per class). The summary has no numbers; the default grid is the paper's appendix's as far as known: decays are
     shares of the weights per step, hence --weight-decay is decay / rate."""
     folder, batch = Path(args.out), args.batch or 256
-    if not args.training or not (ROOT / args.training[0]).is_file():
-        raise UserError("TRAINING: end with the command of a script, say grafit.py --model resnet50 --recipe transfer")
-    what = {"data": args.data, "training": args.training, "steps": args.steps, "batch": batch}
+    training = training_of(args, "--data", "--out")
+    what = {"data": args.data, "training": training, "steps": args.steps, "batch": batch}
     if (folder / "grid.json").exists():
         held = json.loads((folder / "grid.json").read_text())
         if differ := [key for key, value in what.items() if held[key] != value]:
@@ -292,7 +306,7 @@ def grid(args) -> None:
     def command(lr: float, decay: float, data: str | Path, count: int, out: Path) -> str:
         epochs = math.ceil(args.steps / (count // batch))
         flags = f"--batch-size {batch} --epochs {epochs} --lr {lr:.4g} --min-lr 0 --weight-decay {decay / lr:.4g}"
-        return shlex.join(["python", *args.training, "--data", str(data), *flags.split(), "--out", str(out)])
+        return shlex.join(["python", *training, "--data", str(data), *flags.split(), "--out", str(out)])
 
     points = []
     for lr, decay in itertools.product(args.lrs, args.decays):
@@ -316,24 +330,29 @@ def choices(args) -> None:
 
     TRAINING is deit3.py and its flags without --out, and comes last; also under torchrun. --no-scale: BatchNorm's scale
     stays 1; --dropout X before the classifier; --auxiliary X: a second classifier, over the mean of the last stage but
-    one, its loss with this weight (GoogLeNet's is 0.3); the fourth is deit3.py's own --smoothing. Leaves in OUT the
-    run, and torchvision's ResNet without the second classifier for the transfer suite, network.pt. The summary has no
-    numbers and no form of the second classifier."""
+    one, its loss with this weight; the fourth is deit3.py's own --smoothing. Leaves in OUT the run, to be resumed and
+    evaluated by this command, and network.pt, torchvision's ResNet without the second classifier, for the transfer
+    suite. The summary has no numbers and no form of the second classifier; GoogLeNet's weight is 0.3."""
     import deit3
 
-    sys.argv = [*args.training, "--out", args.out]
-    name = deit3.parse_args()[0].model if args.training[:1] == ["deit3.py"] else ""
+    told = training_of(args, "--out", "--weights")
+    sys.argv = [*told, "--out", args.out]
+    name, weight = deit3.parse_args()[0].model if told[0] == "deit3.py" else "", args.auxiliary
     if not name.startswith("torchvision/resn"):
         raise UserError("TRAINING: end with deit3.py --model torchvision/resnet50 and its flags")
-    build, weight = deit3.build_model, args.auxiliary
+    chosen = f"choices: no scale {args.no_scale}, dropout {args.dropout}, auxiliary {weight}".replace(".", "_")
+    build, plain = deit3.build_model, chosen == "choices: no scale False, dropout 0_0, auxiliary 0_0"
 
     def second(model, inputs, logits: torch.Tensor) -> torch.Tensor:
         """Both classifiers' logits side by side in training."""
         pooled = model.layer3.__dict__.pop("kept").mean((2, 3))
         return torch.cat([logits, model.auxiliary(pooled)], dim=1) if model.training else logits
 
-    def changed(*arguments) -> torch.nn.Module:
-        model = build(*arguments)
+    def changed(*arguments, **options) -> torch.nn.Module:
+        model = build(*arguments, **options)
+        if plain or not isinstance(model, torchvision.models.ResNet):
+            return model
+        model.register_buffer(chosen, torch.zeros(()))  # other choices than a checkpoint's are refused by its keys
         for module in model.modules() if args.no_scale else ():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.weight.requires_grad_(False)
@@ -354,11 +373,15 @@ def choices(args) -> None:
 
     deit3.build_model, deit3.bce_loss = changed, joint(deit3.bce_loss)
     deit3.F = SimpleNamespace(**vars(F) | {"cross_entropy": joint(F.cross_entropy)})
-    deit3.main()
+    try:
+        deit3.main()
+    except SystemExit as end:  # also of a run that is complete already
+        if end.code:
+            raise
     last, file = Path(args.out, "last.pt"), Path(args.out, "network.pt")
     if last.exists() and int(os.environ.get("RANK", 0)) == 0:
         state = checkpoint.weights(checkpoint.load(str(last), "--out"))
-        state = {key: value for key, value in state.items() if not key.startswith("auxiliary.")}
+        state = {key: value for key, value in state.items() if not key.startswith(("auxiliary.", "choices: "))}
         evaluate.save_file(file, functools.partial(torch.save, state))
         print(f"wrote {file}; its features: python -m common.transfer features --model {name} --weights {file}")
 
@@ -542,13 +565,14 @@ def plot(args) -> None:
 def separability(args) -> None:
     """Table 2.1: top-1 of a linear classifier that tells apart random halves of the coarse classes.
 
-    T:325-353: 53.7, with the coarse class 54.5, of cross-entropy; 10 splits, on the training images. --data names the
+    T:325-353; 10 splits, on the training images. --data names the
     labels the network was trained on, cifar100@coarse:FOLDER. The classifier is logistic regression at cost 1: the
     thesis does not say. With the coarse class: P(fine) = the network's softmax of the coarse class times the linear
     classifier's within it, one reading of T:353."""
     run, plain, given = Run("studies", args, None, None), [], []
     net, source = load_network(args.network, run), open_split(args, "train", run.say)
-    evaluate.label_as(source, net.classes, net.named, f"--data {args.data}", run.say)
+    if net.classes:
+        evaluate.label_as(source, net.classes, net.named, f"--data {args.data}", run.say)
     if net.predict:
         coarse = extracted(lambda batch: net.predict(net.model, batch)[""], net, source, run).log_softmax(1)
     x, labels = features(net, source, run), torch.from_numpy(source.labels).to(run.device)
@@ -695,36 +719,40 @@ def voc2007(args) -> None:
     chosen on val of those fitted on train (the decades 1e-5 to 1e6), refitted on both; images in which a class is only
     marked difficult count for neither side of it, as in the devkit. --into FILE, a result of `features` of the same
     network: takes its size and crop ratio, and adds the row to it, where both means of log odds count this mAP."""
-    into, marks = {}, Path(args.data, "VOCdevkit/VOC2007/ImageSets/Main")
+    into, keys = {}, ("fingerprint", "sets", "missing", "img_size", "eval_crop_ratio")
+    root, found = Path(args.data, "VOCdevkit/VOC2007"), {}
     if args.into:
         try:
             into = json.loads(Path(args.into).read_text())
-            args.img_size, args.eval_crop_ratio = into["img_size"], into["eval_crop_ratio"]
-        except (OSError, ValueError, LookupError) as error:
+            identity, *_, args.img_size, args.eval_crop_ratio = (into[key] for key in keys)
+        except (OSError, ValueError, LookupError, TypeError) as error:
             raise UserError(f"--into {args.into}: no result of the suite's features ({error})") from None
-    run = Run("studies", args, None, None)
-    net, x, truth = load_network(args.network, run), {}, {}
-    if into and into["fingerprint"] != fingerprint(copy.deepcopy(net.model).cpu()):
-        raise UserError(f"--into {args.into}: is a result of another network than {args.network}")
     try:
-        names = sorted(file.name.removesuffix("_train.txt") for file in marks.glob("*_train.txt"))
-        for split in ("train", "val", "test"):
-            columns = [(marks / f"{name}_{split}.txt").read_text().split() for name in names]
+        names = sorted(file.name.removesuffix("_train.txt") for file in root.glob("ImageSets/Main/*_train.txt"))
+        for split in ("train", "val", "test") if names else ():
+            columns = [(root / f"ImageSets/Main/{name}_{split}.txt").read_text().split() for name in names]
             files = [f"{image}.jpg" for image in columns[0][::2]]
-            truth[split] = torch.tensor([[int(mark) for mark in column[1::2]] for column in columns]).to(run.device)
-            source = Files(marks.parents[1] / "JPEGImages", files, ["image"], [0] * len(files))
-            x[split] = features(net, source, run)
-    except (OSError, ValueError, LookupError) as error:
-        raise UserError(f"--data {args.data}: is no VOC2007 in torchvision's layout ({error})") from None
+            source = Files(root / "JPEGImages", files, ["image"], [0] * len(files))
+            found[split] = source, torch.tensor([[int(mark) for mark in column[1::2]] for column in columns])
+    except (OSError, ValueError) as error:
+        raise UserError(f"--data {args.data}: a list of VOC2007 cannot be read ({error})") from None
+    if not names:
+        raise UserError(f"--data {args.data}: no VOCdevkit/VOC2007/ImageSets/Main/CLASS_train.txt in it")
+    run = Run("studies", args, None, None)
+    net = load_network(args.network, run)
+    if into and identity != fingerprint(copy.deepcopy(net.model).cpu()):
+        raise UserError(f"--into {args.into}: is a result of another network than {args.network}")
+    x = {split: features(net, source, run) for split, (source, _) in found.items()}
+    truth = {split: marks.to(run.device) for split, (_, marks) in found.items()}
 
     def mean_ap(fitted: tuple[str, ...], tested: str, cost: float) -> list[float]:
         """Of every class, in percent; marks are 1, -1 and, difficult, 0."""
-        found, images = [], torch.cat([x[split] for split in fitted])
+        precisions, images = [], torch.cat([x[split] for split in fitted])
         for marks, test in zip(torch.cat([truth[split] for split in fitted], dim=1), truth[tested]):
             weight, bias = evaluate.logistic_regression(images[marks != 0], (marks[marks != 0] > 0).long(), 2, cost)
             scores = x[tested] @ (weight[1] - weight[0]) + bias[1] - bias[0]
-            found.append(100 * eleven_points(scores[test != 0], test[test != 0] > 0))
-        return found
+            precisions.append(100 * eleven_points(scores[test != 0], test[test != 0] > 0))
+        return precisions
 
     cost = max((10.0**e for e in range(-5, 7)), key=lambda cost: sum(mean_ap(("train",), "val", cost)))
     each = mean_ap(("train", "val"), "test", cost)

@@ -580,18 +580,12 @@ def test_imagenets_tar_of_class_tars(tmp_path):
         open_data(str(outer))
 
 
-def test_validation_images_of_ones_own_go_with_built_in_and_named_data_too(tmp_path):
+def test_validation_images_beside_data_that_have_their_own_are_refused(tmp_path):
     """They used to be left out without a word."""
-    write_folder(tmp_path / "v", train=1, val=2, classes=open_data("shapes")["train"].classes)
-    assert len(open_data("shapes", val_data=str(tmp_path / "v/val"))["val"]) == 24
-    (tmp_path / "n/eurosat/2750").mkdir(parents=True)
-    write_folder(tmp_path / "n/eurosat", train=4, val=0, classes=("a", "b"))
-    os.rename(tmp_path / "n/eurosat/train", tmp_path / "n/eurosat/2750")
-    write_folder(tmp_path / "w", train=1, val=3, classes=("a", "b"))
-    assert len(open_data(f"eurosat:{tmp_path / 'n'}", val_data=str(tmp_path / "w/val"))["val"]) == 6
-    for spec in ("shapes", f"eurosat:{tmp_path / 'n'}"):
-        with pytest.raises(UserError, match="--val-data: /nowhere does not exist"):
-            open_data(spec, val_data="/nowhere")
+    for spec in ("shapes", "shapes@coarse", f"cifar10:{tmp_path}"):
+        with pytest.raises(UserError, match="--val-data: .* has validation images of its own"):
+            open_data(spec, val_data=str(tmp_path), splits=("val",))
+    assert len(open_data("shapes", val_data="none", splits=("train",))["train"]) > 0
 
 
 @pytest.mark.parametrize("name, kind, message", [

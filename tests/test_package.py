@@ -122,6 +122,18 @@ def test_readmes_commands_are_accepted(script, line):
     assert args.list_models or recipe.epochs
 
 
+def test_readmes_trainings_have_batches_that_their_gpus_can_share():
+    from common.data import split_batch
+
+    found = re.findall(rf"--nproc_per_node (\d+) .*\b({'|'.join(SCRIPTS)})\.py (.*)", README)
+    assert len(found) > 100
+    for ranks, script, line in found:
+        args, recipe, _ = importlib.import_module(script).parse_args(shlex.split(re.split("#|&&|`", line)[0]))
+        if not (args.eval or args.benchmark):
+            group = min(getattr(recipe, "mix_group", 1), recipe.batch_size)
+            split_batch(recipe.batch_size, int(ranks), args.micro_batch, group)
+
+
 def test_readmes_commands_of_the_transfer_suite_are_accepted():
     from common import transfer
 

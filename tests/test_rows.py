@@ -357,7 +357,7 @@ def test_J9_names_of_255_bytes_work(tmp_path, deit3_here):
 @pytest.mark.parametrize("line", [
     "--weights W --predict LONG", "--weights W --export LONG", "--weights W --eval --data D --out LONG",
     "--weights W --eval --data D --real-labels LONG", "--weights W --eval --eval-data LONG", "--weights LONG --eval",
-    "--data LONG", "--data D --val-data LONG", "--data shapes --val-data LONG", "--data D --coarse-labels LONG",
+    "--data LONG", "--data D --val-data LONG", "--data D --coarse-labels LONG",
     "--out LONG --data shapes", "--resume LONG --data shapes", "--show-batch LONG.png --data shapes --img-size 32",
     "transfer features --weights W --sets LONG --out r.json", "transfer features --weights W --sets D --out LONG",
     "transfer features --weights W --sets cifar10 --root LONG --out r.json", "transfer compare LONG D D --out r",

@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import json
 import math
+import os
 import re
 import shlex
 import subprocess
@@ -28,6 +29,7 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import precision_recall_curve
 from test_cli import refused
+from test_run import free_port
 
 import deit3
 from common import checkpoint, evaluate, report, transfer
@@ -328,6 +330,14 @@ def test_random_halves_are_told_apart_as_far_as_features_go(study, coarse, folde
     refused(study("separability", coarse, "--data", f"{folder}@coarse")[0], "give --coarse-labels")
 
 
+def test_a_random_network_is_told_apart_too(study, folder):
+    """Table 2.1's last row: of no classes, so without their condition."""
+    result, found = study("separability", "grafit/regnet_nano=random", "--img-size", 32, "--data", folder, "--seed", 3)
+    assert result.status == 0 and found.keys() == {"no condition"}, result
+    again = study("separability", "grafit/regnet_nano=random", "--img-size", 32, "--data", folder, "--seed", 3)[1]
+    assert again == found
+
+
 def test_energy_is_that_of_principal_components(study, coarse, folder, tmp_path):
     result, found = study("energy", coarse, "--data", folder)
     model, images, _ = seen(coarse, folder)
@@ -445,7 +455,8 @@ def test_a_resnet_with_all_choices_trains_goes_on_and_gives_torchvisions_weights
         resumed = choices(*line, "--resume", "auto", "--allow-changes", out="a")
     assert result.status == resumed.status == 0 and "network.pt" in resumed.out, (result, resumed)
     last, found = torch.load(tmp_path / "a/last.pt")["model"], network_of(tmp_path / "a")
-    assert last.keys() - found.keys() == {"auxiliary.weight", "auxiliary.bias"}
+    chosen = "choices: no scale True, dropout 0_2, auxiliary 0_3"
+    assert last.keys() - found.keys() == {"auxiliary.weight", "auxiliary.bias", chosen}
     assert last["auxiliary.bias"].abs().max() > 0
     torchvision.models.resnet18(num_classes=12).load_state_dict(found)
     scales = {key for key, value in found.items() if value.ndim == 1 and key.endswith("weight")}
@@ -480,9 +491,39 @@ def test_dropout_and_the_second_classifier_act_in_training_alone(choices, monkey
     assert choices("--dropout", 0.25, "--auxiliary", 0.4, *RESNET).status == 0 and seen["done"]
 
 
-@pytest.mark.parametrize("training", ([], ["deit.py"], ["deit3.py", "--model", "vit_nano"]))
-def test_choices_are_those_of_a_resnet(choices, training):
-    refused(choices(*training), "TRAINING: end with deit3.py --model torchvision/resnet50")
+@pytest.mark.parametrize("training, said", [
+    ([], "TRAINING: end with"), (["deit.py"], "TRAINING: end with deit3.py --model torchvision/resnet50"),
+    (["deit3.py", "--model", "vit_nano"], "TRAINING: end with deit3.py --model torchvision/resnet50"),
+    ([*RESNET, "--out", "here"], "--out: not in TRAINING"), ([*RESNET, "--weights=w.pt"], "--weights=w.pt: not in"),
+])  # fmt: skip
+def test_choices_are_those_of_a_resnet_that_starts_anew(choices, training, said):
+    refused(choices(*training), said)
+
+
+def test_a_run_goes_on_with_its_own_choices_alone(choices, here, tmp_path):
+    one = [*RESNET, "--epochs", 1]
+    with fewer_shapes(32, 8):
+        assert choices("--dropout", 0.25, *one).status == 0
+        refused(choices("--dropout", 0.5, *RESNET, "--resume", "auto", "--allow-changes"), "dropout 0_25")
+        flags = [*RESNET[1:], "--resume", "auto", "--allow-changes", "--out", tmp_path / "out"]
+        refused(here("deit3", *flags), "dropout 0_25")
+        (tmp_path / "out/network.pt").unlink()  # killed before it was written: the complete run goes on to it
+        assert choices("--dropout", 0.25, *one, "--resume", "auto").status == 0
+    assert network_of(tmp_path / "out").keys() == torchvision.models.resnet18().state_dict().keys()
+    assert "vit_b" in choices("--no-scale", *RESNET, "--list-models").out
+
+
+def test_two_ranks_choose_as_one(tmp_path):
+    """With an average of the weights, under torchrun; rank 0 writes network.pt."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", free_port()]
+    command += [ROOT / "tests/studies.py", "choices", "--out", tmp_path / "o", "--no-scale", "--auxiliary", 0.3]
+    code = "import conftest; context = conftest.fewer_shapes(32, 8); context.__enter__()"
+    (tmp_path / "sitecustomize.py").write_text(code)
+    line = [*command, *RESNET, "--ema", 0.9, "--batch-size", 32, "--mix-group", 1, "--device", "cpu"]
+    paths = os.pathsep.join(map(str, (tmp_path, ROOT / "tests", ROOT)))
+    found = subprocess.run(list(map(str, line)), env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
+    assert found.returncode == 0 and found.stdout.count("wrote ") == 1, found
+    torchvision.models.resnet18(num_classes=12).load_state_dict(network_of(tmp_path / "o"))
 
 
 def test_eleven_points_are_the_best_precisions_from_each_recall_on():
@@ -549,9 +590,14 @@ def test_voc2007_is_scikit_learns_and_joins_the_suites_result(study, launched, c
 
 
 def test_voc2007_for_another_network_or_of_another_layout_is_told(study, distilled, coarse, folder, voc, tmp_path):
-    (tmp_path / "other.json").write_text(json.dumps({"fingerprint": "x", "img_size": [32, 32], "eval_crop_ratio": 1}))
+    other = {"fingerprint": "x", "img_size": [32, 32], "eval_crop_ratio": 1, "sets": {}, "missing": {}}
+    (tmp_path / "other.json").write_text(json.dumps(other))
     refused(study("voc2007", coarse, "--data", voc[0], "--into", tmp_path / "other.json")[0], "of another network")
-    refused(study("voc2007", coarse, "--data", folder)[0], "is no VOC2007")
+    for wrong in ([], None, {"img_size": [32, 32], "eval_crop_ratio": 1}):
+        (tmp_path / "wrong.json").write_text(json.dumps(wrong))
+        result = study("voc2007", coarse, "--data", voc[0], "--into", tmp_path / "wrong.json")[0]
+        refused(result, "no result of the suite")
+    refused(study("voc2007", coarse, "--data", folder)[0], "no VOCdevkit/VOC2007/ImageSets/Main/CLASS_train.txt")
     (voc[0] / "VOCdevkit/VOC2007/ImageSets/Main/bird_test.txt").unlink()
     refused(study("voc2007", coarse, "--data", voc[0])[0], "bird_test.txt")
     refused(study("voc2007", coarse, "--data", voc[0], "--into", tmp_path / "none")[0], "--into")
@@ -565,8 +611,9 @@ def test_readmes_line_makes_birdsnap_folders_that_the_suite_takes(tmp_path):
         (tmp_path / "download/images" / species).mkdir(parents=True)
         for file in files:
             Image.new("RGB", (8, 8)).save(tmp_path / "download/images" / species / file)
-    (tmp_path / "test_images.txt").write_text("path\nBlue_Jay/2.jpg\nBlue_Jay/gone.jpg\nAnna's_Wren/5.jpg\n")
-    subprocess.run(["bash", "-ec", line.replace("/data/birdsnap", shlex.quote(str(tmp_path)))], check=True)
+    (tmp_path / "test_images.txt").write_text("path\nBlue_Jay/2.jpg\nBlue_Jay/gone.jpg\nAnna's_Wren/5.jpg")
+    for _ in range(2):  # the second time it does nothing
+        subprocess.run(["bash", "-c", line.replace("/data/birdsnap", shlex.quote(str(tmp_path)))])
     splits = open_data(str(tmp_path))
     found = {split: sorted(source.name(i) for i in range(len(source))) for split, source in splits.items()}
     assert [len(found["train"]), len(found["val"])] == [3, 2] and splits["val"].classes == sorted(names)
@@ -579,8 +626,9 @@ def test_readmes_line_makes_birdsnap_folders_that_the_suite_takes(tmp_path):
 def test_readme_has_every_command_and_they_are_accepted():
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)).splitlines()
     lines = [line.split("#")[0].partition("tests/studies.py ") for line in blocks]
-    used = [studies.parse_args(shlex.split(line)).action for _, found, line in lines if found]
-    assert set(used) == set(studies.COMMANDS)
+    used = [studies.parse_args(shlex.split(line)) for _, found, line in lines if found]
+    assert {args.action for args in used} == set(studies.COMMANDS)
+    assert all(studies.training_of(args, "--out") for args in used if getattr(args, "training", None))
     for action in studies.COMMANDS:
         assert action.__doc__.splitlines()[0].endswith(".") and re.search(r"T:\d+|Kornblith|Figures", action.__doc__)
 
