@@ -55,7 +55,7 @@ def run_script(
 def fit_own(run: Run) -> None:
     """Fits the recipe `own` to the N training images, where no flag says otherwise: N / 8 images a step (16 to 256, a
     power of two per rank), epochs for 1,000 steps (at most 300, at least the recipe's), a twentieth of them warm-up.
-    The recipe's rates are those at 256 images, with others they follow the root. Of no paper; tried: see README.
+    Rates, given for 256 images, follow the batch's root, SGD's also that of 1,000 to 16,000 steps. Of no paper: README.
     Weights without --recipe (args.fallback is `own` then) keep the paper's recipe if it has ten steps an epoch here."""
     args, fallback = run.args, run.args.fallback
     options = dict(splits=("train",), coarse_labels=args.coarse_labels, say=lambda line: None)
@@ -68,9 +68,9 @@ def fit_own(run: Run) -> None:
         fitted = 2 ** max(1, share.bit_length() - 1) * run.world
         batch, paper = args.batch_size or fitted, run.paper
         epochs = args.epochs or max(paper.epochs, min(300, 1000 * batch // images))
-        changes = {name: getattr(paper, name) * math.sqrt(fitted / 256) for name in ("lr", "min_lr", "warmup_lr")}
-        if hasattr(paper, "mix_group"):
-            changes["mix_group"] = math.gcd(paper.mix_group, batch // run.world)
+        more = min(16, max(1, epochs * images / batch / 1000)) if paper.optimizer in ("sgd", "nesterov") else 1
+        changes = {k: getattr(paper, k) * math.sqrt(fitted / 256 * more) for k in ("lr", "min_lr", "warmup_lr")}
+        changes |= {"mix_group": math.gcd(paper.mix_group, batch // run.world)} if hasattr(paper, "mix_group") else {}
         run.paper = dataclasses.replace(paper, batch_size=fitted, epochs=epochs, warmup_epochs=epochs // 20, **changes)
     run.recipe = override(run.paper, args)
 

@@ -51,5 +51,4 @@ def draw(split: str, index: int) -> tuple[np.ndarray, np.ndarray, int]:
     image[mask] = np.where(np.broadcast_to(ink, mask.shape)[mask][:, None], dark, light)
 
     noise = np.frombuffer(rng.randbytes(image.size), dtype=np.uint8).reshape(image.shape)
-    image = image + (noise * np.float32(0.1) - np.float32(12.8))
-    return np.clip(image, 0, 255).astype(np.uint8), mask, label
+    return np.clip(image + (noise * np.float32(0.1) - np.float32(12.8)), 0, 255).astype(np.uint8), mask, label

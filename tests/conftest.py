@@ -415,7 +415,7 @@ def fresh(tmp_path_factory):
             kill_tree(server.pid)
             pytest.fail(f"still running after {timeout} s\n{out.read_text()}\n{err.read_text()}")
         status = int(server.stdout.readline())
-        said = re.sub(r"nanobind: leaked.*?refleaks.html\n", "", err.read_text(), flags=re.S)  # triton's, at its end
+        said = re.sub(r"nanobind: leaked.*?refleaks.html\n*", "", err.read_text(), flags=re.S)  # triton's, at its end
         return Result(status, out.read_text(), said)
 
     yield run

@@ -4,12 +4,15 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import TINY
 from test_run import at_steps, child, free_port, ranks, start_ranks, status_of
+from tqdm import tqdm
 
 from common import checkpoint, data
 from common.errors import RunError, UserError
@@ -98,6 +101,23 @@ def test_a_signal_while_a_failure_is_reported_changes_nothing(folder, tmp_path):
 
     flags = [*TINY, "--data", folder, "--out", tmp_path / "o", "--workers", 1]
     assert status_of(child(flags, patch=patch, log=tmp_path / "log"), timeout=30) == 1
+
+
+@pytest.mark.parametrize("code, status", [(143, 143), (0, 1)])
+def test_a_signal_while_the_lock_of_the_progress_bars_is_taken_ends_the_run_as_any(launched, code, status):
+    """tqdm lets go of the lock that it does not hold yet, which fails: not our failure, but after an exit of 0."""
+
+    def interrupted():
+        raise SystemExit(code)
+
+    def main():
+        tqdm.get_lock()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tqdm, "_lock", SimpleNamespace(acquire=interrupted, release=threading.RLock().release))
+            tqdm.write("a line")
+
+    result = launched(main, ["main"])
+    assert result.status == status and ("cannot release un-acquired lock" in result.err) == (status == 1), result
 
 
 def test_curves_that_cannot_be_written_do_not_fail_what_is_trained(folder, tmp_path):
