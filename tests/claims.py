@@ -54,6 +54,7 @@ METRICS = {  # name: where it stands in a run's result file, or in the last epoc
     "coarse": "coarse.coarse.knn", "knn": "coarse.fine.knn", "map": "coarse.fine.map",
     "conditional": "coarse.fine.map_conditional", "oracle": "coarse.fine.map_oracle",
     "pearson": "correlation.mean.pearson.value",
+    "alone": "share.1.2", "by_class": "share.1.3", "by_distillation": "share.1.4",  # 0: the truth, 1: the convnet
 }
 GRAFIT = "grafit.py --model regnet_nano --recipe cifar --batch-size 128 --mix-group 8"
 TEN = f"{GRAFIT} --data {{data}}/ten@coarse --coarse-labels {{data}}/ten/coarse.json"
@@ -90,6 +91,8 @@ COMMANDS = {  # *_fit: of half of the training images, the nearest among the oth
     "deit_hard": f"{DEIT} deit_nano --distillation hard {OF_CONVNET}",
     "deit_token": f"{DEIT} deit_nano_distilled {OF_CONVNET}",
     "deit_of_deit": f"{DEIT} deit_nano_distilled --teacher-weights {{runs}}/deit/0/last.pt",
+    "agreement": "tests/studies.py disagreement {runs}/convnet/0/last.pt {runs}/deit/{seed}/last.pt "
+        "{runs}/deit_token/{seed}/last.pt --data {data}/cifar10",
     "deep": f"{CAIT} cait_xxs24 --epochs 5",
     "deep_plain": f"{CAIT} cait_xxs24 --epochs 5 --branches none",
     "cait_plain": f"{CAIT} cait_nano --epochs 15 --branches none",
@@ -136,6 +139,10 @@ ROWS = {
         distillation > class head | 74.6, 73.9 | deit_token:distillation | deit_token:class
         convnet > DeiT as teacher | Table 3.2, B: 82.7, 81.9 | deit_token | deit_of_deit
         (the teachers: convnet > DeiT) | 81.7, 81.8 | convnet | deit"""),
+    "agreement": Row("DeiT, share of the test images decided differently than by the convnet that teaches", "alone",
+        "the runs above, at the end of training", """
+        labels alone > class head | Table 3.4, B: 0.133, 0.112 | agreement | agreement:by_class
+        labels alone > distillation head | 0.133, 0.100 | agreement | agreement:by_distillation"""),
     "resmlp": Row("ResMLP, top-1", "top1",
         "data and epochs as above; 4 layers of width 96 (0.42 M parameters), LAMB at 2e-2", """
         distilled > labels alone | Table 4.3, S12: 77.8, 76.6 | resmlp_hard | resmlp
@@ -262,6 +269,8 @@ def runs_of(row: Row, seeds: int, known: dict | None = None) -> list[tuple[str, 
 def command_line(run: str, seed: int, data: Path, runs: Path, workers: int) -> list[str]:
     """What follows "python" on the command line."""
     words, out = shlex.split(COMMANDS[run].format(data=data, runs=runs, seed=seed)), runs / run / str(seed)
+    if words[0] == "tests/studies.py":
+        return [*words, "--out", str(out / "results.json")]
     if words[:2] == ["-m", "common.transfer"]:
         return [*words, "--out", str(out / "features.json" if "features" in words else out)]
     training = [] if "--eval" in words else ["--seed", str(seed), "--resume", "auto"]
@@ -322,7 +331,10 @@ def figures(folder: Path) -> dict[str, float]:
     for metric, keys in METRICS.items():
         for value in records:
             for key in keys.split("."):
-                value = value.get(key) if isinstance(value, dict) else None
+                if isinstance(value, list):
+                    value = value[int(key)]
+                else:
+                    value = value.get(key) if isinstance(value, dict) else None
             if value is not None:
                 found.setdefault(metric, float(value))
     return found

@@ -18,7 +18,7 @@ def test_every_command_is_taken_by_its_script():
     """With no flag given twice, and every file it reads made by another run."""
     for run in claims.COMMANDS:
         words = claims.command_line(run, 1, Path("/data"), Path("/runs"), workers=1)
-        module, argv = (words[1], words[2:]) if words[0] == "-m" else (words[0].removesuffix(".py"), words[1:])
+        module, argv = (words[1], words[2:]) if words[0] == "-m" else (Path(words[0]).stem, words[1:])
         importlib.import_module(module).parse_args(argv)
         flags = [word for word in words if word.startswith("--")]
         assert len(flags) == len(set(flags)), run
