@@ -513,6 +513,7 @@ def test_a_run_goes_on_with_its_own_choices_alone(choices, here, tmp_path):
     assert "vit_b" in choices("--no-scale", *RESNET, "--list-models").out
 
 
+@pytest.mark.slow
 def test_two_ranks_choose_as_one(tmp_path):
     """With an average of the weights, under torchrun; rank 0 writes network.pt."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", free_port()]
