@@ -138,7 +138,7 @@ MODELS |= {f"{name}_distilled": {**config, "distilled": True} for name, config i
 
 class PatchEmbed(nn.Module):
     """Images (B, 3, h p, w p) -> tokens (B, h w, C) of the grid (h, w): a p x p convolution of stride p, as one matrix
-    product. ValueError for images of another size, whose patches would get the places of others."""
+    product. AssertionError for images of another size, whose patches would get the places of others."""
 
     def __init__(self, dim: int, patch: int, grid: tuple[int, int]):
         super().__init__()
@@ -147,8 +147,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         B, (h, w), p = images.shape[0], self.grid, self.patch
-        if images.shape[1:] != (3, h * p, w * p):
-            raise ValueError(f"images of shape {tuple(images.shape)}: this model takes (B, 3, {h * p}, {w * p})")
+        torch._assert(images.shape[1:] == (3, h * p, w * p), f"this model takes (B, 3, {h * p}, {w * p})")
         x = images.reshape(B, 3, h, p, w, p).permute(0, 2, 4, 1, 3, 5)  # (B, h, w, 3, p, p)
         return F.linear(x.reshape(B, h * w, 3 * p * p), self.proj.weight.flatten(1), self.proj.bias)
 

@@ -149,7 +149,7 @@ MODELS = {
 # Copied from deit.py
 class PatchEmbed(nn.Module):
     """Images (B, 3, h p, w p) -> tokens (B, h w, C) of the grid (h, w): a p x p convolution of stride p, as one matrix
-    product. ValueError for images of another size, whose patches would get the places of others."""
+    product. AssertionError for images of another size, whose patches would get the places of others."""
 
     def __init__(self, dim: int, patch: int, grid: tuple[int, int]):
         super().__init__()
@@ -158,8 +158,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         B, (h, w), p = images.shape[0], self.grid, self.patch
-        if images.shape[1:] != (3, h * p, w * p):
-            raise ValueError(f"images of shape {tuple(images.shape)}: this model takes (B, 3, {h * p}, {w * p})")
+        torch._assert(images.shape[1:] == (3, h * p, w * p), f"this model takes (B, 3, {h * p}, {w * p})")
         x = images.reshape(B, 3, h, p, w, p).permute(0, 2, 4, 1, 3, 5)  # (B, h, w, 3, p, p)
         return F.linear(x.reshape(B, h * w, 3 * p * p), self.proj.weight.flatten(1), self.proj.bias)
 
@@ -199,6 +198,7 @@ class MLP(nn.Module):
 
 
 # Copied from cait.py
+@torch.fx.wrap
 def kept_samples(batch: int, drop_rate: float, device: torch.device) -> tuple[torch.Tensor, float]:
     """Stochastic depth's draw: (indices of the samples that keep the branch, factor on it). Always round(batch (1 -
     drop_rate)) of them and at least 1: static shapes, no host waits for a GPU. Each is kept with the same probability,
@@ -229,7 +229,7 @@ class Block(nn.Module):
         """total + gamma * layer(norm(x)), the branch computed only for the samples that stochastic depth keeps."""
         dropping = self.training and self.drop_path > 0
         if dropping:
-            kept, factor = kept_samples(len(x), self.drop_path, x.device)
+            kept, factor = kept_samples(x.shape[0], self.drop_path, x.device)
             x = x[kept]
         branch = layer(norm(x)) if gamma is None else gamma * layer(norm(x))
         return total.index_add(0, kept, branch.to(total.dtype), alpha=factor) if dropping else total + branch

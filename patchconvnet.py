@@ -216,6 +216,7 @@ class ConvBranch(nn.Module):
 
 
 # Copied from cait.py
+@torch.fx.wrap
 def kept_samples(batch: int, drop_rate: float, device: torch.device) -> tuple[torch.Tensor, float]:
     """Stochastic depth's draw: (indices of the samples that keep the branch, factor on it). Always round(batch (1 -
     drop_rate)) of them and at least 1: static shapes, no host waits for a GPU. Each is kept with the same probability,
@@ -244,7 +245,7 @@ class Block(nn.Module):
             return x + self.branch(x)
         if self.batchnorm:  # its statistics are those of all images
             return x + stochastic_depth(self.branch(x), self.drop_path, "row")
-        kept, factor = kept_samples(len(x), self.drop_path, x.device)
+        kept, factor = kept_samples(x.shape[0], self.drop_path, x.device)
         return x.index_add(0, kept, self.branch(x[kept]).to(x.dtype), alpha=factor)
 
 

@@ -138,7 +138,7 @@ def initial_scale(depth: int) -> float:
 # Copied from deit.py
 class PatchEmbed(nn.Module):
     """Images (B, 3, h p, w p) -> tokens (B, h w, C) of the grid (h, w): a p x p convolution of stride p, as one matrix
-    product. ValueError for images of another size, whose patches would get the places of others."""
+    product. AssertionError for images of another size, whose patches would get the places of others."""
 
     def __init__(self, dim: int, patch: int, grid: tuple[int, int]):
         super().__init__()
@@ -147,8 +147,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         B, (h, w), p = images.shape[0], self.grid, self.patch
-        if images.shape[1:] != (3, h * p, w * p):
-            raise ValueError(f"images of shape {tuple(images.shape)}: this model takes (B, 3, {h * p}, {w * p})")
+        torch._assert(images.shape[1:] == (3, h * p, w * p), f"this model takes (B, 3, {h * p}, {w * p})")
         x = images.reshape(B, 3, h, p, w, p).permute(0, 2, 4, 1, 3, 5)  # (B, h, w, 3, p, p)
         return F.linear(x.reshape(B, h * w, 3 * p * p), self.proj.weight.flatten(1), self.proj.bias)
 
@@ -213,6 +212,7 @@ class CrossPatchConv(nn.Sequential):
 
 
 # Copied from cait.py
+@torch.fx.wrap
 def kept_samples(batch: int, drop_rate: float, device: torch.device) -> tuple[torch.Tensor, float]:
     """Stochastic depth's draw: (indices of the samples that keep the branch, factor on it). Always round(batch (1 -
     drop_rate)) of them and at least 1: static shapes, no host waits for a GPU. Each is kept with the same probability,
@@ -255,7 +255,7 @@ class Block(nn.Module):
         branches = (self.across_patches, self.across_channels)
         for branch in branches[1:] if self.communication == "none" else branches:
             if self.training and self.drop_path:
-                kept, factor = kept_samples(len(x), self.drop_path, x.device)
+                kept, factor = kept_samples(x.shape[0], self.drop_path, x.device)
                 x = x.index_add(0, kept, branch(x[kept]).to(x.dtype), alpha=factor)
             else:
                 x = x + branch(x)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
+from torchvision.models import ResNet50_Weights
 
 from common.errors import RunError, UserError, one_line
 from common.images import use_pixels
@@ -128,13 +129,14 @@ def recipe_of(content: dict) -> dict:
     return content["recipe"] if isinstance(content.get("recipe"), dict) else {}
 
 
-def classes_of(content: dict) -> list[str]:
-    """Names of the classes that a checkpoint tells apart, numbers where it does not say; [] without a classifier."""
+def classes_of(content: dict, named: bool = False) -> list[str]:
+    """Names of a checkpoint's classes, else numbers (named: of 1000 ImageNet's names); [] without a classifier."""
     if isinstance(data := content.get("data"), dict) and isinstance(data.get("classes"), list):
         return data["classes"]
     heads = [v for k, v in weights(content).items() if k.startswith(HEADS) and k.endswith(".weight") and v.ndim > 1]
     one_each = len(heads) > 1 and all(len(v) == 1 for v in heads)  # a classifier of its own for every class
-    return [str(i) for i in range(len(heads) if one_each else len(heads[-1]) if heads else 0)]
+    count = len(heads) if one_each else len(heads[-1]) if heads else 0
+    return ResNet50_Weights.DEFAULT.meta["categories"] if named and count == 1000 else [str(i) for i in range(count)]
 
 
 def load_weights(model: torch.nn.Module, state: dict[str, torch.Tensor], where: str) -> None:

@@ -133,11 +133,11 @@ def parse(parser: Parser, argv: list[str] | None, models, recipes) -> argparse.N
     elif "/" not in args.model or "SCRIPT/NAME" not in models:
         check_choice("--model", args.model, models)
     others = args.eval_data or args.predict or args.benchmark or args.list_models or args.export
-    if args.data is None and not others:
-        args.data, args.note = os.environ.get("IMAGENET"), "no --data: took $IMAGENET"
-        if not args.data:
-            args.data, args.recipe = "shapes", args.recipe or "shapes"
-            args.note = "no --data, no $IMAGENET: the built-in data set shapes; the paper's run takes --data /imagenet"
+    if args.data is None and not others and args.recipe != "shapes" and os.environ.get("IMAGENET"):
+        args.data, args.note = os.environ["IMAGENET"], "no --data: took $IMAGENET"
+    elif args.data is None and not others:
+        args.data, args.recipe = "shapes", args.recipe or "shapes"
+        args.note = "no --data: the built-in data set shapes; the paper's run takes --data /imagenet (or $IMAGENET)"
     args.fallback = recipes["own"] if args.weights and args.recipe is None and not (others or args.eval) else None
     args.recipe = args.recipe or parser.paper
     check_choice("--recipe", args.recipe, recipes)
@@ -157,8 +157,8 @@ def override(paper, args: argparse.Namespace):
     for name, hint in typing.get_type_hints(type(recipe), include_extras=True).items():
         for rule in typing.get_args(hint)[2:]:
             check_rule(name, getattr(recipe, name), rule)
-    if recipe.warmup_epochs >= recipe.epochs and not getattr(args, "fallback", None):  # else fit_own asks
-        raise UserError(f"--warmup-epochs {recipe.warmup_epochs}: must be less than --epochs {recipe.epochs}")
+    if (warmup := recipe.warmup_epochs) >= recipe.epochs and not getattr(args, "fallback", None):  # else fit_own asks
+        raise UserError(f"--warmup-epochs {warmup}: must be less than --epochs {recipe.epochs}; or --recipe own")
     for flag, low in (("--min-lr", recipe.min_lr), ("--warmup-lr", recipe.warmup_lr)):
         if low > recipe.lr:
             raise UserError(f"--lr {recipe.lr}: is below {flag} {low}, the rate would rise; lower {flag} too")

@@ -151,8 +151,7 @@ class TrainingData:
 
     def __init__(self, run: Run, recipe, transform: Callable, samples: type = Samples):
         args, self.run = run.args, run
-        mixed = recipe.mix_group if hasattr(recipe, "mix_group") else 1
-        self.group = min(mixed, recipe.batch_size)
+        self.group = min(getattr(recipe, "mix_group", 1), recipe.batch_size)
         self.micro_batch, self.accumulation = split_batch(recipe.batch_size, run.world, args.micro_batch, self.group)
         splits = ("train",) if args.val_data == "none" else ("train", "val")
         options = dict(val_data=args.val_data, coarse_labels=args.coarse_labels, splits=splits, say=run.say)
@@ -163,7 +162,8 @@ class TrainingData:
             world_size=run.world, rank=run.rank, repeats=recipe.repeats, seed=args.seed)
         self.steps = self.batches.steps
         if self.steps == 0:
-            raise UserError(f"--batch-size {recipe.batch_size}: more than the {len(self.source)} images to train on")
+            why = f"more than the {len(self.source)} images to train on; for few: --weights FILE --recipe own"
+            raise UserError(f"--batch-size {recipe.batch_size}: {why}")
         self.loader = make_loader(samples(self.source, transform, args.seed), self.batches, run.workers, run.device)
 
     def begin(self, epoch: int, first_step: int) -> None:

@@ -90,7 +90,8 @@ def evaluate(run: Run, model: torch.nn.Module, recipe, source: Source, predict: 
     training, network = model.training, functools.partial(predict, model.eval())
     sums: dict[str, torch.Tensor] = {}  # name: top-1, top-5, loss, images, Real right, Real images
     size, batch_size = recipe.img_size, batch_size or run.args.micro_batch or 64
-    for outputs, labels, indices in answers(network, source, size, recipe.eval_crop_ratio, batch_size, run):
+    batches, each = answers(network, source, size, recipe.eval_crop_ratio, batch_size, run), batch_size * run.world
+    for outputs, labels, indices in watched(batches, "evaluation", "images", run.say, len(source), each):
         for name, logits in outputs.items():
             logits = logits.float()
             right = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
@@ -129,13 +130,12 @@ def validate(run: Run, predict: Predict = logits_of) -> dict[str, float]:
 def trained_model(run: Run, make_model: Callable, adapt: Callable | None = None, content: dict | None = None,
                   classes: list[str] | None = None) -> tuple[torch.nn.Module, object, list[str]]:
     """(model of --weights, or last.pt of --out, in eval mode on the device; recipe as it was trained; class names).
-    make_model(args, recipe, num_classes) builds it by the checkpoint's recipe, less the flags that are given; adapt:
-    see checkpoint.fit; content: the file's, if it has been read; classes: the model's, if not the checkpoint's own."""
+    make_model(args, recipe, num_classes) builds it by that recipe, less flags that are given; adapt: of checkpoint.fit;
+    content: the file's, if it has been read; classes: the model's, if not the checkpoint's own."""
     content, args = content or checkpoint.of_run(run), run.args
     before = {k: v for k, v in checkpoint.recipe_of(content).items() if getattr(args, k, 0) is None}
     recipe, where = dataclasses.replace(run.recipe, **before), f"--weights {args.weights}"
-    classes = classes or checkpoint.classes_of(content)
-    if not classes:
+    if not (classes := classes or checkpoint.classes_of(content, named=True)):
         raise UserError(f"{where}: holds no classifier")
     model = built(make_model, args, recipe, len(classes))
     checkpoint.fit(model, content, where, run.say, ema=args.use_ema, adapt=adapt)

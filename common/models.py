@@ -52,10 +52,8 @@ def load(method: str, source: str, device: str = "cpu") -> tuple[nn.Module, list
             raise UserError(f"{where}: does not say which model it holds; official files keep their names")
         content |= {"method": method, "model_name": row[0], "recipe": {"img_size": (row[1],) * 2, **dict(*row[3:])}}
     recipe = vars(importlib.import_module(method).Recipe()) | content["recipe"]
-    classes, size, ratio = checkpoint.classes_of(content), recipe["img_size"], recipe["eval_crop_ratio"]
+    classes, size, ratio = checkpoint.classes_of(content, named=True), recipe["img_size"], recipe["eval_crop_ratio"]
     model = from_checkpoint(content, where, size, print).to(device).eval()
-    if classes == [str(i) for i in range(1000)]:
-        classes = torchvision.models.ResNet50_Weights.DEFAULT.meta["categories"]
 
     def transform(image: Image.Image | str | Path) -> torch.Tensor:
         pixels = from_pil(image.convert("RGB")) if hasattr(image, "convert") else evaluate.read_file(image, "transform")

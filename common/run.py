@@ -219,7 +219,7 @@ class Run:
 
     def log(self, record: dict) -> None:
         """One line of strict JSON in log.jsonl (numbers that are not finite become null)."""
-        if self.rank == 0:
+        if self.rank == 0 and not self._taken_over():
             finite = json.loads(json.dumps(record), parse_constant=lambda _: None)
             try:
                 with open(self.out / "log.jsonl", "ab") as f:
@@ -311,8 +311,8 @@ class Run:
 
     def _renew(self) -> None:
         while self.lock is not None:
-            with contextlib.suppress(OSError, ValueError):
-                os.utime(self.lock.fileno())
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # it is being let go
+                self._taken_over() or os.utime(self.lock.fileno())
             time.sleep(LEASE / 8)
 
     def _holder(self, lock) -> str:
@@ -320,6 +320,11 @@ class Run:
         path = self.out / "lock"  # its last owner may have removed it just now, and somebody have made another
         same = path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat())
         return os.pread(lock.fileno(), 999, 0).decode().strip() if same else "another run"
+
+    def _taken_over(self) -> str:
+        """Whose the folder is by now, if another's: a run that stood still passed for dead. A removed one is remade."""
+        held = self.lock is not None and (self.out / "lock").exists()
+        return holder if held and (holder := self._holder(self.lock)) != self.owner else ""
 
     def _unlock(self) -> None:
         if self.lock is not None:
@@ -540,8 +545,7 @@ class Run:
             self._stop()
 
     def _write(self, path: Path, record: dict | None) -> None:
-        # A run that stood still passed for dead. If somebody removed the folder, it is made again.
-        if (self.out / "lock").exists() and (holder := self._holder(self.lock)) != self.owner:
+        if holder := self._taken_over():
             raise RunError(f"--out {self.out}: was taken over by {holder}; nothing was written, this run ends")
         content = self._state() | {"record": record}
         if path.name == "best.pt":  # what is needed to use the network; last.pt holds what the run needs

@@ -61,7 +61,7 @@ def fit_own(run: Run) -> None:
     options = dict(splits=("train",), coarse_labels=args.coarse_labels, say=lambda line: None)
     images, args.fallback = len(run.first(lambda: open_data(args.data, **options))["train"]), None
     if fallback and images < 10 * run.recipe.batch_size:
-        run.say(f"--recipe own, as for few images: the paper's, --recipe {args.recipe}, is made for more than {images}")
+        run.say(f"--recipe own: {images} images are under ten steps an epoch of the paper's, --recipe {args.recipe}")
         args.recipe, run.paper = "own", fallback
     if args.recipe == "own":
         share = min(max(16, images // 8), images, 256) // run.world
@@ -70,7 +70,8 @@ def fit_own(run: Run) -> None:
         epochs = args.epochs or max(paper.epochs, min(300, 1000 * batch // images))
         more = min(16, max(1, epochs * images / batch / 1000)) if paper.optimizer in ("sgd", "nesterov") else 1
         changes = {k: getattr(paper, k) * math.sqrt(fitted / 256 * more) for k in ("lr", "min_lr", "warmup_lr")}
-        changes |= {"mix_group": math.gcd(paper.mix_group, batch // run.world)} if hasattr(paper, "mix_group") else {}
+        if hasattr(paper, "mix_group"):
+            changes["mix_group"] = math.gcd(paper.mix_group, batch // run.world, args.micro_batch or 0)
         run.paper = dataclasses.replace(paper, batch_size=fitted, epochs=epochs, warmup_epochs=epochs // 20, **changes)
     run.recipe = override(run.paper, args)
 
@@ -100,8 +101,9 @@ def set_up(
     if args.weights:
         content, where = checkpoint.of_run(run), f"--weights {args.weights}"
         checkpoint.fit(model, content, where, run.say, ema=args.use_ema, adapt=adapt, new_head=True)
-    elif args.recipe.startswith(("finetune", "transfer", "in21k_to", "own")) and not (args.resume or args.show_batch):
-        raise UserError(f"--recipe {args.recipe}: starts from a trained network; give --weights FILE")
+    elif args.recipe.startswith(("finetune", "transfer", "in21k_to", "own")) and not args.show_batch:
+        if not args.resume or args.resume == "auto" and not any(run.out.glob("[lp]*.pt")):  # last.pt, previous.pt
+            raise UserError(f"--recipe {args.recipe}: starts from a trained network; give --weights FILE")
     model.to(run.device, memory_format=run.layout)
     optimizer = make_optimizer(recipe.optimizer, model, recipe.lr, recipe.weight_decay)
     precision = Precision(run.amp, run.device, accumulation=data.accumulation, clip_grad=recipe.clip_grad)

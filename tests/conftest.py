@@ -22,6 +22,7 @@ import zlib
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # another thread count changes the last bits
+os.environ.pop("IMAGENET", None)  # where scripts look without --data
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 

@@ -520,6 +520,7 @@ def test_without_data_the_built_in_set_is_trained_on_by_its_own_recipe_or_imagen
     result = deit3_here(*small, "--batch-size", 32, "--mix-group", 8, "--out", tmp_path / "b")
     assert result.status == 0 and result.out.startswith("no --data: took $IMAGENET\n"), result
     assert str(folder) in result.out and "recipe   in1k" in result.out
+    assert deit3.parse_args(["--recipe", "shapes"])[0].data == "shapes"  # as README starts
 
 
 @pytest.mark.parametrize("flag", ["workers", "seed", "save-steps", "micro-batch", "timeout", "top"])
@@ -560,6 +561,7 @@ def test_what_goes_on_from_trained_weights_does_not_start_without_them(here, scr
     for recipe in recipes:
         result = here(script, "--recipe", recipe, *small, "--batch-size", 32)
         assert result.status == 2 and "--weights" in result.err and not (tmp_path / "o/last.pt").exists(), result
+        refused(here(script, "--recipe", recipe, *small, "--batch-size", 32, "--resume", "auto"), "give --weights FILE")
     refused(here(script, *small, "--weights", ""), "--weights: is empty")
     assert recipes or script == "trex"
 

@@ -197,6 +197,12 @@ def test_reading_a_checkpoint_and_extracting_features_say_how_far_they_are(tmp_p
     source = open_data(str(folder))["val"]
     evaluate.extract(lambda x: x.mean((2, 3)), source, (8, 8), 1.0, run, batch_size=16, title="validation images")
     assert [line.split(": ")[1] for line in said] == [f"{n} of 20 images so far" for n in (16, 20)]
+    said.clear()
+    recipe = SimpleNamespace(img_size=(8, 8), eval_crop_ratio=1.0)
+    model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten())
+    evaluate.evaluate(run, model, recipe, source, batch_size=16)
+    assert said == [f"evaluation: {n} of 20 images so far" for n in (16, 20)]
+    capsys.readouterr()
     for every_byte in (False, True):  # what a cache of features is known by
         source.content(every_byte)
         lines = capsys.readouterr().out.splitlines()

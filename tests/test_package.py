@@ -134,6 +134,21 @@ def test_readmes_trainings_have_batches_that_their_gpus_can_share():
             split_batch(recipe.batch_size, int(ranks), args.micro_batch, group)
 
 
+def test_readmes_micro_batches_are_taken_on_8_gpus():
+    from common.data import split_batch
+
+    models = {"deit_b": "deit", "cait_s36": "cait", "resmlp_s24": "resmlp", "patchconvnet_s60": "patchconvnet"}
+    rows = re.findall(r"^\| (trex )?(\w+), \d+.* \| (.*) \| \d+ \| [\d.]+, [\d.]+ \| .* \|$", README, re.M)
+    assert len(rows) == 9
+    for trex, model, cells in rows:
+        script = "trex" if trex else models.get(model, "deit3")
+        _, recipe, _ = importlib.import_module(script).parse_args(["--model", model, "--data", "x"])
+        for cell in cells.split(", "):
+            micro, *group = map(int, re.findall(r"\d+", cell))
+            group = group[0] if group else getattr(recipe, "mix_group", 1)
+            assert split_batch(recipe.batch_size, 8, micro, group)[0] == micro, (model, micro)
+
+
 def test_readmes_commands_of_the_transfer_suite_are_accepted():
     from common import transfer
 
@@ -305,4 +320,4 @@ def test_common_is_thin():
     assert lines["transfer.py"] <= 480
     # 2,700 before load_model, --predict, --export, official files, the recipe own, parts of the classes, an index that
     # 14 million images can be opened by, one writer per folder across hosts, rankings shared by the ranks
-    assert sum(count for name, count in lines.items() if name not in ("transfer.py", "dense.py")) <= 3227
+    assert sum(count for name, count in lines.items() if name not in ("transfer.py", "dense.py")) <= 3233

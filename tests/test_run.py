@@ -310,10 +310,11 @@ def test_E7_H1_twenty_kills_and_automatic_resume_give_the_undisturbed_run(comman
 
 def test_J3_a_run_that_passed_for_dead_writes_nothing_more(deit3_here, tmp_path, folder, monkeypatch):
     """Two hosts, one folder: the first was cut off until the second took the folder over."""
-    after = Run.after_step
+    after, logs = Run.after_step, []
 
     def cut_off(self, *args):
         (tmp_path / "o/lock").write_text("process 2 on another-host\n")
+        logs.append((tmp_path / "o/log.jsonl").read_bytes())  # the other's by now, the end of this run is not in it
         after(self, *args)
 
     monkeypatch.setattr(Run, "after_step", cut_off)
@@ -321,6 +322,7 @@ def test_J3_a_run_that_passed_for_dead_writes_nothing_more(deit3_here, tmp_path,
     assert result.status == 1 and "was taken over by process 2 on another-host" in result.err, result
     assert sorted(p.name for p in (tmp_path / "o").iterdir()) == ["batch.png", "lock", "log.jsonl"]
     assert (tmp_path / "o/lock").read_text() == "process 2 on another-host\n"
+    assert (tmp_path / "o/log.jsonl").read_bytes() == logs[0]
 
 
 def test_J3_a_second_job_on_another_host_is_refused_while_the_first_renews_its_lock(command, tmp_path):

@@ -5,14 +5,18 @@ import http.server
 import importlib
 import io
 import json
+import re
 import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import NANO, SCRIPTS, SMALL, WITHOUT_MIXING, reference
+from conftest import NANO, ROOT, SCRIPTS, SMALL, WITHOUT_MIXING, reference, write_folder
 from PIL import Image
+from test_cli import refused
+from torchvision.models.feature_extraction import create_feature_extractor
 
+import deit3
 from common import checkpoint, models
 from common.data import split_batch
 from common.errors import UserError
@@ -221,6 +225,59 @@ def test_the_recipe_for_own_images_fits_their_number(script, images, world, flag
         steps = 30 * 60_000 / batch if images == 60_000 and own.optimizer in ("sgd", "nesterov") else 1000
         rate = own.lr * (batch / 256 * steps / 1000) ** 0.5
         assert run.recipe.lr == pytest.approx(rate) and run.recipe == run.paper
+
+
+@pytest.mark.parametrize("script", ["deit", "deit3", "cait", "patchconvnet"])  # ResMLP's norm asks for a device's type
+def test_torchvision_extracts_features(script):
+    """By torch.fx, which follows no branch that depends on an image; with stochastic depth, in both modes."""
+    model = build(script, drop_path=0.5)
+    extract, logits = create_feature_extractor(model, ["head"]), model(IMAGES)
+    assert torch.equal(extract.eval()(IMAGES)["head"], logits)
+    assert extract.train()(IMAGES)["head"].shape == logits.shape
+
+
+def test_images_of_ones_own_go_through_a_network_in_whatever_pieces_fit(monkeypatch):
+    """The recipe own mixes nothing: its groups, by which a micro-batch is counted, follow the micro-batch."""
+    monkeypatch.setattr("common.script.open_data", lambda *args, **options: {"train": range(60_000)})
+    for micro, world in ((32, 1), (6, 1), (8, 4)):
+        args, recipe, paper = deit3.parse_args(["--recipe", "own", "--data", "x", "--micro-batch", str(micro)])
+        run = SimpleNamespace(args=args, recipe=recipe, paper=paper, world=world, first=lambda f: f())
+        if micro == 6:
+            args.batch_size = 96
+        fit_own(run)
+        assert split_batch(run.recipe.batch_size, world, micro, run.recipe.mix_group)[0] == micro
+
+
+def test_one_learns_of_the_recipe_own_where_the_papers_does_not_fit(here, tmp_path):
+    write_folder(tmp_path, train=15, val=1)
+    flags = ["--model", NANO["deit3"], "--data", tmp_path, "--img-size", 32, "--out", tmp_path / "o", "--workers", 0]
+    refused(here("deit3", *flags), "more than the 60 images to train on; for few: --weights FILE --recipe own")
+    refused(here("deit3", *flags, "--epochs", 2), "or --recipe own")
+
+
+def test_readme_says_what_every_official_file_should_score():
+    readme = (ROOT / "README.md").read_text()
+    found = re.findall(r"^\| `(\w+)\.py (--model .* official:\S+.*)` \| (\S.*) \|$", readme, re.M)
+    said = []
+    for script, line, top1 in found:
+        importlib.import_module(script).parse_args([*line.split(), "--data", "x"])
+        said.append((script, line, None if top1 == "not printed" else float(top1)))
+    known = []
+    for script, files in checkpoint.OFFICIAL.items():
+        for file, (model, size, top1, *options) in files.items():
+            flags = ({"img_size": size} if size != 224 else {}) | (options[0] if options else {})
+            more = "".join(f" --{name.replace('_', '-')} {value}" for name, value in flags.items())
+            known.append((script, f"--model {model} --eval --weights official:{file}{more}", top1))
+    assert said == known and len(known) == 58
+
+
+def test_official_weights_answer_by_imagenets_names(here, folder, tmp_path):
+    """They only number their 1000 classes."""
+    torch.save({"model": deit3.build_model(NANO["deit3"], 1000, (32, 32)).state_dict()}, tmp_path / "w.pth")
+    image = next((folder / "val").rglob("*.*"))
+    flags = ["--model", NANO["deit3"], "--img-size", 32, "--weights", tmp_path / "w.pth", "--workers", 0]
+    result = here("deit3", *flags, "--predict", image, "--top", 1000, "--recipe", "shapes")
+    assert result.status == 0 and "  tench 0." in result.out and "  goldfish 0." in result.out, result
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
