@@ -103,6 +103,25 @@ def test_a_signal_while_a_failure_is_reported_changes_nothing(folder, tmp_path):
     assert status_of(child(flags, patch=patch, log=tmp_path / "log"), timeout=30) == 1
 
 
+def test_of_two_ranks_one_is_asked_to_end_during_validation(folder, tmp_path):
+    """What they tell each other then has the same form, whether a rank was asked or not."""
+
+    def patch():
+        from common import evaluate
+
+        original = evaluate.validate
+
+        def validate(run):
+            if run.rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(run)
+
+        evaluate.validate = validate
+
+    flags = [*TINY, "--data", folder, "--out", tmp_path / "o", "--workers", 0, "--timeout", 20]
+    assert ranks(2, flags, tmp_path, patch=patch) == [143, 143], (tmp_path / "rank0.log").read_text()
+
+
 @pytest.mark.parametrize("code, status", [(143, 143), (0, 1)])
 def test_a_signal_while_the_lock_of_the_progress_bars_is_taken_ends_the_run_as_any(launched, code, status):
     """tqdm lets go of the lock that it does not hold yet, which fails: not our failure, but after an exit of 0."""
