@@ -151,7 +151,7 @@ class TrainingData:
 
     def __init__(self, run: Run, recipe, transform: Callable, samples: type = Samples):
         args, self.run = run.args, run
-        self.group = min(getattr(recipe, "mix_group", 1), recipe.batch_size)
+        self.group = min(recipe.mix_group if hasattr(recipe, "mix_group") else 1, recipe.batch_size)
         self.micro_batch, self.accumulation = split_batch(recipe.batch_size, run.world, args.micro_batch, self.group)
         splits = ("train",) if args.val_data == "none" else ("train", "val")
         options = dict(val_data=args.val_data, coarse_labels=args.coarse_labels, splits=splits, say=run.say)
