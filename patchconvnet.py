@@ -216,7 +216,7 @@ class ConvBranch(nn.Module):
 
 
 # Copied from cait.py
-@torch.fx.wrap
+@torch.fx.wrap  # not followed by torch.fx, to which the batch is no number
 def kept_samples(batch: int, drop_rate: float, device: torch.device) -> tuple[torch.Tensor, float]:
     """Stochastic depth's draw: (indices of the samples that keep the branch, factor on it). Always round(batch (1 -
     drop_rate)) of them and at least 1: static shapes, no host waits for a GPU. Each is kept with the same probability,
