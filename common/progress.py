@@ -9,9 +9,10 @@ from tqdm import tqdm
 
 
 def terminal() -> bool:
-    """Whether a bar can be drawn: on a terminal that knows its width (some report 0 columns)."""
+    """Whether a bar can be drawn: on a terminal, not a dumb one, that knows its width (some report 0 columns)."""
     try:
-        return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+        able = sys.stderr.isatty() and os.getenv("TERM") != "dumb"
+        return able and os.get_terminal_size(sys.stderr.fileno()).columns > 0
     except (OSError, ValueError):  # it cannot be asked
         return True
 

@@ -191,7 +191,6 @@ class Run:
         self.out = Path(args.out or f"runs/{method}_{args.model.replace('/', '_')}")
         self.best, self.loss_sum, self.last_loss = -math.inf, 0.0, math.nan
         self.epoch = self.step = self.loss_count = self.skipped_in_a_row = self.skipped_steps = self.log_bytes = 0
-        self.stop_signal = 0  # a number, as ranks tell each other; the others are what was asked, and agreed by all
         self.save_asked = self.stop_agreed = self.save_agreed = self.started = self.log_failed = False
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.most_workers = max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))  # that help
@@ -200,7 +199,7 @@ class Run:
         # A GPU's convolutions in 16 bits take channels side by side; planes would be copied in every step.
         self.layout = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
         self.pending: list[tuple] = []  # steps whose flags the host has not read
-        self.bar, self.writer, self.lock = tqdm(disable=True), None, None
+        self.bar, self.writer, self.lock, self.stop_signal = tqdm(disable=True), None, None, 0  # a number: gathered
         _CURRENT.append(self)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             if threading.current_thread() is threading.main_thread():  # others hear no signals

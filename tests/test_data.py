@@ -174,15 +174,18 @@ def test_a_long_scan_says_how_far_it_is_and_draws_a_bar_on_a_terminal(tmp_path, 
     assert len(said) == 7  # and a warning of each
 
 
-def test_a_terminal_of_no_columns_gets_lines_instead_of_a_bar(monkeypatch, capsys):
+def test_a_terminal_of_no_columns_or_a_dumb_one_gets_lines_instead_of_a_bar(monkeypatch, capsys):
     said, clock = [], iter(range(0, 600, 6))
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setattr(sys.stderr, "fileno", lambda: 2)
-    for columns, lines in ((80, []), (0, ["d: 6 of 10 images so far", "d: 10 of 10 images so far"])):
+    told = ["d: 6 of 10 images so far", "d: 10 of 10 images so far"]
+    for term, columns, lines in (("xterm", 80, []), ("xterm", 0, told), ("dumb", 80, told)):
+        said.clear()
+        monkeypatch.setenv("TERM", term)
         monkeypatch.setattr(os, "get_terminal_size", lambda fd, columns=columns: os.terminal_size((columns, 24)))
         assert list(progress.watched(range(4), "d", "images", said.append, total=10, each=3)) == [0, 1, 2, 3]
-        assert said == lines and ("d: " in capsys.readouterr().err) == (columns > 0)
+        assert said == lines and ("d: " in capsys.readouterr().err) == (not lines)
 
 
 def test_reading_a_checkpoint_and_extracting_features_say_how_far_they_are(tmp_path, folder, monkeypatch, capsys):
