@@ -565,10 +565,10 @@ def plot(args) -> None:
 def separability(args) -> None:
     """Table 2.1: top-1 of a linear classifier that tells apart random halves of the coarse classes.
 
-    T:325-353; 10 splits, on the training images. --data names the
-    labels the network was trained on, cifar100@coarse:FOLDER. The classifier is logistic regression at cost 1: the
-    thesis does not say. With the coarse class: P(fine) = the network's softmax of the coarse class times the linear
-    classifier's within it, one reading of T:353."""
+    T:325-353; 10 splits, on the training images. --data names the labels the network was trained on,
+    cifar100@coarse:FOLDER. The classifier is logistic regression at cost 1: the thesis does not say. With the coarse
+    class (a random network has none): P(fine) = the network's softmax of the coarse class times the linear classifier's
+    within it, one reading of T:353."""
     run, plain, given = Run("studies", args, None, None), [], []
     net, source = load_network(args.network, run), open_split(args, "train", run.say)
     if net.classes:
