@@ -219,10 +219,10 @@ class Run:
 
     def log(self, record: dict) -> None:
         """One line of strict JSON in log.jsonl (numbers that are not finite become null)."""
-        if self.rank == 0 and not self._taken_over():
+        if self.rank == 0:
             finite = json.loads(json.dumps(record), parse_constant=lambda _: None)
             try:
-                with open(self.out / "log.jsonl", "ab") as f:
+                with open(os.devnull if self._taken_over() else self.out / "log.jsonl", "ab") as f:
                     f.write(json.dumps(finite).encode() + b"\n")
                     self.log_bytes = f.tell()
             except OSError as error:

@@ -1,5 +1,6 @@
 """Signals, ranks, broken numbers and resuming: rows E to H of the fault list. Each run is a process of its own."""
 
+import errno
 import fcntl
 import gc
 import importlib
@@ -323,6 +324,19 @@ def test_J3_a_run_that_passed_for_dead_writes_nothing_more(deit3_here, tmp_path,
     assert sorted(p.name for p in (tmp_path / "o").iterdir()) == ["batch.png", "lock", "log.jsonl"]
     assert (tmp_path / "o/lock").read_text() == "process 2 on another-host\n"
     assert (tmp_path / "o/log.jsonl").read_bytes() == logs[0]
+
+
+def test_J3_a_lock_that_cannot_be_asked_does_not_end_a_run_by_its_log(tmp_path):
+    """On a network's file system the handle of a file that another host removed is stale."""
+    said = []
+
+    def stale():
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    run = SimpleNamespace(rank=0, out=tmp_path, log_failed=False, say=said.append, _taken_over=stale)
+    Run.log(run, {"epoch": 1})
+    Run.log(run, {"epoch": 2})
+    assert said == [f"warning: cannot write {tmp_path}/log.jsonl (Stale file handle); training goes on"]
 
 
 def test_J3_a_second_job_on_another_host_is_refused_while_the_first_renews_its_lock(command, tmp_path):
