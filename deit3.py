@@ -714,6 +714,6 @@ if __name__ == "__main__":
     try:
         from common.run import launch
     except ImportError as error:
-        print(f"error: {error}; needed: tqdm, and our common/, not another package named common", file=sys.stderr)
+        print(f"error: {error}; needed: tqdm, and our common/ (found {sys.modules.get('common')})", file=sys.stderr)
         sys.exit(2)
     launch(main)

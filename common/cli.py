@@ -185,8 +185,6 @@ RULES = {  # in a Recipe field's annotation: which numbers it may have
     "in (0, 1]": lambda v: 0 < v <= 1,
     "in [0.05, 1]": lambda v: 0.05 <= v <= 1,
 }
-
-
 RUN_RULES = {"workers": "0 or more, at most 1024", "save_steps": "0 or more", "seed": "0 or more",
              "micro_batch": "1 or more", "timeout": "1 or more", "top": "1 or more", "mean": "in [0, 1]",
              "seeds": "1 or more", "img_size": "1 or more", "eval_crop_ratio": "in (0, 1]", "std": "in (0, 1]"}

@@ -1,13 +1,10 @@
-"""COCO's instances: masks from its polygons and run lengths, annotations of results, average precision; equal to
-pycocotools, which is not needed."""
+"""COCO's instances: masks from its polygons and run lengths, average precision; equal to pycocotools, which is not
+needed."""
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator
 
 import numpy as np
-import torch
-from torchvision import ops
 
 
 def mask_of(segmentation: dict | list, size: tuple[int, int]) -> np.ndarray:
@@ -32,16 +29,6 @@ def mask_of(segmentation: dict | list, size: tuple[int, int]) -> np.ndarray:
             crossed = (x == np.floor(x)) & (x >= 0) & (x <= width - 1)
             np.add.at(counts, (x * height + np.ceil(y.clip(0, height)))[crossed].astype(int), 1)
     return (crossings[:, :-1].cumsum(1) % 2 == 1).any(0).reshape(width, height).T
-
-
-def results(image: int, found: dict[str, torch.Tensor]) -> Iterator[dict]:
-    """One image's instances (boxes, labels, masks, scores or none, crowd or none) as COCO's annotations or results."""
-    scores, crowd = (found.get(key, torch.zeros(len(found["labels"]))).tolist() for key in ("scores", "crowd"))
-    boxes, labels = ops.box_convert(found["boxes"], "xyxy", "xywh").tolist(), found["labels"].tolist()
-    for mask, *row in zip(found["masks"].cpu().numpy() > 0, labels, boxes, scores, crowd):
-        changes = np.flatnonzero(np.diff(mask.T.ravel(), prepend=False))
-        runs = {"size": list(mask.shape), "counts": np.diff(changes, prepend=0, append=mask.size).tolist()}
-        yield dict(zip(("category_id", "bbox", "score", "iscrowd"), row), image_id=image, segmentation=runs)
 
 
 def matched(truth: list[dict], found: list[dict], kind: str) -> tuple[np.ndarray, ...]:

@@ -14,6 +14,7 @@ import json
 import math
 import random
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -28,10 +29,11 @@ from torchvision.models.detection import MaskRCNN, anchor_utils, faster_rcnn, ma
 from torchvision.transforms import v2
 
 from common import checkpoint, cli, data, images, optim, report, script, shapes, sources
-from common.coco import coco_ap, mask_of, results
+from common.coco import coco_ap, mask_of
 from common.errors import RunError, UserError
 from common.evaluate import normalize, trained_model
 from common.precision import Precision
+from common.progress import watched
 from common.run import Run, launch
 
 # ---- Recipes ---------------------------------------------------------------------------------------------------------
@@ -379,6 +381,16 @@ def painted(image: torch.Tensor, answer: dict[str, torch.Tensor]) -> Image.Image
     return images.to_pil((0.4 * image.cpu() + 0.6 * colours[mask].permute(2, 0, 1)).to(torch.uint8))
 
 
+def results(image: int, found: dict[str, torch.Tensor]) -> Iterator[dict]:
+    """One image's instances (boxes, labels, masks, scores or none, crowd or none) as COCO's annotations or results."""
+    scores, crowd = (found.get(key, torch.zeros(len(found["labels"]))).tolist() for key in ("scores", "crowd"))
+    boxes, labels = ops.box_convert(found["boxes"], "xyxy", "xywh").tolist(), found["labels"].tolist()
+    for mask, *row in zip(found["masks"].cpu().numpy() > 0, labels, boxes, scores, crowd):
+        changes = np.flatnonzero(np.diff(mask.T.ravel(), prepend=False))
+        runs = {"size": list(mask.shape), "counts": np.diff(changes, prepend=0, append=mask.size).tolist()}
+        yield dict(zip(("category_id", "bbox", "score", "iscrowd"), row), image_id=image, segmentation=runs)
+
+
 def evaluate(run: Run, model: nn.Module, val: sources.Source, pictures: Path | None = None, **how) -> dict[str, float]:
     """Percent, over all ranks' shares: mean IoU of the classes that occur and pixel accuracy; or box and mask AP.
     pictures: a PNG of rank 0's first images: as they are, their truth, what the model says."""
@@ -386,8 +398,9 @@ def evaluate(run: Run, model: nn.Module, val: sources.Source, pictures: Path | N
     keys, samples = data.eval_batches(len(val), 1, run.world, run.rank), TruthSamples(val, v2.ToPureTensor(), 0)
     batches = data.to_device(data.make_loader(samples, keys, run.workers, run.device, persistent=False), run.device)
     pairs = torch.zeros(size, size, dtype=torch.int64, device=run.device)  # of true and predicted class
+    shown = watched(batches, "evaluation", "images", run.say, len(val), run.world)
     model.eval()
-    for number, ((image,), _, (truth,), index) in enumerate(batches):
+    for number, ((image,), _, (truth,), index) in enumerate(shown):
         if number % 8 == 0 and number < len(val) // run.world:  # images that every rank has
             run.check_stop()
         answers = truth, predict(run, model, image, **how)

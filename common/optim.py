@@ -24,7 +24,6 @@ class Lamb(torch.optim.Optimizer):
             raise ValueError(f"Lamb: lr {lr}, eps {eps}, weight_decay {weight_decay} must be >= 0, betas {betas} < 1")
         options = dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
         super().__init__(params, options)
-
         self.register_load_state_dict_post_hook(fit_to_parameters)
 
     @torch.no_grad()

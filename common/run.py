@@ -15,6 +15,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -39,6 +40,7 @@ from common.progress import terminal
 
 FLAG_LAG = 3  # steps after which the host reads a step's flags from a GPU: long done by then, so nothing waits
 LEASE = 120.0  # seconds after which a lock that its owner on another host has not renewed no longer counts
+QUIET = 40.0  # seconds without a line, where no bar is drawn, after which a step is said to be at work
 SAVE, STOP = 1.0, 2.0**16  # what a signal asks of a rank; a sum over ranks tells both
 COUNTERS = ("epoch", "step", "best", "loss_sum", "loss_count", "skipped_steps", "log_bytes")  # kept in checkpoints
 MAX_SKIPPED = 20  # consecutive fp16 overflows before the run stops
@@ -189,7 +191,7 @@ class Run:
         if self.device.type == "cpu" and self.amp == "fp16":
             raise UserError("--amp fp16: not for the CPU; use --amp fp32")
         self.out = Path(args.out or f"runs/{method}_{args.model.replace('/', '_')}")
-        self.best, self.loss_sum, self.last_loss = -math.inf, 0.0, math.nan
+        self.best, self.loss_sum, self.last_loss, self.last_line = -math.inf, 0.0, math.nan, math.inf
         self.epoch = self.step = self.loss_count = self.skipped_in_a_row = self.skipped_steps = self.log_bytes = 0
         self.save_asked = self.stop_agreed = self.save_agreed = self.started = self.log_failed = False
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -300,30 +302,44 @@ class Run:
             raise UserError(f"{where}: in use by {holder}, alive {age:.0f} s ago; {hint}") from None
         except OSError as error:
             raise UserError(f"{where}: cannot be written ({error.strerror})") from None
+        self.heard, self.wakeup = socket.socketpair()  # where a signal is heard at once, not when torch returns
+        self.wakeup.setblocking(False)
+        if threading.current_thread() is threading.main_thread():
+            self.woken = signal.set_wakeup_fd(self.wakeup.fileno(), warn_on_full_buffer=False)
         self.lock, self.owner = lock, f"process {os.getpid()}{here}"
         lock.truncate(0)
         print(self.owner, file=lock, flush=True)
-        threading.Thread(target=self._renew, daemon=True).start()
+        threading.Thread(target=self._watch, daemon=True).start()
         if (self.out / "last.pt").exists() and self.args.resume is None:
             raise UserError(f"{where}: holds a run already; --resume auto goes on with it, another --out starts anew")
         for leftover in self.out.glob("*.tmp"):  # of a write that was killed
             leftover.unlink(missing_ok=True)
 
-    def _renew(self) -> None:
+    def _watch(self) -> None:
+        """Beside the steps, which can be long: renews the lock, tells that a signal was heard or a step is at work."""
+        said = 0.0
+        self.heard.settimeout(LEASE / 8)
         while self.lock is not None:
             with contextlib.suppress(OSError, ValueError, AttributeError):  # it is being let go
                 self._taken_over() or os.utime(self.lock.fileno())
-            time.sleep(LEASE / 8)
+            with contextlib.suppress(OSError):  # nothing within that time; nobody listens
+                for number in {signal.SIGTERM, signal.SIGINT} & set(self.heard.recv(99)):
+                    os.write(2, f"signal {number:d}: ends after this step\n".encode() * self.started)
+            if self.bar.disable and (now := time.time()) - max(said, self.last_line) > QUIET:
+                said, seconds = now, now - self.last_line
+                self.say(f"epoch {self.epoch} step {self.step}/{self.data.steps}: at work for {seconds:.0f} s")
 
     def _holder(self, lock) -> str:
         """Who the lock names, read by our own handle of it: to close another one would free the kernel's lock."""
         path = self.out / "lock"  # its last owner may have removed it just now, and somebody have made another
-        same = path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat())
-        return os.pread(lock.fileno(), 999, 0).decode().strip() if same else "another run"
+        with contextlib.suppress(OSError):  # another host did, on a network's file system: our handle is stale
+            if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                return os.pread(lock.fileno(), 999, 0).decode().strip()
+        return "another run"
 
     def _taken_over(self) -> str:
         """Whose the folder is by now, if another's: a run that stood still passed for dead. A removed one is remade."""
-        held = self.lock is not None and (self.out / "lock").exists()
+        held = self.lock is not None and os.path.exists(self.out / "lock")
         return holder if held and (holder := self._holder(self.lock)) != self.owner else ""
 
     def _unlock(self) -> None:
@@ -332,6 +348,8 @@ class Run:
                 if self._holder(self.lock) == self.owner:
                     (self.out / "lock").unlink()
             self.lock = None
+            if threading.current_thread() is threading.main_thread():
+                signal.set_wakeup_fd(self.woken)
 
     def prepare(self, model: torch.nn.Module, micro_batch: int) -> torch.nn.Module:
         """The model as it is trained: BatchNorm synchronised, compiled if asked for, wrapped for several ranks."""
@@ -498,7 +516,7 @@ class Run:
     def end_of_training_epoch(self, lr: float) -> dict:
         """Figures of the training epoch, with the next learning rate; a run that resumes from its last.pt evaluates."""
         self._read_flags(0)
-        seconds, done = time.time() - self.epoch_start, self.step - self.first_step
+        seconds, done, self.last_line = time.time() - self.epoch_start, self.step - self.first_step, math.inf
         self.bar.close()
         self._check_same_weights()
         unsaved = torch.tensor([not (self.out / "last.pt").exists()], device=self.device)
@@ -565,8 +583,6 @@ class Run:
             self._unlock()
             _quit(130)
         self.stop_signal = int(number)
-        with contextlib.suppress(OSError):  # a step can be long
-            os.write(2, f"signal {number}: ends after this step\n".encode() * (self.rank == 0 and self.started))
         if not self.started and self in _CURRENT:  # nothing to save yet, or ever; not while it is closed
             raise SystemExit(128 + number)
 

@@ -47,6 +47,10 @@ def run_script(
     elif args.benchmark:
         report.benchmark(run, lambda: built(make_model, args, recipe, 1000), loss)
     else:
+        trained = args.recipe.startswith(("finetune", "transfer", "in21k_to", "own"))
+        goes_on = args.resume and (args.resume != "auto" or any(run.out.glob("[lp]*.pt")))  # last.pt, previous.pt
+        if trained and not (args.weights or goes_on or args.show_batch):
+            raise UserError(f"--recipe {args.recipe}: starts from a trained network; give --weights FILE")
         if args.recipe == "own" or args.fallback:
             fit_own(run)
         train(run)
@@ -101,9 +105,6 @@ def set_up(
     if args.weights:
         content, where = checkpoint.of_run(run), f"--weights {args.weights}"
         checkpoint.fit(model, content, where, run.say, ema=args.use_ema, adapt=adapt, new_head=True)
-    elif args.recipe.startswith(("finetune", "transfer", "in21k_to", "own")) and not args.show_batch:
-        if not args.resume or args.resume == "auto" and not any(run.out.glob("[lp]*.pt")):  # last.pt, previous.pt
-            raise UserError(f"--recipe {args.recipe}: starts from a trained network; give --weights FILE")
     model.to(run.device, memory_format=run.layout)
     optimizer = make_optimizer(recipe.optimizer, model, recipe.lr, recipe.weight_decay)
     precision = Precision(run.amp, run.device, accumulation=data.accumulation, clip_grad=recipe.clip_grad)

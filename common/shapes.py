@@ -49,6 +49,5 @@ def draw(split: str, index: int) -> tuple[np.ndarray, np.ndarray, int]:
     dots = across**2 + down**2 < (0.33 * period) ** 2
     ink = {"plain": np.zeros_like(mask), "horizontal": down < 0, "vertical": across < 0, "dotted": dots}[texture]
     image[mask] = np.where(np.broadcast_to(ink, mask.shape)[mask][:, None], dark, light)
-
     noise = np.frombuffer(rng.randbytes(image.size), dtype=np.uint8).reshape(image.shape)
     return np.clip(image + (noise * np.float32(0.1) - np.float32(12.8)), 0, 255).astype(np.uint8), mask, label

@@ -562,6 +562,7 @@ def test_what_goes_on_from_trained_weights_does_not_start_without_them(here, scr
         result = here(script, "--recipe", recipe, *small, "--batch-size", 32)
         assert result.status == 2 and "--weights" in result.err and not (tmp_path / "o/last.pt").exists(), result
         refused(here(script, "--recipe", recipe, *small, "--batch-size", 32, "--resume", "auto"), "give --weights FILE")
+        refused(here(script, "--recipe", recipe, *small, "--data", tmp_path / "none"), "give --weights FILE")  # at once
     refused(here(script, *small, "--weights", ""), "--weights: is empty")
     assert recipes or script == "trex"
 

@@ -99,9 +99,12 @@ def test_I3_a_foreign_common_package_fails_with_a_clear_line(fresh, tmp_path):
         (tmp_path / file).write_text("")
         result = fresh("-c", code, cwd=tmp_path)
         assert result.status == 2 and len(result.err.strip().splitlines()) == 1, result
-        assert "another package named common" in result.err, result
-    result = fresh("deit3.py", "--help", cwd=tmp_path)
-    assert result.status == 0 or "another package named common" in result.err, result
+        assert f"needed: tqdm, and our common/ (found <module 'common' from '{tmp_path}/common" in result.err, result
+    shutil.rmtree(tmp_path / "common")
+    (tmp_path / "common.py").write_text("")
+    result = fresh("-c", code, cwd=tmp_path)
+    assert result.status == 2 and len(result.err.strip().splitlines()) == 1, result
+    assert f"our common/ (found <module 'common' from '{tmp_path}/common.py'>)" in result.err, result
 
 
 def test_results_stay_out_of_the_repository_but_the_claims():

@@ -11,6 +11,11 @@ from test_cli import TINY
 from common import report, script, transfer
 
 
+def test_a_last_line_that_a_kill_cut_short_is_left_out(tmp_path):
+    (tmp_path / "log.jsonl").write_bytes(b'{"epoch": 0, "val_top1": 1.5}\n{"epoch": 1, "val_to')
+    assert report.read_log(tmp_path / "log.jsonl") == [{"epoch": 0, "val_top1": 1.5}]
+
+
 def test_curves_have_a_panel_for_losses_and_one_for_accuracies(deit3_here, folder, tmp_path, monkeypatch):
     drawn, original = [], report.new_figure
     monkeypatch.setattr(report, "new_figure", lambda *a: drawn.append(original(*a)) or drawn[-1])

@@ -179,6 +179,24 @@ def test_interpolated_cross_patch_layers_keep_a_smooth_images_response():
     assert torch.allclose(bigger.sum(1), resmlp.resize_across(A.sum(1), 0, old, new), rtol=0.05)
 
 
+def test_class_mlp_keeps_a_smooth_images_response_and_its_tokens_own_share():
+    torch.manual_seed(0)
+    options, said = dict(patch_size=16, pooling="class-mlp"), []
+    small, large = (resmlp.build_model(NANO["resmlp"], 3, size, **options) for size in (96, 144))
+    state = small.state_dict()
+    resmlp.fit_resolution(large, state, {"recipe": {"img_size": (96, 96)}}, said.append)
+    large.load_state_dict(state)
+    key = "blocks_token_only.0.attn.weight"
+    old, new, ramp = small.state_dict()[key], state[key], torch.linspace(-1, 1, 6)
+    assert old.shape == (1, 37) and new.shape == (1, 82) and "from 6 x 6 to 9 x 9" in said[0]
+    assert torch.equal(new[:, 0], old[:, 0])
+    assert torch.allclose(new[0, 1:], resmlp.resize_across(old[:, 1:], 1, (6, 6), (9, 9))[0] * 36 / 81)
+    row = torch.cat([torch.tensor([3.0]), (ramp[:, None] + ramp + 1).ravel()])
+    smooth = small.state_dict() | {key: row[None]}
+    resmlp.fit_resolution(large, state := dict(smooth), {"recipe": {"img_size": (96, 96)}}, said.append)
+    assert state[key][0, 1:].sum().item() == pytest.approx(smooth[key][0, 1:].sum().item(), rel=0.01)
+
+
 def test_another_resolution_warns_that_it_is_lossy(here, folder, tmp_path):
     small = [*SMALL, "--data", folder, "--epochs", 1, "--warmup-epochs", 0, "--patch-size", 8]
     assert here("resmlp", "--model", NANO["resmlp"], *small, "--out", tmp_path / "o").status == 0

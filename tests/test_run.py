@@ -2,12 +2,15 @@
 
 import errno
 import fcntl
+import functools
 import gc
+import hashlib
 import importlib
 import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -199,6 +202,25 @@ def test_E5_the_second_ctrl_c_ends_at_once(command, tmp_path):
         wait_until(lambda: os.killpg(pid, 0), timeout=5)
 
 
+def test_E1_a_signal_is_heard_and_work_told_while_a_step_is_in_one_long_call(command, tmp_path):
+    """As a backward pass can be: Python's own handlers wait for its end, which never comes here."""
+
+    def patch():
+        common.run.LEASE, common.run.QUIET = 0.8, 0.2
+        at_steps(lambda: hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1), [5])()
+
+    log = tmp_path / "log"
+    log.touch()
+    pid = child(command("o"), patch=patch, log=log)
+    try:
+        wait_until(lambda: re.search(r"^epoch 1 step 1/4: at work for \d s$", log.read_text(), re.M), timeout=20)
+        os.kill(pid, signal.SIGTERM)
+        wait_until(lambda: "signal 15: ends after this step\n" in log.read_text(), timeout=10)
+    finally:
+        os.killpg(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
 def usr1_then_killed(signalled: str):
     def action():
         if count.pop(0) == 7:
@@ -337,6 +359,23 @@ def test_J3_a_lock_that_cannot_be_asked_does_not_end_a_run_by_its_log(tmp_path):
     Run.log(run, {"epoch": 1})
     Run.log(run, {"epoch": 2})
     assert said == [f"warning: cannot write {tmp_path}/log.jsonl (Stale file handle); training goes on"]
+
+
+def test_J3_a_stale_lock_is_another_runs_and_one_that_cannot_be_seen_nobodys(tmp_path, monkeypatch):
+    def stale(*_):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with open(tmp_path / "lock", "a+") as lock:
+        print("process 1 on this-host", file=lock, flush=True)
+        run = SimpleNamespace(out=tmp_path, lock=lock, owner="process 1 on this-host")
+        run._holder = functools.partial(Run._holder, run)
+        assert Run._taken_over(run) == ""
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fstat", stale)
+            assert Run._taken_over(run) == "another run"
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "stat", stale)
+            assert Run._taken_over(run) == ""
 
 
 def test_J3_a_second_job_on_another_host_is_refused_while_the_first_renews_its_lock(command, tmp_path):
