@@ -746,8 +746,6 @@ def parse_args(argv: list[str] | None = None):
     flag("--branch-norms", action="store_true", help=f"write {norms}, with those logged there, to --out and stop")
     flag("--log-branch-norms", action="store_true", default=None, help=f"log {norms} at 8 times of the training")
     args = cli.parse(parser, argv, MODELS, RECIPES)
-    if args.branch_norms:
-        cli.refuse(args, ("eval_data",), "has no effect beside --branch-norms, which looks at --data")
     paper = paper_recipe(args.recipe, args.model, data=args.data or "")
     recipe = cli.override(paper, args)
     if recipe.branches.endswith(("none", "-zero", "-fixed")):
@@ -843,8 +841,8 @@ def main() -> None:
 
 if __name__ == "__main__":
     try:
-        from common.run import launch
-    except ImportError as error:
-        print(f"error: {error}; needed: tqdm, and our common/ (found {sys.modules.get('common')})", file=sys.stderr)
+        from common.script import launch
+    except Exception as error:  # another common may raise anything
+        print(f"error: {error}; needs torch 2.6, tqdm, our common/ (got {sys.modules.get('common')})", file=sys.stderr)
         sys.exit(2)
     launch(main)

@@ -676,8 +676,6 @@ def train(run) -> None:
     def lr_at(epochs: float) -> float:
         return cosine_lr(epochs, recipe.epochs, recipe.warmup_epochs, recipe.lr, recipe.min_lr, recipe.warmup_lr)
 
-    if recipe.optimizer != "lamb" and run.paper.optimizer == "lamb" and recipe.lr > 1e-3:
-        run.say(f"warning: {recipe.optimizer} at LAMB's rate of {recipe.lr:g} is known to diverge; take 1e-3 or less")
     data, model, wrapped, optimizer, precision, ema, _ = script.set_up(
         run, TrainTransform(recipe), make_model, prepare, adapt=fit_resolution
     )
@@ -712,8 +710,8 @@ def main() -> None:
 
 if __name__ == "__main__":
     try:
-        from common.run import launch
-    except ImportError as error:
-        print(f"error: {error}; needed: tqdm, and our common/ (found {sys.modules.get('common')})", file=sys.stderr)
+        from common.script import launch
+    except Exception as error:  # another common may raise anything
+        print(f"error: {error}; needs torch 2.6, tqdm, our common/ (got {sys.modules.get('common')})", file=sys.stderr)
         sys.exit(2)
     launch(main)

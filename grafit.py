@@ -562,7 +562,10 @@ def validate_by_memory(run, model: nn.Module, memory: Memory, memory_labels: tor
 
 
 def class_logits(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Logits (B, K) for evaluation, with the methods that have a classifier."""
+    """Logits (B, K) for evaluation, with the methods that have a classifier; UserError without."""
+    if not hasattr(model, "fc"):
+        from common.errors import UserError
+        raise UserError("--eval-data, --real-labels: this method has no classifier; --eval ranks by its embeddings")
     return {"": model.fc(model.trunk(images))}
 
 
@@ -678,10 +681,7 @@ def parse_args(argv: list[str] | None = None):
         ("negative", instance != "triplet" or recipe.batch_size > 1 < recipe.mix_group, ("mix_group", "batch_size")),
     ):
         cli.refuse(args, () if has else flags, f"the method {recipe.method} has no {part}")
-    if args.retrieve:
-        cli.refuse(args, ("eval_data",), "has no effect beside --retrieve, which looks at --data")
-    if not (args.eval or args.retrieve):
-        cli.refuse(args, ("also",), "goes with --eval or --retrieve")
+    cli.refuse(args, () if args.eval or args.retrieve else ("also",), "goes with --eval or --retrieve")
     return args, recipe, paper
 
 
@@ -793,8 +793,8 @@ def main() -> None:
 
 if __name__ == "__main__":
     try:
-        from common.run import launch
-    except ImportError as error:
-        print(f"error: {error}; needed: tqdm, and our common/ (found {sys.modules.get('common')})", file=sys.stderr)
+        from common.script import launch
+    except Exception as error:  # another common may raise anything
+        print(f"error: {error}; needs torch 2.6, tqdm, our common/ (got {sys.modules.get('common')})", file=sys.stderr)
         sys.exit(2)
     launch(main)

@@ -442,8 +442,8 @@ def main() -> None:
 
 if __name__ == "__main__":
     try:
-        from common.run import launch
-    except ImportError as error:
-        print(f"error: {error}; needed: tqdm, and our common/ (found {sys.modules.get('common')})", file=sys.stderr)
+        from common.script import launch
+    except Exception as error:  # another common may raise anything
+        print(f"error: {error}; needs torch 2.6, tqdm, our common/ (got {sys.modules.get('common')})", file=sys.stderr)
         sys.exit(2)
     launch(main)

@@ -16,9 +16,8 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 from torchvision.models import ResNet50_Weights
 
-from common.errors import RunError, UserError, one_line
+from common.errors import RunError, UserError, one_line, watched
 from common.images import use_pixels
-from common.progress import watched
 
 FORMAT = 1
 OFFICIAL_FILES = "https://dl.fbaipublicfiles.com/deit"
@@ -30,7 +29,7 @@ def save(checkpoint: dict, path: Path, *, keep: Path | None = None) -> None:
     """Writes `path` atomically: temporary file, fsync, read back with CRC, rename, fsync of the folder; what it was
     becomes `keep`. RunError, with the old files left alone, if the disk is full or a tensor is not finite."""
     checkpoint = plain({**checkpoint, "format": FORMAT})
-    broken = [k for k, v in checkpoint["model"].items() if not torch.isfinite(v).all()]
+    broken = [k for k, v in {**checkpoint["model"], **(checkpoint.get("ema") or {})}.items() if not v.isfinite().all()]
     if broken:
         raise RunError(f"{path} not written: {len(broken)} tensors are not finite, e.g. {broken[0]}; the old is kept")
     temporary = path.with_name(f"{path.name}.{os.uname().nodename}-{os.getpid()}.tmp")
@@ -74,24 +73,29 @@ def official_address(method: str, asked: str, model: str | None = None, size: in
 def load(path: str | Path, flag: str, checked: bool = False) -> dict:
     """The checkpoint's content on the CPU, of a .safetensors file its bare state dict; path: a file or an address.
     UserError, naming `flag`, for a missing, damaged or unsafe file; checked: another process has read every byte."""
-    where, name, size = f"{flag} {path}", str(path), os.path.getsize(path) if os.path.isfile(path) else None
-    if size is None and "://" not in name:
+    where, name, hint = f"{flag} {path}", str(path), "previous.pt and best.pt lie beside last.pt"
+    if address := "://" in name:
+        kept, hint = name.partition("?")[0].rpartition("/")[2], "remove it and it is fetched anew"
+        path = Path(torch.hub.get_dir(), "checkpoints", kept)
+    elif not os.path.isfile(path):
         raise UserError(f"{where}: " + ("is a folder; name the file in it" if os.path.isdir(path) else "no such file"))
     try:
+        if address and not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(name, str(path), next(iter(torch.hub.HASH_REGEX.findall(kept)), None))
         if name.endswith(".safetensors"):
             import safetensors.torch
 
             return safetensors.torch.load_file(path)
-        if (zipped := size is not None and zipfile.is_zipfile(path)) and not checked:
+        if (zipped := zipfile.is_zipfile(path)) and not checked:
             with zipfile.ZipFile(path) as z:  # torch.load itself does not notice a flipped byte
-                if sum(part.file_size for part in z.infolist()) > size:  # nobody packs weights: they would not shrink
+                if sum(part.file_size for part in z.infolist()) > os.path.getsize(path):  # nobody packs weights
                     raise zipfile.BadZipFile
                 for part in watched(z.namelist(), f"reading {path}", "parts", print, len(z.namelist())):
                     z.read(part)
         options = dict(map_location="cpu", weights_only=True)  # plain types alone, and official files' command line
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = (torch.load(path, mmap=zipped, **options) if size is not None else
-                       torch.hub.load_state_dict_from_url(name, check_hash=True, **options))
+            content = torch.load(path, mmap=zipped, **options)
     except ImportError:
         raise UserError(f"{where}: reading this kind of file needs a package: pip install safetensors") from None
     except Exception as error:  # which one depends on where the damage is
@@ -100,9 +104,9 @@ def load(path: str | Path, flag: str, checked: bool = False) -> dict:
             raise UserError(f"{where}: refused, holds a {kind[1]}, which could run code; {hint}") from None
         if isinstance(error, (PermissionError, MemoryError)):
             raise UserError(f"{where}: {getattr(error, 'strerror', None) or 'does not fit into memory'}") from None
-        if size is None:
+        if not os.path.exists(path):
             raise UserError(f"{where}: cannot be downloaded ({one_line(error)}); fetch it yourself") from None
-        raise UserError(f"{flag}: damaged checkpoint {path}; previous.pt and best.pt lie beside last.pt") from None
+        raise UserError(f"{flag}: damaged checkpoint {path}; {hint}") from None
     if not isinstance(content, dict):
         raise UserError(f"{where}: holds a {type(content).__name__}, not a checkpoint")
     if not isinstance(form := content.get("format", FORMAT), int) or form != FORMAT:

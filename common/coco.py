@@ -1,8 +1,4 @@
-"""COCO's instances: masks from its polygons and run lengths, average precision; equal to pycocotools, which is not
-needed."""
-
-import itertools
-from collections import defaultdict
+"""COCO's instances: masks from polygons and run lengths, and what results found; pycocotools' values, without it."""
 
 import numpy as np
 
@@ -55,22 +51,3 @@ def matched(truth: list[dict], found: list[dict], kind: str) -> tuple[np.ndarray
         new = np.flatnonzero(fits.any(1))
         answers[new, d], taken[new, best[new]] = 1 - 2 * crowd[best[new]], 1
     return scores, answers, ~crowd
-
-
-def coco_ap(truth: list[dict], detections: list[dict], kind: str = "bbox") -> dict[str, float]:
-    """{"AP", "AP50", "AP75"} in 0..1 of COCO's annotations and results, boxes ("bbox", x y w h) or masks ("segm"): all
-    areas, at most 100 detections per image and category; 101 recalls, 10 IoUs. -1 where nothing is to be found."""
-    cells, precisions, recalls = defaultdict(lambda: ([], [])), [], np.linspace(0, 1, 101)[:, None]
-    for number, rows in enumerate((truth, detections)):
-        for row in rows:
-            cells[row["category_id"], row["image_id"]][number].append(row)
-    for _, group in itertools.groupby(sorted(cells), key=lambda cell: cell[0]):
-        found = [matched(*cells[cell], kind) for cell in group]
-        scores, answers, counts = (np.concatenate(part, axis=-1) for part in zip(*found))
-        answers = answers[:, np.argsort(-scores, kind="stable")]
-        right, wrong = ((answers == value).cumsum(1) for value in (1, 0))
-        if counts.any():  # at each recall the best precision of those where it is reached
-            curves = zip(right / counts.sum(), right / (wrong + right + np.spacing(1)))
-            precisions.append([np.where(recall >= recalls, row, 0).max(1, initial=0) for recall, row in curves])
-    values = np.array(precisions or np.full((1, 10, 1), -1.0))  # (categories, 10, 101)
-    return {name: float(values[:, at].mean()) for name, at in (("AP", slice(None)), ("AP50", 0), ("AP75", 5))}

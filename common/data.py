@@ -173,18 +173,20 @@ class TrainingData:
 
     def micro_batches(self) -> Iterator[Batch]:
         """This rank's micro-batches of the next optimizer step; torch's generators are seeded for each."""
-        self.seen: list[torch.Tensor] = []
+        self.seen, run = [], self.run
         for number in range(self.accumulation):
             start = time.time()
             batch = Batch(*next(self.stream), self.batches.groups(number))
             self.waited += time.time() - start
-            self.run.seed_step(number)
+            torch.manual_seed(hash((run.args.seed, run.epoch, run.step, number, run.rank)) & (2**63 - 1))
             self.seen.append(batch.indices)
             yield batch
 
     def identity(self) -> dict:
-        """For Run.start: the classes, a digest of the training images' names and labels, the validation set's size."""
-        return {"classes": self.classes, "digest": self.source.digest(), "val_images": len(self.val or ())}
+        """For Run.start: the classes, digests of the images' names and labels, the validation set's size."""
+        val = "none" if self.val is None else f"{len(self.val)} ({self.val.digest()})"
+        val = {"val_images": len(self.val or ()), "validation images": val}
+        return {"classes": self.classes, "digest": self.source.digest(), **val}
 
     def first_images(self, count: int) -> Batch:
         """The run's first `count` images, or the few more that make whole groups."""

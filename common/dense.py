@@ -29,11 +29,10 @@ from torchvision.models.detection import MaskRCNN, anchor_utils, faster_rcnn, ma
 from torchvision.transforms import v2
 
 from common import checkpoint, cli, data, images, optim, report, script, shapes, sources
-from common.coco import coco_ap, mask_of
-from common.errors import RunError, UserError
+from common.coco import mask_of, matched
+from common.errors import RunError, UserError, watched
 from common.evaluate import normalize, trained_model
 from common.precision import Precision
-from common.progress import watched
 from common.run import Run, launch
 
 # ---- Recipes ---------------------------------------------------------------------------------------------------------
@@ -231,8 +230,8 @@ class MaskFiles(sources.Files):
         pictures, masks = root / "images", root / ("annotations" if self.first else "masks")
         lines = (root / ("objectInfo150.txt" if self.first else "classes.txt")).read_text(encoding="utf-8").splitlines()
         classes = [line.split("\t")[-1].strip() for line in lines[self.first :] if line.strip()]
-        names = [file.relative_to(pictures).as_posix() for file in sorted(pictures.glob("**/*"))]
-        names = [name for name in names if name.lower().endswith(sources.EXTENSIONS) and not sources.JUNK.search(name)]
+        names = sorted(row[0].decode(errors="surrogateescape") for row in sources.scan_folder(str(pictures)))
+        names = [name for name in names if name.lower().endswith(sources.EXTENSIONS)]
         parts = [name.partition("/")[0] if "/" in name else "train" if i % 5 else "val" for i, name in enumerate(names)]
         names = [name for name, part in zip(names, parts) if part.startswith(split)]  # MIT's: training, validation
         self.masks = [(masks / name).with_suffix(".png") for name in names]
@@ -391,6 +390,25 @@ def results(image: int, found: dict[str, torch.Tensor]) -> Iterator[dict]:
         yield dict(zip(("category_id", "bbox", "score", "iscrowd"), row), image_id=image, segmentation=runs)
 
 
+def coco_ap(truth: list[dict], detections: list[dict], kind: str = "bbox") -> dict[str, float]:
+    """{"AP", "AP50", "AP75"} in 0..1 of COCO's annotations and results, boxes ("bbox", x y w h) or masks ("segm"): all
+    areas, at most 100 detections per image and category; 101 recalls, 10 IoUs. -1 where nothing is to be found."""
+    cells, precisions, recalls = defaultdict(lambda: ([], [])), [], np.linspace(0, 1, 101)[:, None]
+    for number, rows in enumerate((truth, detections)):
+        for row in rows:
+            cells[row["category_id"], row["image_id"]][number].append(row)
+    for _, group in itertools.groupby(sorted(cells), key=lambda cell: cell[0]):
+        found = [matched(*cells[cell], kind) for cell in group]
+        scores, answers, counts = (np.concatenate(part, axis=-1) for part in zip(*found))
+        answers = answers[:, np.argsort(-scores, kind="stable")]
+        right, wrong = ((answers == value).cumsum(1) for value in (1, 0))
+        if counts.any():  # at each recall the best precision of those where it is reached
+            curves = zip(right / counts.sum(), right / (wrong + right + np.spacing(1)))
+            precisions.append([np.where(recall >= recalls, row, 0).max(1, initial=0) for recall, row in curves])
+    values = np.array(precisions or np.full((1, 10, 1), -1.0))  # (categories, 10, 101)
+    return {name: float(values[:, at].mean()) for name, at in (("AP", slice(None)), ("AP50", 0), ("AP75", 5))}
+
+
 def evaluate(run: Run, model: nn.Module, val: sources.Source, pictures: Path | None = None, **how) -> dict[str, float]:
     """Percent, over all ranks' shares: mean IoU of the classes that occur and pixel accuracy; or box and mask AP.
     pictures: a PNG of rank 0's first images: as they are, their truth, what the model says."""
@@ -496,6 +514,9 @@ def parse_args(argv: list[str] | None = None):
     if ":" not in args.data:
         args.data = f"{args.data}:." if args.data in ("shapes", "scenes") else f"masks:{args.data}"
     cli.check_choice("--data", args.data.partition(":")[0], READERS[args.task])
+    for flag in ("short", "test_size"):
+        if (size := getattr(args, flag)) and size[0] > size[1]:
+            raise UserError(f"--{flag.replace('_', '-')} {size[0]}x{size[1]}: the smaller one comes first")
     return args, cli.override(recipes[args.recipe], args), recipes[paper]
 
 

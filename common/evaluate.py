@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -18,12 +19,11 @@ from torch.utils.data import DataLoader
 from common import checkpoint
 from common.cli import built
 from common.data import Samples, brought, eval_batches, make_loader, moved, to_device
-from common.errors import RunError, UserError, one_line
+from common.errors import RunError, UserError, one_line, watched
 from common.images import IMAGENET, PIXELS, decode, eval_transform, pixels_note
 from common.precision import Precision
-from common.progress import watched
 from common.run import Run
-from common.sources import EXTENSIONS, Files, Source, open_data, open_images, opening
+from common.sources import EXTENSIONS, Files, Source, open_data, open_images, opening, scan_folder
 
 NEIGHBOURS = (10, 15, 20, 25, 30)  # k of the kNN classifier is chosen among these (thesis section 2.4.3)
 SCORES = 2**27  # of queries against a collection, computed at a time: half a GiB
@@ -203,7 +203,8 @@ def predict_images(run: Run, make_model: Callable, adapt: Callable | None, predi
     if run.world > 1:
         raise UserError("--predict: for one process; start it without torchrun")
     for path in map(Path, args.predict):
-        inside = sorted(p for p in path.rglob("*") if p.name.lower().endswith(EXTENSIONS)) if path.is_dir() else [path]
+        inside = [path / os.fsdecode(row[0]) for row in scan_folder(str(path))] if path.is_dir() else [path]
+        inside = sorted(p for p in inside if p == path or p.name.lower().endswith(EXTENSIONS))
         if not path.exists() or not inside:
             raise UserError(f"--predict {path}: " + ("holds no images" if path.exists() else "no such file or folder"))
         files += map(str, inside)

@@ -64,8 +64,7 @@ class Lamb(torch.optim.Optimizer):
 
 
 def fit_to_parameters(optimizer: torch.optim.Optimizer) -> None:
-    """Loaded state gets its parameters' memory layout and device: fused kernels take both for granted. torch alone
-    keeps the layout of the file, and LAMB's `step` on the host."""
+    """Gives loaded state its parameters' layout and device: fused kernels trust them, torch keeps the file's."""
     for p, state in optimizer.state.items():
         for key, value in state.items():
             state[key] = torch.empty_like(p).copy_(value) if value.shape == p.shape else value.to(p.device)
@@ -95,14 +94,16 @@ def make_optimizer(name: str, model: nn.Module, lr: float, weight_decay: float) 
     """ "lamb", "adamw", "sgd" (momentum 0.9) or "nesterov" on the groups of param_groups, eps 1e-8 as in the official
     commands. All honour `grad_scale` and `found_inf`; common.precision clips for all alike."""
     groups = [group for group in param_groups(model, weight_decay) if group["params"]]
+    kept = ("exp_avg", "exp_avg_sq") if name in ("lamb", "adamw") else ("momentum_buffer",)
     if name == "lamb":
-        return Lamb(groups, lr=lr, eps=1e-8, max_grad_norm=None)
-    if name == "adamw":
+        optimizer = Lamb(groups, lr=lr, eps=1e-8, max_grad_norm=None)
+    elif name == "adamw":
         optimizer = torch.optim.AdamW(groups, lr=lr, eps=1e-8, fused=True)
     else:
         optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=name == "nesterov", fused=True)
-        for p in (p for group in groups for p in group["params"]):  # else not set if found_inf skips the first step
-            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    for p in (p for group in groups for p in group["params"]):
+        step = {} if kept == ("momentum_buffer",) else {"step": torch.zeros((), device=p.device)}
+        optimizer.state[p] = step | {key: torch.zeros_like(p) for key in kept}  # SGD sets none if the first is skipped
     optimizer.register_load_state_dict_post_hook(fit_to_parameters)
     return optimizer
 

@@ -13,9 +13,11 @@ import math
 import multiprocessing.util
 import os
 import random
+import select
 import shutil
 import signal
 import socket
+import stat
 import sys
 import threading
 import time
@@ -30,13 +32,13 @@ import torchvision
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from common import checkpoint
 from common.cli import differences
-from common.errors import RunError, UserError, one_line
+from common.errors import RunError, UserError, one_line, terminal
 from common.images import IMAGENET, PIXELS, use_pixels
-from common.progress import terminal
 
 FLAG_LAG = 3  # steps after which the host reads a step's flags from a GPU: long done by then, so nothing waits
 LEASE = 120.0  # seconds after which a lock that its owner on another host has not renewed no longer counts
@@ -51,7 +53,8 @@ _STORE: list = []  # where its ranks meet
 
 def launch(main: Callable[[], None]) -> None:
     """Runs a script's main and ends the process, whatever main ended by and whatever still runs beside it."""
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # closed: None
+    # A closed one is None; no file of ours shall take its place.
+    sys.stdin, sys.stdout, sys.stderr = (s or open(os.devnull, "w") for s in (sys.stdin, sys.stdout, sys.stderr))
     sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # it may know ASCII only
     multiprocessing.util.get_temp_dir()  # else each worker makes one of its own, and is killed before it removes it
     status = 1
@@ -80,11 +83,12 @@ def outcome(main: Callable[[], None]) -> int:
         with contextlib.suppress(RuntimeError):  # one rank tells it; before they are connected, rank 0
             if _STORE[-1].add("reported_error", 1) > 1 if _STORE else rank > 0:
                 line = None
-    except torch.cuda.OutOfMemoryError:
-        line = "the GPU's memory is full; lower --micro-batch (the result stays the same) or use --grad-checkpoint"
     except BaseException as error:
         if isinstance(end := error.__context__, SystemExit) and end.code:  # a signal's; this was raised on its way out
             status = end.code
+        elif isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+            whose = "the GPU's" if isinstance(error, torch.cuda.OutOfMemoryError) else "the machine's"
+            line = f"{whose} memory is full; lower --micro-batch (same result) or --img-size, or use --grad-checkpoint"
         elif isinstance(error, RuntimeError) and dist.is_initialized() and any(s in str(error).lower() for s in LOST):
             time.sleep(3)  # the rank that failed speaks first
             where = "".join(f" at epoch {run.epoch}, step {run.step}" for run in _CURRENT if run.started)
@@ -103,19 +107,21 @@ def outcome(main: Callable[[], None]) -> int:
 def _quit(status: int) -> None:
     """Ends the process and its data loading workers at once. Nothing is taken down: workers ignore the SIGTERM by which
     Python would wait for them, gloo can block (torch 2.6) or abort (2.15), and by now everything is written."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise that a worker was killed
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise that a worker was killed
     for child in multiprocessing.active_children():
         child.kill()
-    # Semaphores of workers that were not forked, or Python would tell of a leak; not here: a signal may have come while
-    # we held the lock of a queue.
+
+    def tidy() -> None:  # a leak of semaphores of workers that were not forked would be told
+        for last in (sys.stdout.flush, sys.stderr.flush, functools.partial(multiprocessing.util._run_finalizers, 0)):
+            with contextlib.suppress(Exception):
+                last()
+
     with contextlib.suppress(RuntimeError):  # no thread can be started
-        tidy = threading.Thread(target=multiprocessing.util._run_finalizers, args=(0,), daemon=True)
-        tidy.start()
-        tidy.join(1)
+        beside = threading.Thread(target=tidy, daemon=True)  # nobody may read, or a signal came while we held a lock
+        beside.start()
+        beside.join(1)
     shutil.rmtree(multiprocessing.util.get_temp_dir(), ignore_errors=True)  # which they have in common
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, RuntimeError, ValueError):  # closed, or a signal came during a print
-            stream.flush()
     os._exit(status)
 
 
@@ -154,9 +160,7 @@ class AllGather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: torch.Tensor) -> torch.Tensor:
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x)
-        return torch.cat(parts)
+        return _CURRENT[-1].gather(x)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
@@ -173,7 +177,7 @@ class SyncedBatchNorm(torch.nn.SyncBatchNorm):
             # torch looks for ranks whose batch is empty, of which there are none, unless a CUDA graph is captured.
             with mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: True):
                 return super().forward(x)
-        everything = AllGather.apply(x.contiguous())  # as many images of every rank
+        everything = AllGather.apply(x)  # as many images of every rank
         return _BatchNorm.forward(self, everything).narrow(0, dist.get_rank() * len(x), len(x))
 
 
@@ -203,7 +207,7 @@ class Run:
         self.pending: list[tuple] = []  # steps whose flags the host has not read
         self.bar, self.writer, self.lock, self.stop_signal = tqdm(disable=True), None, None, 0  # a number: gathered
         _CURRENT.append(self)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
             if threading.current_thread() is threading.main_thread():  # others hear no signals
                 signal.signal(number, self._on_signal)
         if getattr(args, "note", None):
@@ -216,7 +220,7 @@ class Run:
         if self.rank == 0:
             try:
                 tqdm.write(text)
-            except BrokenPipeError:
+            except OSError:
                 sys.stdout = open(os.devnull, "w")
 
     def log(self, record: dict) -> None:
@@ -278,8 +282,7 @@ class Run:
         self.on_rank_0(self._open_folder)
 
     def _open_folder(self) -> None:
-        """One writer: the kernel frees the lock of a process that ends; one of another host, or where a file system has
-        no locks of a process that is there, counts until it is old."""
+        """One writer. The kernel frees the lock of a process that ends; another host's, or without locks, ages."""
         where, here = f"--out {self.out}", f" on {os.uname().nodename}"
         try:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -317,17 +320,21 @@ class Run:
 
     def _watch(self) -> None:
         """Beside the steps, which can be long: renews the lock, tells that a signal was heard or a step is at work."""
-        said = 0.0
-        self.heard.settimeout(LEASE / 8)
+        said, heard = 0.0, b""
         while self.lock is not None:
-            with contextlib.suppress(OSError, ValueError, AttributeError):  # it is being let go
+            ready = select.select([self.heard], [], [], LEASE / 8)[0]
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody listens; the lock is being let go
+                new = self.heard.recv(99) if ready else b""
+                if (heard := heard + new).count(signal.SIGINT) > 1:
+                    self.stop_signal = int(signal.SIGINT)
+                    self._on_signal(signal.SIGINT, None)
+                listened = select.select([], [1, 2], [], 0)[1]  # to wait for a reader would hold up the lock
+                for number in {signal.SIGTERM, signal.SIGINT} & set(new) if self.started and 2 in listened else ():
+                    os.write(2, f"signal {number:d}: ends after this step\n".encode())
+                if 1 in listened and self.bar.disable and (now := time.time()) - max(said, self.last_line) > QUIET:
+                    said, seconds = now, now - self.last_line
+                    self.say(f"epoch {self.epoch} step {self.step}/{self.data.steps}: at work for {seconds:.0f} s")
                 self._taken_over() or os.utime(self.lock.fileno())
-            with contextlib.suppress(OSError):  # nothing within that time; nobody listens
-                for number in {signal.SIGTERM, signal.SIGINT} & set(self.heard.recv(99)):
-                    os.write(2, f"signal {number:d}: ends after this step\n".encode() * self.started)
-            if self.bar.disable and (now := time.time()) - max(said, self.last_line) > QUIET:
-                said, seconds = now, now - self.last_line
-                self.say(f"epoch {self.epoch} step {self.step}/{self.data.steps}: at work for {seconds:.0f} s")
 
     def _holder(self, lock) -> str:
         """Who the lock names, read by our own handle of it: to close another one would free the kernel's lock."""
@@ -373,8 +380,8 @@ class Run:
         return model
 
     def _average(self, _, bucket) -> torch.futures.Future[torch.Tensor]:
-        """Gradients of all ranks, summed in the ranks' order: gloo's differs from place to place in a bucket, and there
-        every gradient has another place after a process' first step. 3 ranks would not resume bit-identical."""
+        """Gradients summed in the ranks' order: gloo's depends on their place in a bucket, which is another one in a
+        process' first step; 3 ranks would not resume bit-identical."""
         future = torch.futures.Future()
         future.set_result(sum(self.gather(bucket.buffer()).chunk(self.world)) / self.world)
         return future
@@ -422,12 +429,12 @@ class Run:
         if saved is None:
             return self.say(f"nothing to resume in {self.out}: starting from the beginning")
         flag, own = f"--resume {self.args.resume}", self._state()
-        if lacking := [key for key in own if key not in saved]:
+        held, asked = (f"{state.get('method')} {state.get('model_name')}" for state in (saved, own))
+        if held != asked and "method" in saved:
+            raise UserError(f"{flag}: holds {held}, you asked for {asked}")
+        if lacking := [key for key in own if key not in saved or own[key] != {} and saved[key] == {}]:
             what = "weights only" if "optimizer" in lacking else f"no {lacking[0]}"
             raise UserError(f"{flag}: holds {what}; to start from its weights use --weights")
-        held, asked = (f"{state['method']} {state['model_name']}" for state in (saved, own))
-        if held != asked:
-            raise UserError(f"{flag}: holds {held}, you asked for {asked}")
         then, now = ({**IMAGENET, **s["recipe"], "seed": s["seed"], **s["data"], "data": s["data"]["digest"],
                       "classes": len(s["data"]["classes"])} for s in (saved, own))
         differ = [k for k in {**then, **now} if then.get(k) != now.get(k) and k not in ("digest", "path", "val_images")]
@@ -436,9 +443,15 @@ class Run:
         if change and not self.args.allow_changes:
             raise UserError(f"{flag}: the run was started differently: {change}; repeat its flags or --allow-changes")
         checkpoint.load_weights(self.parts["model"], saved["model"], flag)
+        shapes = functools.partial(tree_map, lambda value: getattr(value, "shape", None))
         for key, part in self.parts.items():
             try:
+                if key == "optimizer":  # the options of its groups are this recipe's
+                    groups = zip(own[key]["param_groups"], saved[key]["param_groups"])
+                    saved[key] = {**saved[key], "param_groups": [new | {"lr": old["lr"]} for new, old in groups]}
                 if part is not None and key != "model":
+                    if shapes(saved[key]) != shapes(own[key]):  # torch takes any, and its kernels trust it
+                        raise ValueError("other entries or shapes")
                     part.load_state_dict(saved[key])
             except (TypeError, ValueError, KeyError, RuntimeError) as error:  # TypeError: it is None
                 raise UserError(f"{flag}: its {key} state does not fit ({one_line(error)}); try --weights") from None
@@ -446,16 +459,13 @@ class Run:
         torch.set_rng_state(saved["rng"]["torch"])
         random.setstate(saved["rng"]["python"])
         self.say(f"resumed from {name} at epoch {self.epoch}, step {self.step}{change and ' with changes: ' + change}")
-        if saved["record"] and not change and any('"completed"' in p.read_text() for p in self.out.glob("log.jsonl")):
-            raise SystemExit(self.say("it is complete: nothing is left to do"))
+        with contextlib.suppress(OSError):
+            if saved["record"] and not change and '"completed"' in (self.out / "log.jsonl").read_text():
+                raise SystemExit(self.say("it is complete: nothing is left to do"))
 
     def rng(self, purpose: str, number: int) -> random.Random:
         """A generator of this step, the same on all ranks."""
         return random.Random(f"{purpose}-{self.args.seed}-{self.epoch}-{self.step}-{number}")
-
-    def seed_step(self, micro_batch: int) -> None:
-        """Torch's generators for one micro-batch (stochastic depth, dropout): a function of seed, step and rank."""
-        torch.manual_seed(hash((self.args.seed, self.epoch, self.step, micro_batch, self.rank)) & (2**63 - 1))
 
     def steps(self, data) -> Iterator[int]:
         """The optimizer steps of this epoch that are still to do, with a progress bar on rank 0. data: TrainingData."""
@@ -579,7 +589,12 @@ class Run:
         if number == signal.SIGUSR1:  # Slurm's warning before the time is up: last.pt is written after this step
             self.save_asked = True
             return
+        if number == signal.SIGHUP:  # the terminal is gone, the run is not
+            for fd in (fd for fd in (1, 2) if stat.S_ISCHR(os.fstat(fd).st_mode)):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+            return
         if self.stop_signal and number == signal.SIGINT:  # the second ctrl-C: now
+            self.log({"status": "preempted", "signal": int(number), "epoch": self.epoch, "step": self.step})
             self._unlock()
             _quit(130)
         self.stop_signal = int(number)

@@ -19,6 +19,7 @@ from common.models import export, load_teacher, on_meta
 from common.optim import EMA, make_optimizer
 from common.precision import Precision
 from common.run import Run
+from common.run import launch as launch
 from common.sources import class_folders, open_data
 
 
@@ -48,8 +49,8 @@ def run_script(
         report.benchmark(run, lambda: built(make_model, args, recipe, 1000), loss)
     else:
         trained = args.recipe.startswith(("finetune", "transfer", "in21k_to", "own"))
-        goes_on = args.resume and (args.resume != "auto" or any(run.out.glob("[lp]*.pt")))  # last.pt, previous.pt
-        if trained and not (args.weights or goes_on or args.show_batch):
+        kept = args.resume != "auto" or any((run.out / file).exists() for file in ("last.pt", "previous.pt"))
+        if trained and not (args.weights or args.resume and kept or args.show_batch):
             raise UserError(f"--recipe {args.recipe}: starts from a trained network; give --weights FILE")
         if args.recipe == "own" or args.fallback:
             fit_own(run)
@@ -96,6 +97,8 @@ def set_up(
         teach = functools.partial(load_teacher, args, held, teacher, recipe.img_size, say=run.say)
         if (folder := Path(args.data, "train")).is_dir():
             taught = run.first(lambda: teach(class_folders(folder)))
+    if recipe.optimizer != "lamb" and run.paper.optimizer == "lamb" and recipe.lr > 1e-3:
+        run.say(f"warning: {recipe.optimizer} at LAMB's rate of {recipe.lr:g} is known to diverge; take 1e-3 or less")
     data = TrainingData(run, recipe, transform)
     run.data, run.num_classes = data, len(data.classes)
     if distills:
@@ -134,11 +137,11 @@ def finish(run: Run, losses: list[str], accuracies: list[str]) -> None:
     panels = {"loss": losses, "accuracy, %": accuracies}
     if getattr(run.recipe, "loss", None) == "bce":  # validation has another loss
         panels = {"binary cross-entropy": losses[:1], "cross-entropy": losses[1:], "accuracy, %": accuracies}
-    if run.rank == 0 and run.data.val is not None:
-        rows, curves = [r for r in report.read_log(run.out / "log.jsonl") if "epoch" in r and "status" not in r], []
-        for keys in panels.values():
-            curves.append({k: [(r["epoch"], r[k]) for r in rows if isinstance(r.get(k), (int, float))] for k in keys})
+    if run.rank == 0 and run.data.val is not None and not run.log_failed:
         try:
+            rows = [r for r in report.read_log(run.out / "log.jsonl") if "epoch" in r and "status" not in r]
+            curves = [{k: [(r["epoch"], r[k]) for r in rows if isinstance(r.get(k), (int, float))] for k in keys}
+                      for keys in panels.values()]
             report.save_plot(run.out / "curves.png", curves, "epoch", list(panels), run.say)
-        except UserError as error:
+        except (OSError, UserError) as error:
             run.say(f"warning: {error}")

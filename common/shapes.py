@@ -21,7 +21,6 @@ def draw(split: str, index: int) -> tuple[np.ndarray, np.ndarray, int]:
     shape, texture = SHAPES[label // len(TEXTURES)], TEXTURES[label % len(TEXTURES)]
     rng, y, x = random.Random(f"shapes-{split}-{index}"), ROWS, COLUMNS
     colours = [np.array([rng.uniform(0, 255) for _ in range(3)], dtype=np.float32) for _ in range(4)]
-
     # Background: a smooth ramp between two colours, with clutter bars in front of it.
     angle = rng.uniform(0, 2 * math.pi)
     ramp = (math.cos(angle) * (x / SIZE - 0.5) + math.sin(angle) * (y / SIZE - 0.5) + 0.71) / 1.42
@@ -30,7 +29,6 @@ def draw(split: str, index: int) -> tuple[np.ndarray, np.ndarray, int]:
         angle, offset = rng.uniform(0, math.pi), rng.uniform(-28, 28)
         bar = np.abs(math.cos(angle) * (x - 32) + math.sin(angle) * (y - 32) - offset) < rng.uniform(0.6, 1.6)
         image[bar] = [rng.uniform(0, 255) for _ in range(3)]
-
     # The object, in its own rotated frame (u, v) with unit = its radius.
     radius = rng.uniform(20, 26)
     cy, cx, turn = rng.uniform(29, SIZE - 29), rng.uniform(29, SIZE - 29), rng.uniform(-0.25, 0.25)
@@ -39,7 +37,6 @@ def draw(split: str, index: int) -> tuple[np.ndarray, np.ndarray, int]:
     square, near, far = u * u + v * v, np.minimum(np.abs(u), np.abs(v)), np.maximum(np.abs(u), np.abs(v))
     masks = {"disc": square < 0.9, "ring": (square < 1.0) & (square > 0.3), "cross": (near < 0.36) & (far < 1.0)}
     mask = masks[shape]
-
     # Two object colours far enough apart in brightness that the texture can be seen.
     light, dark = 180 + colours[2] * 0.3, colours[3] * 0.3
     if rng.random() < 0.5:

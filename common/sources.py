@@ -9,8 +9,6 @@
                     --coarse-labels; @none: one class for all images
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
@@ -30,8 +28,7 @@ from torch.utils._pytree import tree_map
 from torchvision import datasets
 
 from common import images, shapes
-from common.errors import RunError, UserError, one_line
-from common.progress import watched
+from common.errors import RunError, UserError, one_line, watched
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 JUNK = re.compile(r"(^|/)(\.|(__MACOSX|@eaDir|lost\+found|Thumbs\.db|desktop\.ini)(/|\Z))")  # as a part of a path
@@ -240,7 +237,7 @@ def open_images(path: str, flag: str, classes: list[str] | None = None, say: Cal
     folders, listed = ([], path) if tar else (class_folders(where), where)
     stats = [os.stat(place) for place in [listed, *(os.path.join(where, folder) for folder in folders)]]
     key = [os.path.realpath(listed), *(value for stat in stats for value in (stat.st_size, stat.st_mtime_ns))]
-    scan, splits = (_scan_tar if tar else _scan_folder), tar and bool(split)
+    scan, splits = (_scan_tar if tar else scan_folder), tar and bool(split)
     index = _kept([splits, folders, *key], lambda: _index(listed, scan, splits, say), say)
     if split == "val" and splits and "" in index:
         raise UserError(f"{flag}: the archive has no val/; give --val-data PATH (none: train without)")
@@ -305,7 +302,7 @@ def class_folders(path: str | Path) -> list[str]:
     return sorted(e.name for e in os.scandir(path) if e.is_dir() and not JUNK.search(e.name))
 
 
-def _scan_folder(path: str) -> Iterator[tuple]:
+def scan_folder(path: str) -> Iterator[tuple]:
     """(name below `path`,) of every file there; (path/, time of change) of folders in class folders."""
     root, seen, pending = os.path.join(path, ""), set(), [path]
     while pending:
@@ -333,7 +330,7 @@ def _scan_tar(path: str) -> Iterator[tuple[bytes, int, int]]:
         try:
             tar = tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape")
         except tarfile.ReadError:
-            raise UserError(f"{path} is not a tar archive; unpack a compressed one to a plain .tar") from None
+            raise UserError(f"{path} is not a tar archive; unpack a compressed one; {TREE}") from None
         pending = [(0, os.fstat(file.fileno()).st_size, "")]  # what is left of each archive: from, to, its folder
         while pending:
             at, stop, folder = pending.pop()

@@ -34,11 +34,10 @@ import torchvision
 
 from common import checkpoint, evaluate
 from common.cli import Parser, add_network_flags, check_choice, check_torchvision, converter
-from common.errors import UserError
-from common.evaluate import extract, log_odds, logistic_regression, mean_average_precision, save_json
+from common.errors import UserError, watched
+from common.evaluate import extract, log_odds, logistic_regression, mean_average_precision, save_file, save_json
 from common.images import PIXELS, pixels_note, use_pixels
 from common.models import fingerprint, from_checkpoint, from_torchvision
-from common.progress import watched
 from common.report import new_figure, read_log
 from common.run import Run, launch
 from common.sources import Source, cache_file, keep, open_data
@@ -158,7 +157,7 @@ def linear_classifier(x, y, classes: int, seed: int, sgd: bool) -> tuple[tuple, 
     """(classifier, {"C"} or {"lr", "weight_decay"}): what is best in top-1 on a held-out fifth, refitted to all of (x,
     y). Logistic regression: tried are the decades 1e-5..1e6, then half a decade around the best; of equally good ones
     the smallest counts. SGD: SGD_DRAWS draws of learning rate in 0.1..100 and weight decay in 1e-12..1e-4."""
-    of_rest, of_held = ((x[part], y[part]) for part in held_out(y, seed))
+    (of_rest, of_held), told = ((x[part], y[part]) for part in held_out(y, seed)), ("linear classifier", "tried", print)
 
     @functools.cache
     def score(*tried: float) -> float:
@@ -168,9 +167,9 @@ def linear_classifier(x, y, classes: int, seed: int, sgd: bool) -> tuple[tuple, 
     if sgd:
         rng = random.Random(f"sgd-{seed}")
         draws = [(10 ** rng.uniform(-1, 2), 10 ** rng.uniform(-12, -4)) for _ in range(SGD_DRAWS)]
-        lr, weight_decay = max(draws, key=lambda draw: score(*draw))
+        lr, weight_decay = max(watched(draws, *told, SGD_DRAWS), key=lambda draw: score(*draw))
         return sgd_classifier(x, y, classes, lr, weight_decay, seed), {"lr": lr, "weight_decay": weight_decay}
-    decade = max((10.0**e for e in range(-5, 7)), key=score)
+    decade = max(watched((10.0**e for e in range(-5, 7)), *told, 12), key=score)
     best = max((decade * 10**-0.5, decade, decade * 10**0.5), key=score)
     return logistic_regression(x, y, classes, best), {"C": best}
 
@@ -239,7 +238,7 @@ def table(result: dict) -> str:
 def write(out: Path, content: dict, text: str) -> None:
     """Numbers as JSON, and as text beside it."""
     save_json(out, content)
-    out.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
+    save_file(out.with_suffix(".txt"), lambda file: file.write_text(text + "\n", encoding="utf-8"))
 
 
 def load_network(args, say) -> tuple[torch.nn.Module, str, float | None]:
@@ -460,8 +459,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.command != "compare":
         if args.top1 is not None and not 0 < args.top1 < 100:
             raise UserError(f"--top1 {args.top1}: must lie between 0 and 100")
-        if os.path.isdir(args.out):
-            raise UserError(f"--out {args.out}: is a folder; name the result's file")
+        if os.path.isdir(args.out) or args.out.endswith(".txt"):
+            raise UserError(f"--out {args.out}: name the result's file, no folder, nor .txt: the table beside it")
     return args
 
 

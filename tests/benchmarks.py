@@ -489,7 +489,7 @@ def make_large(root: str, count: int, classes: int) -> dict[str, tuple]:
     def parts(_rows, split: str) -> dict:
         return fake_index(50_000 if split == "val" else count, classes)
 
-    names = ("_scan_tar", "_scan_folder")
+    names = ("_scan_tar", "scan_folder")
     with contextlib.ExitStack() as stack, mock.patch.object(sources, "_by_class", parts):
         stack.enter_context(mock.patch.dict(os.environ, XDG_CACHE_HOME=f"{root}/cache"))
         [stack.enter_context(mock.patch.object(sources, name, lambda path: iter(rows))) for name in names]

@@ -131,7 +131,7 @@ class Trial:
         # multiprocessing's: in a worker without its parent, and in one whose memory the limit on files concerns too
         starved = said.count("in _feed")
         own = said.count("Traceback") > said.count("in _serve") + starved
-        words = "worker" if starved else words
+        words = "worker" if starved or (what == "full disk" and "worker died or hung" in said) else words
         if left or own or not set(found) <= allowed | {0} or (any(found) and words not in said):
             self.faults.append(f"{what}: statuses {found}, {len(left)} processes left, said: {said[-1500:]}")
         return found == [0] * len(pids)

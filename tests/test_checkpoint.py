@@ -17,7 +17,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, load, same_training, start, wait_until
+from conftest import NANO, ROOT, SCRIPTS, SMALL, TINY, WITHOUT_MIXING, load, same_training, start, wait_until
 from safetensors.torch import save_file
 from test_cli import refused
 
@@ -109,6 +109,9 @@ def test_C8_nothing_may_be_missing(deit3_here, tmp_path, folder):
         torch.save({k: v for k, v in whole.items() if k != key}, tmp_path / "cut.pt")
         result = deit3_here(*command[:-1], tmp_path / f"r_{key}", "--resume", tmp_path / "cut.pt")
         assert result.status == 2 and "Traceback" not in result.err, (key, result)
+        if isinstance(whole[key], dict):  # there, but empty
+            torch.save(whole | {key: {}}, tmp_path / "cut.pt")
+            refused(deit3_here(*command[:-1], tmp_path / f"e_{key}", "--resume", tmp_path / "cut.pt"), "--resume")
 
 
 def test_C9_a_slice_is_stored_without_its_parent(tmp_path):
@@ -129,6 +132,8 @@ def test_G4_weights_that_are_not_finite_replace_nothing(tmp_path):
     checkpoint.save(CONTENT, path)
     with pytest.raises(RunError, match="not finite, e.g. w"):
         checkpoint.save({"model": {"w": torch.tensor([1.0, float("nan")])}}, path)
+    with pytest.raises(RunError, match="not finite, e.g. w"):
+        checkpoint.save({"model": {"w": torch.ones(2)}, "ema": {"w": torch.tensor([1.0, float("inf")])}}, path)
     assert load(path)["epoch"] == 3
 
 
@@ -242,6 +247,16 @@ def test_D4_another_architecture(deit3_here, tmp_path, folder):
     refused(deit3_here(*other, "--weights", tmp_path / "o/last.pt", "--out", tmp_path / "q"), "vit_nano")
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_D4_another_method(here, tmp_path, folder, script):
+    """Also where it keeps more than the file has, as Grafit its memory."""
+    other = "cait" if script != "cait" else "deit"
+    small = ["--recipe", "shapes", "--img-size", 32, "--batch-size", 16, "--workers", 0, "--data", folder]
+    torch.save({"method": other, "model_name": f"{other}_nano", "model": {}, "optimizer": {}}, tmp_path / "x.pt")
+    resumed = here(script, "--model", NANO[script], *small, "--resume", tmp_path / "x.pt", "--out", tmp_path / "o")
+    refused(resumed, f"holds {other} {other}_nano, you asked for {script} {NANO[script]}")
+
+
 @pytest.mark.parametrize("wrap", [
     dict, lambda s: {"model": s}, lambda s: {"state_dict": s}, lambda s: {f"module.{k}": v for k, v in s.items()},
     lambda s: {"model": {f"_orig_mod.module.{k}": v for k, v in s.items()}},
@@ -293,6 +308,30 @@ def test_D8_weights_are_no_run_to_resume(deit3_here, tmp_path, folder):
         deit3_here(*TINY, "--data", folder, "--resume", tmp_path / "w.pt", "--out", tmp_path / "o"),
         "holds weights only", "--weights"
     )
+
+
+@pytest.mark.parametrize("script", ["deit3", "deit", "trex"])  # LAMB, AdamW, SGD
+def test_D8_an_optimizers_state_of_another_size_is_no_run_to_resume(here, tmp_path, folder, script):
+    small = SMALL if script == "deit3" else [*WITHOUT_MIXING, "--clip-grad", 1] if script == "deit" else WITHOUT_MIXING
+    command = ["--model", NANO[script], *small, "--data", folder, "--out"]
+    stop = ["--epochs", 2, "--warmup-epochs", 1]
+    assert here(script, *command, tmp_path / "o", *stop).status == 0
+    whole = load(tmp_path / "o/last.pt")
+    state = whole["optimizer"]["state"]
+    kept = [key for key in state[0] if key != "step"]
+    first = {0: {key: value for key, value in state[0].items() if key == "step"}}
+    for name, broken in {
+        "smaller": {i: {k: v.flatten()[:1].clone() for k, v in s.items()} for i, s in state.items()},
+        "transposed": {i: {k: v.T.contiguous() if v.ndim == 2 else v for k, v in s.items()} for i, s in state.items()},
+        "none": {}, "one is missing": {i: s for i, s in state.items() if i}, "its moments are missing": state | first,
+        "not tensors": {i: {k: 0.0 for k in s} for i, s in state.items()}, "a list": [0],
+    }.items():
+        assert kept, name
+        torch.save(whole | {"record": None, "optimizer": whole["optimizer"] | {"state": broken}}, tmp_path / "x.pt")
+        result = here(script, *command, tmp_path / "p", *stop, "--resume", tmp_path / "x.pt")
+        refused(result, "its optimizer state does not fit", "try --weights")
+    torch.save(whole | {"record": None}, tmp_path / "x.pt")
+    assert here(script, *command, tmp_path / "p", *stop, "--resume", tmp_path / "x.pt").status == 0
 
 
 def test_D10_a_newer_format_is_refused(tmp_path):

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import (
+    NANO,
     ROOT,
     SCRIPTS,
     TINY,
@@ -25,6 +26,7 @@ from conftest import (
     log_of,
     picture,
     start,
+    wait_until,
     write_folder,
 )  # fmt: skip
 from PIL import Image
@@ -191,6 +193,13 @@ def test_A9_deviations_are_printed_and_logged(deit3_here, tmp_path, folder):
     assert "optimizer adamw (paper: lamb)" in log_of(tmp_path)[0]["differs_from_paper"]
 
 
+@pytest.mark.parametrize("script", ["resmlp", "patchconvnet"])
+def test_A9_an_optimizer_that_diverges_at_lambs_rate_is_named(here, script, folder, tmp_path):
+    flags = ["--optimizer", "adamw", "--lr", 0.005, "--show-batch", tmp_path / "b.png", "--batch-size", 16]
+    result = here(script, "--model", NANO[script], "--data", folder, "--recipe", "in1k", "--img-size", 64, *flags)
+    assert result.status == 0 and "adamw at LAMB's rate of 0.005 is known to diverge" in result.out, result
+
+
 def test_A9_other_epochs_differ_from_the_paper_in_every_recipe():
     for name, recipe in deit3.RECIPES.items():
         _, changed, paper = deit3.parse_args(["--recipe", name, "--epochs", "7"])
@@ -254,6 +263,11 @@ def test_A14_resuming_with_other_flags(deit3_here, tmp_path, folder):
     assert result.status == 0 and "epochs was 2, now 3" in result.out, result
     assert [r["epoch"] for r in log_of(tmp_path) if "train_loss" in r] == [0, 1, 2]
     assert log_of(tmp_path)[-1]["status"] == "completed"
+    longer = [*command, "--epochs", "4", "--resume", "--allow-changes"]
+    refused(deit3_here(*longer, "--optimizer", "sgd"), "its optimizer state does not fit", "--weights")
+    assert deit3_here(*longer, "--weight-decay", "0.5").status == 0  # obeyed, not only said
+    decays = [group["weight_decay"] for group in load(tmp_path / "last.pt")["optimizer"]["param_groups"]]
+    assert decays == [0, 0.5] and log_of(tmp_path)[-1]["status"] == "completed"
 
 
 # ---- Data rows that a command answers --------------------------------------------------------------------------------
@@ -293,6 +307,10 @@ def test_B26_data_changed_between_run_and_resume(deit3_here, tmp_path):
     images.rename(tmp_path / "moved")  # the same images elsewhere
     moved = [*TINY, "--data", tmp_path / "moved", "--out", tmp_path / "o"]
     assert deit3_here(*moved, "--resume").status == 0
+    time.sleep(0.02)
+    next((tmp_path / "moved/val/ant").iterdir()).unlink()  # best.pt would be the best on other images
+    refused(deit3_here(*moved, "--resume"), "validation images was 20 (", "now 19 (", "--allow-changes")
+    refused(deit3_here(*moved, "--val-data", "none", "--resume"), "validation images was 20 (", "now none")
 
 
 def test_a_finished_run_is_not_evaluated_again(deit3_here, tmp_path, folder, monkeypatch):
@@ -563,6 +581,9 @@ def test_what_goes_on_from_trained_weights_does_not_start_without_them(here, scr
         assert result.status == 2 and "--weights" in result.err and not (tmp_path / "o/last.pt").exists(), result
         refused(here(script, "--recipe", recipe, *small, "--batch-size", 32, "--resume", "auto"), "give --weights FILE")
         refused(here(script, "--recipe", recipe, *small, "--data", tmp_path / "none"), "give --weights FILE")  # at once
+        (tmp_path / "o").mkdir(exist_ok=True)
+        (tmp_path / "o/pretrained.pt").touch()  # nothing to resume
+        refused(here(script, "--recipe", recipe, *small, "--batch-size", 32, "--resume", "auto"), "give --weights FILE")
     refused(here(script, *small, "--weights", ""), "--weights: is empty")
     assert recipes or script == "trex"
 
@@ -640,6 +661,40 @@ def test_a_part_of_the_classes_is_evaluated_by_name_or_number(deit3_here, tmp_pa
         right = [model(transform(f)[None]).argmax().item() == label for label, f in files]
     assert both["bare.pth", "number"]["top1"] == pytest.approx(100 * sum(right) / len(right), abs=1e-3)
     refused(deit3_here(*flags, tmp_path / "bare.pth", "--eval-data", tmp_path / "name"), "its 2 classes", "--data")
+
+
+@pytest.mark.parametrize("script, flags, told", [
+    *((script, ["--eval", "--predict", "x.jpg"], "--eval and --predict: ask for one at a time") for script in SCRIPTS),
+    ("deit", ["--eval", "--benchmark"], "--eval and --benchmark"),
+    ("deit3", ["--predict", "x", "--export", "x.pt2"], "--predict and --export"),
+    ("cait", ["--branch-norms", "--predict", "x"], "--predict and --branch-norms"),
+    ("patchconvnet", ["--attention-maps", "x", "--benchmark"], "--benchmark and --attention-maps"),
+    ("resmlp", ["--filters", "x", "--eval-data", "x"], "--eval-data and --filters"),
+    ("grafit", ["--retrieve", "1", "--eval"], "--eval and --retrieve"),
+    ("trex", ["--show-batch", "x.png", "--list-models"], "--show-batch and --list-models"),
+])  # fmt: skip
+def test_two_commands_in_one_are_refused(here, script, flags, told):
+    refused(here(script, *flags), told)
+
+
+def test_a_daemon_without_any_stream_is_stopped_like_others(tmp_path, folder):
+    """No file of the run takes a closed stream's place: what is said there would stand in it."""
+    flags = " ".join(map(str, [*TINY, "--data", folder, "--out", tmp_path / "o", "--epochs", 2000]))
+    process = start("sh", "-c", f"exec {sys.executable} {ROOT}/deit3.py {flags} <&- >&- 2>&-")
+    try:
+        wait_until(lambda: (tmp_path / "o/log.jsonl").exists() and len(log_of(tmp_path / "o")) > 2)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 143
+    finally:
+        process.kill()
+    assert log_of(tmp_path / "o")[-1]["status"] == "preempted" and not (tmp_path / "o/lock").exists()
+    assert (tmp_path / "o/last.pt").exists()
+
+
+def test_a_full_disk_below_standard_output_does_not_end_a_run(tmp_path, folder):
+    flags = " ".join(map(str, [*TINY, "--data", folder, "--out", tmp_path / "o", "--epochs", 1, "--warmup-epochs", 0]))
+    result = finish(start("sh", "-c", f"{sys.executable} {ROOT}/deit3.py {flags} > /dev/full"))
+    assert result.status == 0 and "Traceback" not in result.err and (tmp_path / "o/best.pt").exists(), result
 
 
 def test_closed_standard_streams_change_nothing(tmp_path, folder):

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from torchvision import datasets
 
 import deit3
-from common import checkpoint, evaluate, images, progress, shapes, sources
+from common import checkpoint, errors, evaluate, images, shapes, sources
 from common.data import GlobalBatches, RepeatedAugSampler, Samples, epoch_order, eval_batches, make_loader, to_device
 from common.errors import RunError, UserError
 from common.sources import open_data, open_images
@@ -151,7 +151,7 @@ def test_the_index_is_built_once_and_again_when_files_change(tmp_path, monkeypat
     write_folder(tmp_path, train=2, val=1)
     open_images(str(tmp_path / "train"), "--data")
     with monkeypatch.context() as m:
-        m.setattr(sources, "_scan_folder", lambda path: pytest.fail("scanned again"))
+        m.setattr(sources, "scan_folder", lambda path: pytest.fail("scanned again"))
         assert len(open_images(str(tmp_path / "train"), "--data")) == 8
     time.sleep(0.02)
     (tmp_path / "train" / "ant" / "new.jpg").write_bytes(encoded(picture(0, 99)))
@@ -162,7 +162,7 @@ def test_a_long_scan_says_how_far_it_is_and_draws_a_bar_on_a_terminal(tmp_path, 
     write_folder(tmp_path, train=2, val=1)
     path, said, clock = str(tmp_path / "train"), [], iter(range(0, 600, 6))
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")  # nothing is kept
-    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(errors, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     open_images(path, "--data", say=said.append)
     assert said[:-1] == [f"listing {path}: {n} files so far" for n in (2, 4, 6, 8)] and "kept" in said[-1]
     assert capsys.readouterr().err == ""
@@ -176,7 +176,7 @@ def test_a_long_scan_says_how_far_it_is_and_draws_a_bar_on_a_terminal(tmp_path, 
 
 def test_a_terminal_of_no_columns_or_a_dumb_one_gets_lines_instead_of_a_bar(monkeypatch, capsys):
     said, clock = [], iter(range(0, 600, 6))
-    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(errors, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setattr(sys.stderr, "fileno", lambda: 2)
     told = ["d: 6 of 10 images so far", "d: 10 of 10 images so far"]
@@ -184,13 +184,13 @@ def test_a_terminal_of_no_columns_or_a_dumb_one_gets_lines_instead_of_a_bar(monk
         said.clear()
         monkeypatch.setenv("TERM", term)
         monkeypatch.setattr(os, "get_terminal_size", lambda fd, columns=columns: os.terminal_size((columns, 24)))
-        assert list(progress.watched(range(4), "d", "images", said.append, total=10, each=3)) == [0, 1, 2, 3]
+        assert list(errors.watched(range(4), "d", "images", said.append, total=10, each=3)) == [0, 1, 2, 3]
         assert said == lines and ("d: " in capsys.readouterr().err) == (not lines)
 
 
 def test_reading_a_checkpoint_and_extracting_features_say_how_far_they_are(tmp_path, folder, monkeypatch, capsys):
     clock = iter(range(0, 10**6, 11))
-    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(errors, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     torch.save({f"w{i}": torch.zeros(1) for i in range(3)}, tmp_path / "a.pt")
     checkpoint.load(tmp_path / "a.pt", "--weights")
     assert f"reading {tmp_path}/a.pt: 3 of " in capsys.readouterr().out
@@ -297,7 +297,7 @@ def test_an_index_that_does_not_fit_is_made_again(tmp_path, monkeypatch, change)
     (lambda p: None, "no such file or folder.*train/CLASS"),
     (lambda p: p.mkdir(), "no folder train/"),
     (lambda p: (p / "train" / "a").mkdir(parents=True), "no folder val/|holds no images"),
-    (lambda p: p.write_text("x" * 600), "is not a tar archive"),
+    (lambda p: p.write_text("x" * 600), "is not a tar archive.*train/CLASS"),
 ])  # fmt: skip
 def test_B1_a_wrong_path_shows_the_expected_tree(tmp_path, make, message):
     make(tmp_path / "d")
@@ -355,8 +355,8 @@ def test_J9_what_may_not_be_read_is_one_line(tmp_path, monkeypatch, at):
 def test_images_added_to_a_folder_in_a_class_folder_are_seen(tmp_path, monkeypatch):
     write_folder(tmp_path, train=1, val=1)
     train, opened = tmp_path / "train", lambda: len(open_images(str(tmp_path / "train"), "--data"))
-    picture_, scanned, scan = encoded(picture(0, 9)), [], sources._scan_folder
-    monkeypatch.setattr(sources, "_scan_folder", lambda path: scanned.append(path) or scan(path))
+    picture_, scanned, scan = encoded(picture(0, 9)), [], sources.scan_folder
+    monkeypatch.setattr(sources, "scan_folder", lambda path: scanned.append(path) or scan(path))
     (train / "ant/patient1/left").mkdir(parents=True)
     places = ("ant/patient1", "ant/patient1/left", "ant/patient1/left", "bee/new/deep", "bee/new/deep")
     for i, place in enumerate(places):

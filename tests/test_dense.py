@@ -563,6 +563,8 @@ def test_a_bad_mask_gets_one_line(suite, tmp_path, spoil, told):
     (["detect", "--multi-scale"], "not for detect"), (["segment", "--rois", "9"], "not for segment"),
     (["segment", "--eval", "--weights", "nowhere.pt"], "no such file"), (["classify"], "invalid choice"),
     (["segment", "--model", "trex/resnet_nano"], "no patch grid"),
+    (["segment", "--short", "64x32"], "--short 64x32: the smaller one comes first"),
+    (["detect", "--test-size", "64x32"], "--test-size 64x32: the smaller"),
 ])  # fmt: skip
 def test_a_mistake_gets_one_line(suite, tmp_path, flags, told):
     out = [] if "--eval" in flags else ["--out", tmp_path / "o"]

@@ -21,7 +21,11 @@ ENDS = {  # what is raised in the middle of a step: (exit status, what standard 
     "a mistake of ours": (TypeError("unsupported operand"), 1, "TypeError: unsupported operand"),
     "the GPU": (RuntimeError("CUDA error: an illegal memory access was encountered"), 1, "CUDA error"),
     "the GPU's memory": (torch.cuda.OutOfMemoryError("out of memory"), 1, "error: the GPU's memory is full"),
-    "the host's memory": (MemoryError(), 1, "MemoryError"),
+    "the host's memory": (MemoryError(), 1, "error: the machine's memory is full"),
+    "the host's memory, torch": (
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."), 1,
+        "error: the machine's memory is full; lower --micro-batch"
+    ),
     "the disk": (OSError(28, "No space left on device"), 1, "No space left on device"),
     "a foreseen failure": (RunError("image x.jpg is gone"), 1, "error: image x.jpg is gone"),
     "wrong use": (UserError("--lr: too high"), 2, "error: --lr: too high"),

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import ROOT, PeakMemory, fewer_shapes, load, log_of, reference, sine
+from conftest import ROOT, WITHOUT_MIXING, PeakMemory, fewer_shapes, load, log_of, reference, sine
 from PIL import Image
 from test_cli import refused
 from torch.utils.flop_counter import FlopCounterMode
@@ -695,6 +695,13 @@ def test_groups_bind_the_batch_size_only_where_images_are_mixed():
     assert (recipe.mix_group, paper.mix_group) == (50, 64)
     assert grafit.parse_args(["--recipe", "transfer_full", "--data", "cars:/x"])[1].mix_group == 64
     assert grafit.parse_args(["--recipe", "grafit", "--method", "triplet"])[1].mix_group == 64
+
+
+def test_a_method_without_a_classifier_has_no_accuracy_elsewhere(here, folder, tmp_path):
+    flags = ["--model", "regnet_nano", *WITHOUT_MIXING, "--data", folder, "--epochs", 1, "--warmup-epochs", 0]
+    assert here("grafit", *flags, "--out", tmp_path / "o").status == 0
+    weights = ["--model", "regnet_nano", "--workers", 0, "--weights", tmp_path / "o/last.pt"]
+    refused(here("grafit", *weights, "--eval-data", folder / "val"), "--eval-data", "no classifier; --eval ranks")
 
 
 def test_wrong_use_is_refused(here, folder, trained, tmp_path):

@@ -2,14 +2,17 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import reference, sine
 from torch import nn
 
+from common.errors import RunError
 from common.optim import EMA, Lamb, cosine_lr, make_optimizer, param_groups
 from common.precision import Precision
+from common.run import Run
 
 CPU = torch.device("cpu")
 
@@ -147,6 +150,25 @@ def test_G3_overflow_in_fp16_skips_the_step_and_halves_the_scale(name):
     plain = run_steps(name, [1e-2], steps=1)[0]
     for a, b in zip(model.parameters(), plain.parameters()):  # forward in half precision: close, not equal
         assert torch.isfinite(a).all() and torch.allclose(a, b, atol=2e-3)
+
+
+def test_G3_more_than_twenty_overflows_in_a_row_end_the_run(tmp_path):
+    """20 are the loss scale's search for its place; a good step between two starts the count anew."""
+
+    def run_of(*bad):
+        said = []
+        steps = [(torch.tensor([1.0, b, 0.0]), None, 0.1, 2, i, [torch.tensor([i])]) for i, b in enumerate(bad)]
+        run = SimpleNamespace(pending=steps, stop_agreed=False, save_agreed=False, amp="fp16", out=tmp_path, loss_sum=0,
+                              skipped_in_a_row=0, skipped_steps=0, loss_count=0, gather=lambda x: x, log=said.append,
+                              data=SimpleNamespace(source=SimpleNamespace(name="image {}".format)))
+        return run, said
+
+    Run._read_flags(run := run_of(*[1] * 20, 0, *[1] * 20)[0], 0)
+    assert run.skipped_steps == 40 and run.loss_count == 1
+    run, said = run_of(*[1] * 21)
+    with pytest.raises(RunError, match="not finite at epoch 2, step 20, lr 0.1"):
+        Run._read_flags(run, 0)
+    assert said[0]["status"] == "failed" and said[0]["files"] == ["image 20"]
 
 
 def test_loss_scale_grows_after_good_steps(monkeypatch):

@@ -99,12 +99,25 @@ def test_I3_a_foreign_common_package_fails_with_a_clear_line(fresh, tmp_path):
         (tmp_path / file).write_text("")
         result = fresh("-c", code, cwd=tmp_path)
         assert result.status == 2 and len(result.err.strip().splitlines()) == 1, result
-        assert f"needed: tqdm, and our common/ (found <module 'common' from '{tmp_path}/common" in result.err, result
+        assert f"tqdm, our common/ (got <module 'common' from '{tmp_path}/common" in result.err, result
     shutil.rmtree(tmp_path / "common")
     (tmp_path / "common.py").write_text("")
     result = fresh("-c", code, cwd=tmp_path)
     assert result.status == 2 and len(result.err.strip().splitlines()) == 1, result
-    assert f"our common/ (found <module 'common' from '{tmp_path}/common.py'>)" in result.err, result
+    assert f"our common/ (got <module 'common' from '{tmp_path}/common.py'>)" in result.err, result
+    (tmp_path / "common.py").write_text("these are notes")
+    result = fresh("-c", code, cwd=tmp_path)
+    assert result.status == 2 and "common.py, line 1" in result.err and "Traceback" not in result.err, result
+
+
+def test_I5_an_older_torch_is_named(fresh, tmp_path):
+    code = (
+        "import torch.nn.utils, sys, runpy; del torch.nn.utils.get_total_norm;"  # new in 2.6
+        f"sys.argv = ['deit3.py', '--help']; runpy.run_path('{ROOT}/deit3.py', run_name='__main__')"
+    )
+    result = fresh("-c", code, cwd=tmp_path, PYTHONPATH=ROOT)
+    assert result.status == 2 and len(result.err.strip().splitlines()) == 1, result
+    assert "get_total_norm" in result.err and "needs torch 2.6" in result.err, result
 
 
 def test_results_stay_out_of_the_repository_but_the_claims():

@@ -48,7 +48,7 @@ from common.sources import open_data
 def test_A8_a_teacher_of_other_classes_is_refused_before_the_data_are_listed(here, tmp_path, monkeypatch):
     data = write_folder(tmp_path / "d", train=4, val=1)  # which no other test has listed
     torch.save(torchvision.models.shufflenet_v2_x0_5(num_classes=7).state_dict(), tmp_path / "teacher.pth")
-    monkeypatch.setattr(sources, "_scan_folder", lambda path: pytest.fail("listed"))
+    monkeypatch.setattr(sources, "scan_folder", lambda path: pytest.fail("listed"))
     flags = ["--data", data, "--out", tmp_path / "o", "--distillation", "hard", "--teacher", "shufflenet_v2_x0_5"]
     result = here("deit", "--model", NANO["deit"], *SMALL, *flags, "--teacher-weights", tmp_path / "teacher.pth")
     refused(result, "7 classes, the data 4")
@@ -321,7 +321,7 @@ def without_rights():
 
 
 @pytest.mark.parametrize("closed, status", [
-    *((path, 2) for path in ("d", "d/train", "d/train/bee", "d.tar", "w.pt")),
+    *((path, 2) for path in ("d", "d/train", "d/train/bee", "d.tar", "w.pt", "d/val/bee")),
     ("d/train/bee/bee_001.jpg", 1),
 ])
 def test_J9_what_may_not_be_read_is_named(tmp_path, closed, status):
@@ -332,6 +332,9 @@ def test_J9_what_may_not_be_read_is_named(tmp_path, closed, status):
     flags = [*TINY, "--data", tmp_path / closed.split("/")[0], "--out", tmp_path / "o"]
     if closed == "w.pt":
         flags = [*TINY, "--data", data, "--out", tmp_path / "o", "--weights", tmp_path / "w.pt"]
+    if closed == "d/val/bee":  # images are not left out without a word
+        torch.save({"model": deit3.build_model("vit_nano", 4, 32).state_dict()}, tmp_path / "w.pt")
+        flags = ["--model", "vit_nano", "--img-size", 32, "--weights", tmp_path / "w.pt", "--predict", data / "val"]
     (tmp_path / closed).chmod(0)
     try:
         assert status_of(child(flags, patch=without_rights, log=tmp_path / "log")) == status

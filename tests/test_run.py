@@ -1,5 +1,6 @@
 """Signals, ranks, broken numbers and resuming: rows E to H of the fault list. Each run is a process of its own."""
 
+import contextlib
 import errno
 import fcntl
 import functools
@@ -15,6 +16,7 @@ import shutil
 import signal
 import socket
 import sys
+import termios
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -198,6 +200,7 @@ def test_E5_the_second_ctrl_c_ends_at_once(command, tmp_path):
     pid = child(command("o", "--workers", 2, "--save-steps", 1), patch=at_steps(twice, [6]))
     assert status_of(pid) == 130
     assert load(tmp_path / "o/last.pt")["step"] == 2 and not (tmp_path / "o/lock").exists()
+    assert log_of(tmp_path / "o")[-1]["status"] == "preempted"
     with pytest.raises(ProcessLookupError):  # no worker is left
         wait_until(lambda: os.killpg(pid, 0), timeout=5)
 
@@ -219,6 +222,66 @@ def test_E1_a_signal_is_heard_and_work_told_while_a_step_is_in_one_long_call(com
     finally:
         os.killpg(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+
+
+def test_E5_the_second_ctrl_c_ends_one_long_call(command, tmp_path):
+    pid = child(command("o", "--save-steps", 1), patch=at_steps(
+        lambda: hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1) * os.path.exists(tmp_path / "never"), [5]))
+    wait_until(lambda: (tmp_path / "o/last.pt").exists() and load(tmp_path / "o/last.pt")["step"] == 1)
+    time.sleep(0.3)
+    for _ in range(2):
+        os.kill(pid, signal.SIGINT)
+        time.sleep(0.3)
+    assert status_of(pid, timeout=10) == 130
+    assert log_of(tmp_path / "o")[-1]["status"] == "preempted" and not (tmp_path / "o/lock").exists()
+
+
+def test_E5_the_second_ctrl_c_ends_a_run_whose_output_nobody_reads(command, tmp_path):
+    """As `| less` does."""
+    read, write = os.pipe()
+
+    def patch():
+        common.run.LEASE, common.run.QUIET = 0.8, 0.01
+        os.dup2(write, 1)
+        sys.stdout = open(1, "w", closefd=False)
+
+    pid = child(command("o", "--epochs", 100_000), patch=patch)
+    os.set_blocking(write, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(write, b"x" * 4096)
+    os.set_blocking(write, True)
+    time.sleep(2)  # by now it wants to say something
+    for _ in range(2):
+        os.kill(pid, signal.SIGINT)
+        time.sleep(0.3)
+    try:
+        assert status_of(pid, timeout=10) == 130
+    finally:
+        os.close(read)
+        os.close(write)
+
+
+def test_E9_a_run_goes_on_when_its_terminal_is_closed(command, tmp_path):
+    """It writes a line to it after that, which nobody can read."""
+    master, slave = os.openpty()
+
+    def patch():
+        fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+        for fd in (1, 2):
+            os.dup2(slave, fd)
+        os.close(master)
+        os.close(slave)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+        at_steps(lambda: wait_until(lambda: not (tmp_path / "open").exists()), [5])()
+
+    (tmp_path / "open").touch()
+    pid = child(command("o"), patch=patch)
+    os.close(slave)
+    wait_until(lambda: (tmp_path / "o/log.jsonl").exists() and len(epochs(tmp_path / "o")) > 0)
+    os.close(master)
+    (tmp_path / "open").unlink()
+    assert status_of(pid) == 0 and log_of(tmp_path / "o")[-1]["status"] == "completed"
 
 
 def usr1_then_killed(signalled: str):
@@ -248,8 +311,8 @@ def test_E6_a_signal_before_the_first_step_and_in_evaluation(command, tmp_path, 
     def in_scan():
         import common.sources
 
-        original = common.sources._scan_folder
-        common.sources._scan_folder = lambda path: os.kill(os.getpid(), signal.SIGTERM) or original(path)
+        original = common.sources.scan_folder
+        common.sources.scan_folder = lambda path: os.kill(os.getpid(), signal.SIGTERM) or original(path)
         os.environ["XDG_CACHE_HOME"] = str(tmp_path / "cache")
 
     assert status_of(child(command("a"), patch=in_scan)) == 143
@@ -642,7 +705,8 @@ def test_F9_a_run_resumes_on_another_number_of_ranks(command, tmp_path):
     stop = at_steps(lambda: os.kill(os.getpid(), signal.SIGTERM), [5])
     assert status_of(child(command("one"))) == 0
     assert ranks(2, command("o"), tmp_path, patch=stop) == [143, 143]
-    assert status_of(child(command("o", "--resume"))) == 0
+    assert status_of(child(command("o", "--resume"), patch=at_steps(lambda: os.kill(os.getpid(), 15), [1]))) == 143
+    assert ranks(4, command("o", "--resume"), tmp_path) == [0] * 4
     assert close(tmp_path / "one", tmp_path / "o", 1e-5)
 
 
@@ -845,7 +909,11 @@ def test_H4_a_full_log_disk_warns_once_and_training_goes_on(command, tmp_path):
         )
 
     log = tmp_path / "log"
-    assert status_of(child(command("o", "--resume", "auto", "--val-data", "none"), patch=full, log=log)) == 0
+    assert status_of(child(command("o", "--resume", "auto"), patch=full, log=log)) == 0
+    assert log.read_text().count("cannot write") == 1
+    (tmp_path / "o/log.jsonl").unlink()
+    (tmp_path / "o/log.jsonl").mkdir()  # nor does one that cannot be read
+    assert status_of(child(command("o", "--resume", "auto"), log=log)) == 0
     assert log.read_text().count("cannot write") == 1
 
 

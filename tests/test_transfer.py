@@ -795,6 +795,7 @@ def test_wrong_use_is_refused(suite, network, tmp_path):
     refused(suite("features", *base, "--img-size", "32x0"), "--img-size")
     refused(suite("features", *base, "--eval-crop-ratio", 0), "--eval-crop-ratio 0.0: must be in (0, 1]")
     refused(suite("features", "--sets", "shapes"), "--out")
+    refused(suite("features", *base, "--sets", "shapes", "--out", tmp_path / "r.txt"), "r.txt", "the table beside it")
     refused(suite("features", *base, "--top1", 0.8, "--set", "shapes"), "--set")
     refused(suite("features", *base, "--top1", 120), "--top1 120")
     result = suite("features", "--weights", network, "--sets", "shapes", "--out", "/proc/none/r.json")

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -357,6 +358,12 @@ def test_official_weights_come_by_name_are_checked_and_kept(served, here, monkey
     assert result.status == 2 and "no official file of deit_nano at 48" in result.err and "tiny_64" in result.err
     result = here("deit", *flags, 64, "--weights", "official", "--eval", "--data", "shapes")
     assert result.status == 2 and "tiny_64.pth: cannot be downloaded" in result.err and "404" in result.err
+    kept = Path(torch.hub.get_dir(), "checkpoints", f"{name}.pth")
+    at = kept.read_bytes().index(model.head.weight.detach().numpy().tobytes()[:64])
+    for damage in (lambda data: data[: at + 9] + bytes([data[at + 9] ^ 1]) + data[at + 10 :], lambda data: data[:999]):
+        kept.write_bytes(damage(saved(model)))
+        with pytest.raises(UserError, match=f"damaged checkpoint {kept}; remove it and it is fetched anew"):
+            deit.load_model(f"official:{name}")
     (root / "wrong-00000000.pth").write_bytes(saved(model))
     with pytest.raises(UserError, match="invalid hash"):
         deit.load_model(f"{address}/wrong-00000000.pth")
