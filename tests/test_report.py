@@ -39,8 +39,8 @@ def test_binary_and_plain_cross_entropy_have_axes_of_their_own_and_a_legend_what
         ("bce", ["binary cross-entropy", "cross-entropy", "accuracy, %"]), ("ce", ["loss", "accuracy, %"]),
     ):
         run = SimpleNamespace(
-            log=lambda record: None, rank=0, data=SimpleNamespace(val=[]), out=tmp_path, say=print, best=1.0,
-            recipe=SimpleNamespace(loss=loss, epochs=3)
+            log=lambda record: None, rank=0, log_failed=False, data=SimpleNamespace(val=[]), out=tmp_path, say=print,
+            best=1.0, recipe=SimpleNamespace(loss=loss, epochs=3)
         )
         script.finish(run, ["train_loss", "val_loss"], ["val_top1", "val_knn"])
         assert [axes.get_ylabel() for axes in drawn[-1].axes] == labels
