@@ -227,8 +227,8 @@ def test_E1_a_signal_is_heard_and_work_told_while_a_step_is_in_one_long_call(com
 def test_E5_the_second_ctrl_c_ends_one_long_call(command, tmp_path):
     pid = child(command("o", "--save-steps", 1), patch=at_steps(
         lambda: hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1) * os.path.exists(tmp_path / "never"), [5]))
-    wait_until(lambda: (tmp_path / "o/last.pt").exists() and load(tmp_path / "o/last.pt")["step"] == 1)
-    time.sleep(0.3)
+    wait_until(lambda: (tmp_path / "o/best.pt").exists() and load(tmp_path / "o/last.pt")["step"] == 1)
+    time.sleep(0.5)
     for _ in range(2):
         os.kill(pid, signal.SIGINT)
         time.sleep(0.3)
@@ -237,29 +237,30 @@ def test_E5_the_second_ctrl_c_ends_one_long_call(command, tmp_path):
 
 
 def test_E5_the_second_ctrl_c_ends_a_run_whose_output_nobody_reads(command, tmp_path):
-    """As `| less` does."""
+    """As `| less` does. While a step is at work, so that what is said of it waits for the reader."""
     read, write = os.pipe()
 
     def patch():
         common.run.LEASE, common.run.QUIET = 0.8, 0.01
         os.dup2(write, 1)
         sys.stdout = open(1, "w", closefd=False)
+        at_steps(lambda: time.sleep(60), [5])()
 
-    pid = child(command("o", "--epochs", 100_000), patch=patch)
-    os.set_blocking(write, False)
+    pid = child(command("o", "--save-steps", 1), patch=patch)
+    wait_until(lambda: (tmp_path / "o/best.pt").exists() and load(tmp_path / "o/last.pt")["step"] == 1)
+    filling = os.open(f"/proc/self/fd/{write}", os.O_WRONLY | os.O_NONBLOCK)  # the run's own end still waits
     with contextlib.suppress(BlockingIOError):
         while True:
-            os.write(write, b"x" * 4096)
-    os.set_blocking(write, True)
-    time.sleep(2)  # by now it wants to say something
+            os.write(filling, b"x" * 4096)
+    time.sleep(1)
     for _ in range(2):
         os.kill(pid, signal.SIGINT)
         time.sleep(0.3)
     try:
         assert status_of(pid, timeout=10) == 130
     finally:
-        os.close(read)
-        os.close(write)
+        for fd in (read, write, filling):
+            os.close(fd)
 
 
 def test_E9_a_run_goes_on_when_its_terminal_is_closed(command, tmp_path):
