@@ -249,7 +249,7 @@ def real_labels(file: str, source: Source) -> list[list[int]]:
     is a list in the order of the official file numbers, ILSVRC2012_val_00000001 first."""
     try:
         labels = json.loads(Path(file).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--real-labels {file}: {error}") from None
     found = []
     for i in range(len(source)):

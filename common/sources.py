@@ -219,7 +219,7 @@ def _coarse_level(file: str, source: Source) -> Labels:
     """Coarse classes and labels from a JSON object {class name: coarse class name}."""
     try:
         mapping = json.loads(Path(file).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--coarse-labels {file}: {error}") from None
     if lost := [c for c in source.classes if not isinstance(mapping, dict) or c not in mapping]:
         raise UserError(f"--coarse-labels {file}: no coarse class for {len(lost)} classes, e.g. {', '.join(lost[:5])}")

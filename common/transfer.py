@@ -337,7 +337,7 @@ def read_results(files: list[str]) -> tuple[dict[str, dict], str]:
         try:
             content = json.loads(Path(file).read_text())
             name, *_ = content["model"], content["sets"], content["pretraining_top1"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{file}: holds no result of this suite ({error})") from None
         results[Path(file).stem if name in results else name] = content
     axis = "where trained"

@@ -663,6 +663,17 @@ def test_a_part_of_the_classes_is_evaluated_by_name_or_number(deit3_here, tmp_pa
     refused(deit3_here(*flags, tmp_path / "bare.pth", "--eval-data", tmp_path / "name"), "its 2 classes", "--data")
 
 
+@pytest.mark.parametrize("script, flag", [("deit3", "--real-labels"), ("deit3", "--coarse-labels"), ("transfer", "")])
+def test_json_nested_too_deep_is_a_mistake_like_others(here, launched, folder, tmp_path, script, flag):
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    torch.save({"model": deit3.build_model("vit_nano", 4, 32).state_dict()}, tmp_path / "w.pt")
+    flags = ["--model", "vit_nano", "--weights", tmp_path / "w.pt", "--img-size", 32, "--workers", 0, "--data", folder]
+    if script == "transfer":
+        argv = ["transfer", "compare", *3 * [tmp_path / "deep.json"], "--out", tmp_path / "o"]
+        return refused(launched(importlib.import_module("common.transfer").main, argv), "deep.json", "recursion")
+    refused(here(script, *flags, "--eval", flag, tmp_path / "deep.json"), flag, "recursion")
+
+
 @pytest.mark.parametrize("script, flags, told", [
     *((script, ["--eval", "--predict", "x.jpg"], "--eval and --predict: ask for one at a time") for script in SCRIPTS),
     ("deit", ["--eval", "--benchmark"], "--eval and --benchmark"),
