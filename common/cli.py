@@ -132,9 +132,8 @@ def parse(parser: Parser, argv: list[str] | None, models, recipes) -> argparse.N
         check_torchvision("--model torchvision/", args.model.removeprefix("torchvision/"))
     elif "/" not in args.model or "SCRIPT/NAME" not in models:
         check_choice("--model", args.model, models)
-    commands = ("eval eval_data", "predict", "export", "benchmark", "show_batch", "list_models", "retrieve", "filters",
-                "attention_maps branch_norms")
-    given = [[n for n in names.split() if vars(args).get(n)] for names in commands]
+    each = "eval,eval_data predict export benchmark show_batch list_models retrieve filters attention_maps,branch_norms"
+    given = [[n for n in names.split(",") if vars(args).get(n)] for names in each.split()]
     if len(asked := [f"--{names[0].replace('_', '-')}" for names in given if names]) > 1:
         raise UserError(f"{' and '.join(asked)}: ask for one at a time")
     others = args.eval_data or args.predict or args.benchmark or args.list_models or args.export

@@ -326,6 +326,7 @@ class Run:
             with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody listens; the lock is being let go
                 new = self.heard.recv(99) if ready else b""
                 if (heard := heard + new).count(signal.SIGINT) > 1:
+                    time.sleep(3)  # by then the main thread has ended the run, unless it is in one long call
                     self.stop_signal = int(signal.SIGINT)
                     self._on_signal(signal.SIGINT, None)
                 listened = select.select([], [1, 2], [], 0)[1]  # to wait for a reader would hold up the lock
