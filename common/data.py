@@ -185,8 +185,8 @@ class TrainingData:
     def identity(self) -> dict:
         """For Run.start: the classes, digests of the images' names and labels, the validation set's size."""
         val = "none" if self.val is None else f"{len(self.val)} ({self.val.digest()})"
-        val = {"val_images": len(self.val or ()), "validation images": val}
-        return {"classes": self.classes, "digest": self.source.digest(), **val}
+        return {"classes": self.classes, "digest": self.source.digest(), "val_images": len(self.val or ()),
+                "validation images": val}
 
     def first_images(self, count: int) -> Batch:
         """The run's first `count` images, or the few more that make whole groups."""

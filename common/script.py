@@ -19,7 +19,7 @@ from common.models import export, load_teacher, on_meta
 from common.optim import EMA, make_optimizer
 from common.precision import Precision
 from common.run import Run
-from common.run import launch as launch
+from common.run import launch as launch  # scripts take it from here: whatever is missing shows when they start
 from common.sources import class_folders, open_data
 
 
